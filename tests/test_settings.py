@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from mixtura.errors import SettingError
-from mixtura.settings import construct, fits, parse_settings, settings
+from mixtura.settings import construct, fits, settings
 
 
 class Example:
@@ -42,16 +42,14 @@ def test_construct() -> None:
         ([1, 2], list[int], True),
         ((1, 2), tuple[int, ...], True),
         ({"a": 1}, dict[str, int], True),
+        ([1, "2"], list[int], False),
+        ((1, None), tuple[int, ...], False),
+        ((1, "a"), tuple[int, str], True),
+        ((1,), tuple[int, str], False),
+        ({"a": "b"}, dict[str, int], False),
+        ({1: 1}, dict[str, int], False),
         ("anything", Any, True),
     ],
 )
 def test_fits(value: object, wanted: object, expected: bool) -> None:
     assert fits(value, wanted) is expected
-
-
-def test_parse_settings() -> None:
-    read = parse_settings(["bits=4", "share=0.5", "on=true", "none=null", "mode=fast", "path=a=b"])
-    assert read == {"bits": 4, "share": 0.5, "on": True, "none": None, "mode": "fast", "path": "a=b"}
-    for bad in ("bits", "=4", "4bits=1"):
-        with pytest.raises(SettingError, match="a setting is written key=value"):
-            parse_settings([bad])

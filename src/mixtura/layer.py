@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import final, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UnknownNameError, UserError, check_range
 from mixtura.kernels import routed_experts
 from mixtura.method import declared_tags
 from mixtura.mixers import Mixer
@@ -186,6 +186,10 @@ class Capacity:
     """A limit on tokens per expert: ``factor`` times its even share of the assignments, rounded up.
 
     ``order`` and ``overflow`` are those of `mixtura.routers._capacity.limit`.
+
+    Raises:
+        SettingError: ``factor`` is not in [1e-6, 1e6], where nothing or everything would be dropped.
+        UnknownNameError: there is no such ``order`` or ``overflow``.
     """
 
     factor: float
@@ -194,6 +198,9 @@ class Capacity:
 
     def __post_init__(self) -> None:
         check_range("Capacity", "factor", self.factor, 1e-6, 1e6)
+        for name, value, known in (("order", self.order, Order), ("overflow", self.overflow, Overflow)):
+            if value not in get_args(known):
+                raise UnknownNameError(f"{name} of Capacity", str(value), get_args(known))
 
     def apply(self, routing: Routing) -> Routing:
         """The routing within the limit."""

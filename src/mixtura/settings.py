@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -53,22 +51,19 @@ def fits(value: Any, wanted: Any) -> bool:
     if wanted is float:
         return isinstance(value, int | float)
     plain = origin or wanted
-    return isinstance(value, plain) if isinstance(plain, type) else True
+    if not isinstance(plain, type):
+        return True
+    return isinstance(value, plain) and _parts_fit(value, plain, get_args(wanted))
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Settings from ``key=value`` strings as a command line gives them; values are JSON, else text.
-
-    >>> parse_settings(["bits=4", "mode=fast"])
-    {'bits': 4, 'mode': 'fast'}
-    """
-    read: dict[str, Any] = {}
-    for pair in pairs:
-        key, sep, value = pair.partition("=")
-        if not sep or not re.fullmatch(r"[A-Za-z_]\w*", key):
-            raise SettingError(f"a setting is written key=value, got {pair!r}")
-        try:
-            read[key] = json.loads(value)
-        except json.JSONDecodeError:
-            read[key] = value
-    return read
+def _parts_fit(value: Any, plain: type[Any], parts: tuple[Any, ...]) -> bool:
+    """Whether what a list, tuple or mapping holds is of the types it is written with."""
+    if not parts:
+        return True
+    if issubclass(plain, Mapping):
+        return all(fits(key, parts[0]) and fits(held, parts[1]) for key, held in value.items())
+    if plain is tuple and parts[-1] is not Ellipsis:
+        return len(value) == len(parts) and all(map(fits, value, parts))
+    if issubclass(plain, Sequence):
+        return all(fits(held, parts[0]) for held in value)
+    return True

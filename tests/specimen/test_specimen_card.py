@@ -38,7 +38,6 @@ def figures() -> dict[str, Any]:
             "decay_steps": 20,
             "tokens": 2_000_000,
             "hours": 1.5,
-            "weights": "average",
             "text_sha256": "abc",
             "hardware": "2 cores, a processor",
             "python": "3.11",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mixtura.data.text import DOMAINS
 from mixtura.specimen.measure import held_out_documents, load_by_layer, specialisation
-from mixtura.specimen.recipe import DOMAINS
 
 SHARES = torch.tensor(
     [

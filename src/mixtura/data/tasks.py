@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from random import Random
 from typing import Literal
@@ -72,6 +72,11 @@ def make_task(
     )
 
 
+def language_weights(languages: Sequence[str]) -> list[float]:
+    """How often each language is drawn: the first twice as often as each other."""
+    return [2.0] + [1.0] * (len(languages) - 1)
+
+
 def stream(
     split: Split,
     seed: int,
@@ -82,7 +87,7 @@ def stream(
 ) -> Iterator[Task]:
     """An endless, reproducible stream of tasks; the first language comes twice as often as each other."""
     rng = Random(f"{split}|{seed}")
-    weights = [2.0] + [1.0] * (len(languages) - 1)
+    weights = language_weights(languages)
     while True:
         task = rng.choice(tasks)
         language = rng.choices(languages, weights)[0]

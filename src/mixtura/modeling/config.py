@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, final
 
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mixtura.errors import SettingError
+from mixtura.errors import SettingError, UnknownNameError, check_range
 from mixtura.modeling.plan import MoEPlan, read_layers
+from mixtura.settings import fits
+
+_LARGEST = 1 << 40
+# Fields with their types and ranges; None is left to the checks that follow where it is allowed.
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+_SHARES = {"attention_dropout": (0.0, 1.0), "initializer_range": (0.0, 1e6), "rms_norm_eps": (0.0, 1.0)}
+_SWITCHES = ("attention_bias", "use_cache", "tie_word_embeddings", "output_router_logits")
 
 
 @final
@@ -61,6 +74,7 @@ class MixturaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_types(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -76,6 +90,8 @@ class MixturaConfig(PreTrainedConfig):
             raise SettingError(
                 f"hidden_act must be silu, the activation of the experts, got {self.hidden_act!r}"
             )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise SettingError(f"head_dim must be even, for rotary positions, got {self.head_dim}")
         self.moe = {} if self.moe is None else dict(self.moe)
         super().__post_init__(**kwargs)
         # Refuses what is wrong where it is written, not where it is used.
@@ -85,3 +101,32 @@ class MixturaConfig(PreTrainedConfig):
     def plans(self) -> tuple[MoEPlan | None, ...]:
         """The plan of every decoder layer; None for a dense one."""
         return read_layers(self.moe or {}, self.layers, self.num_hidden_layers)
+
+
+def _check_types(config: MixturaConfig) -> None:
+    """Raise `SettingError` for a field of the wrong type or out of range, with its name."""
+    for name in _SIZES:
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        if not fits(value, int):
+            raise SettingError(f"{name} of model must be a whole number, got {value!r}")
+        check_range("model", name, value, 1, _LARGEST)
+    for name, (low, high) in _SHARES.items():
+        value = getattr(config, name)
+        if not fits(value, float):
+            raise SettingError(f"{name} of model must be a number, got {value!r}")
+        check_range("model", name, value, low, high)
+    for name in _SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            raise SettingError(f"{name} of model must be true or false, got {getattr(config, name)!r}")
+    for name in ("moe", "rope_parameters"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, Mapping):
+            raise SettingError(f"{name} of model must hold keys and values, got {value!r}")
+    if config.layers is not None and not isinstance(config.layers, list | tuple):
+        raise SettingError(f"layers of model must be a list with one entry a layer, got {config.layers!r}")
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    if kind not in known:
+        raise UnknownNameError("rope_type", str(kind), known)

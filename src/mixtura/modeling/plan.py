@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, final
+from typing import Any, final, get_args, get_type_hints
 
 from mixtura.errors import SettingError, check_range, suggest
 from mixtura.layer import Capacity
@@ -21,6 +21,7 @@ from mixtura.settings import fits, settings
 from mixtura.types import LayerShape
 
 _LARGEST = 1 << 30
+_LEAST = {"num_experts": 1, "d_expert": 1, "granularity": 1, "pool": 1, "shared_width": 0}
 
 
 @final
@@ -117,28 +118,25 @@ class MoEPlan:
         read["balancers"] = tuple(Choice.read(one, "a balancer") for one in named)
         if "capacity" in read:
             read["capacity"] = _capacity(read["capacity"])
-        return _checked(replace(MoEPlan(), **read))
+        _check_sizes(read)
+        return replace(MoEPlan(), **read)
 
 
-def _checked(plan: MoEPlan) -> MoEPlan:
-    for name, least in (
-        ("num_experts", 1),
-        ("d_expert", 1),
-        ("granularity", 1),
-        ("pool", 1),
-        ("shared_width", 0),
-    ):
-        value = getattr(plan, name)
+def _check_sizes(read: Mapping[str, Any]) -> None:
+    """Raise `SettingError` for a size of the wrong type or out of range."""
+    for name, least in _LEAST.items():
+        value = read.get(name, least)
         if not fits(value, int):
             raise SettingError(f"{name} of an MoE layer must be a whole number, got {value!r}")
         check_range("an MoE layer", name, value, least, _LARGEST)
-    if not isinstance(plan.shared_gated, bool):
-        raise SettingError(f"shared_gated of an MoE layer must be true or false, got {plan.shared_gated!r}")
-    return plan
+    if not isinstance(read.get("shared_gated", False), bool):
+        raise SettingError(
+            f"shared_gated of an MoE layer must be true or false, got {read['shared_gated']!r}"
+        )
 
 
 def _capacity(value: Any) -> Capacity:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if fits(value, float):
         return Capacity(factor=value)
     known = {item.name for item in fields(Capacity)}
     if not isinstance(value, Mapping) or "factor" not in value:
@@ -146,6 +144,11 @@ def _capacity(value: Any) -> Capacity:
     for key in value:
         if key not in known:
             raise SettingError(f"capacity has no setting {key!r}; {suggest(key, known)}")
+    hints = get_type_hints(Capacity)
+    for key, held in value.items():
+        if not fits(held, hints[key]):
+            wanted = ", ".join(map(repr, get_args(hints[key]))) or "a number"
+            raise SettingError(f"{key} of capacity must be {wanted}, got {held!r}")
     return Capacity(**value)
 
 

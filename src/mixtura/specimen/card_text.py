@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mixtura.specimen.recipe import CURRICULUM, DOMAINS, NUM_SEQUENCES, SEQUENCE_LENGTH, SETTINGS, SHAPE
+from mixtura.specimen.recipe import VOCABULARY, recipe
 
 HEADER = """---
 license: apache-2.0
@@ -132,41 +132,44 @@ def _recipe(card: dict[str, Any]) -> str:
         if facts["decay_start"] is not None and facts["steps"] > facts["decay_start"]
         else "not yet decayed"
     )
+    data, steps, model = recipe().data, recipe().training, recipe().model
+    moe = model["moe"]
     stages = "; ".join(
-        ("then on" if stage.until >= 10**9 else f"until step {stage.until}")
+        ("then on" if stage.until is None else f"until step {stage.until}")
         + ": "
-        + ", ".join(f"{100 * share:.0f} % {name}" for name, share in zip(DOMAINS, stage.shares, strict=True))
+        + ", ".join(f"{100 * share:.0f} % {name}" for name, share in stage.shares.items())
         + f", numbers up to {stage.largest}"
-        for stage in CURRICULUM
+        for stage in data.stages
     )
-    average = "running mean over training" if facts["weights"] == "average" else "last ones"
+    size = f"{steps.num_sequences} × {data.sequence_length}"
     shape = (
-        f"{SHAPE['num_hidden_layers']} layers of {SHAPE['num_experts']} experts, "
-        f"{SHAPE['num_experts_per_tok']} chosen for each token, width {SHAPE['hidden_size']}, "
-        f"expert width {SHAPE['moe_intermediate_size']}, vocabulary {SHAPE['vocab_size']}"
+        f"{model['num_hidden_layers']} layers of {moe['num_experts']} experts, "
+        f"{moe['router']['top_k']} chosen for each token, width {model['hidden_size']}, "
+        f"expert width {moe['d_expert']}, vocabulary {VOCABULARY}"
     )
     optimizer = (
-        f"AdamW, peak rate {SETTINGS.peak_learning_rate:g}, warm-up {SETTINGS.warmup_steps} steps, "
-        f"weight decay {SETTINGS.weight_decay:g}, float32"
+        f"AdamW, peak rate {steps.learning_rate:g}, warm-up {steps.warmup_steps} steps, "
+        f"weight decay {steps.weight_decay:g}, float32"
     )
     return f"""## How it was trained
 
 - Shape: {shape}
-  (byte-level BPE, every digit a token), context {SEQUENCE_LENGTH};
+  (byte-level BPE, every digit a token), context {data.sequence_length};
   {card["parameters"] / 1e6:.1f} million parameters, {card["checkpoint_bytes"] / 1e6:.1f} MB in bfloat16.
 - Text: the Python {facts["python"]} standard library's source ("code"), its language reference and
   docstrings ("prose", English), and generated tasks with worked steps in four languages ("tasks").
   Nothing was downloaded. Digest of the training text:
   `{facts["text_sha256"]}`.
 - Curriculum: {stages}.
-- {facts["steps"]} steps of {NUM_SEQUENCES} × {SEQUENCE_LENGTH} tokens, {facts["tokens"] / 1e6:.1f} million
+- {facts["steps"]} steps of {size} tokens, {facts["tokens"] / 1e6:.1f} million
   tokens in all, {decay}; {optimizer}.
-  The weights are the {average}. Seed {facts["seed"]}.
+  Seed {facts["seed"]}.
 - Balance: for each layer by itself, over the whole batch of mixed domains,
-  weight {SETTINGS.balance_weight:g}.
+  weight {moe["balancers"][0]["coefficient"]:g}.
 - {facts["hours"]} hours on {facts["hardware"]}, shared with other work; Python {facts["python"]},
   torch {facts["torch"]}, transformers {facts["transformers"]}; {facts["date"]}.
 
-Made again by `make specimen`; the figures by `python -m mixtura.specimen.card`
+`make specimen` trains another by this recipe, which is a configuration of `mixtura train`
+(`mixtura/specimen/recipe.yaml`); `python -m mixtura.specimen.card` measures the figures again
 ({card["minutes_to_measure"]} minutes).
 """

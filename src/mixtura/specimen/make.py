@@ -1,24 +1,22 @@
-"""Make the specimen: `python -m mixtura.specimen.make [all | train | status | finish | snapshot]`.
+"""Make the specimen: `python -m mixtura.specimen.make`, which is what `make specimen` runs.
 
-`all`, the default, trains to the end, writes the model into the package and measures its card.
-The training lives in `build/specimen` and can be killed at any time: the same command goes on
-exactly where the last state was saved. Another process may look at it (`status`), write what it
-has so far (`snapshot`) or ask it to decay and end early (`finish --steps 300`).
+The tokenizer is learnt, the model of `recipe.yaml` is trained with `mixtura train`, the result is written
+into the package as an ordinary checkpoint, and its card is measured. The training lives in `build/specimen`
+and can be killed at any time: the same command goes on exactly where it was. `metrics.jsonl` there says how
+far it is. `--set num_steps=300 --set decay_steps=60` makes a shorter training.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from datetime import datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 from mixtura.errors import EXIT_USER_ERROR, UserError
 from mixtura.specimen import MODEL
 
 RUN = Path("build/specimen")
-ACTIONS = ("all", "train", "status", "finish", "snapshot")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,50 +25,41 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=ACTIONS, nargs="?", default="all")
     parser.add_argument("--run", type=Path, default=RUN, help="directory of the training")
+    parser.add_argument("--out", type=Path, default=MODEL, help="where the model is written")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads to train with")
-    parser.add_argument("--deadline", help="local time to end at, such as 2026-11-22T16:00")
-    parser.add_argument("--steps", type=int, default=300, help="steps of decay for finish")
-    parser.add_argument("--weights", choices=("average", "last"), default="average")
-    parser.add_argument("--out", type=Path, default=MODEL, help="where snapshot writes the model")
+    parser.add_argument("--no-card", action="store_true", help="leave the model unmeasured")
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Do what the command line says.
+def make(run: Path, out: Path, changes: Sequence[str] = (), *, card: bool = True) -> None:
+    """Train in ``run``, or go on there, and write the model to ``out``.
 
     Raises:
-        UserError: where the run's directory does not hold what is needed.
+        UserError: a change is not one of the recipe, or the training there is another.
     """
-    import torch
-
-    from mixtura.specimen import training
-    from mixtura.specimen.recipe import SETTINGS
+    from mixtura.specimen.card import write_card
+    from mixtura.specimen.recipe import changed
     from mixtura.specimen.snapshot import snapshot
+    from mixtura.specimen.tokenizer import learn
+    from mixtura.train.run import train
 
-    if arguments.action == "status":
-        print(training.status(arguments.run))
-        return
-    if arguments.action == "finish":
-        training.request_finish(arguments.run, arguments.steps)
-        return
-    torch.set_num_threads(arguments.threads)
-    if arguments.action in ("all", "train"):
-        deadline = datetime.fromisoformat(arguments.deadline).timestamp() if arguments.deadline else None
-        training.train(arguments.run, settings=dataclasses.replace(SETTINGS, deadline=deadline))
-    if arguments.action in ("all", "snapshot"):
-        snapshot(arguments.run, arguments.out, arguments.weights)
-    if arguments.action == "all":
-        from mixtura.specimen.card import write_card
-
-        write_card(arguments.out)
+    tokenizer = learn(run / "tokenizer")
+    train(changed([f"tokenizer={tokenizer}", *changes]), run / "training")
+    snapshot(run / "training", out)
+    if card:
+        write_card(out)
 
 
 def main() -> int:
     """Parse the command line, run it and give the exit code."""
+    arguments = _parser().parse_args()
     try:
-        run(_parser().parse_args())
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        make(arguments.run, arguments.out, arguments.set, card=not arguments.no_card)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -14,11 +14,10 @@ from mixtura.data import tasks
 from mixtura.data.corpora import split_documents, training_documents
 from mixtura.data.evaluate import bits_per_byte, task_accuracy
 from mixtura.data.records import Document
-from mixtura.data.text import held_out_tasks
+from mixtura.data.text import DOMAINS, held_out_tasks
 from mixtura.data.tokens import encode_documents, encode_text
 from mixtura.specimen.baselines import byte_ngram_bits, token_ngram_bits, xz_alone_bits, xz_primed_bits
-from mixtura.specimen.recipe import DOMAINS, SEED
-from mixtura.train.balance import RouterRecorder
+from mixtura.specimen.recipe import recipe
 
 NUM_HELD_OUT_TASKS = 1500
 NUM_PRIMING_TASKS = 20_000
@@ -29,14 +28,14 @@ def held_out_documents(domain: str) -> tuple[Document, ...]:
     """All held-out documents of a domain; tasks are put together as one document of many."""
     if domain != "tasks":
         return split_documents(domain, "held_out")
-    made = islice(tasks.stream("held_out", SEED), NUM_HELD_OUT_TASKS)
+    made = islice(tasks.stream("held_out", recipe().seed), NUM_HELD_OUT_TASKS)
     return tuple(task.document() for task in made)
 
 
 def _training_texts(domain: str) -> list[str]:
     if domain != "tasks":
         return [document.text for document in training_documents(domain)]
-    made = islice(tasks.stream("training", SEED + 1), NUM_PRIMING_TASKS)
+    made = islice(tasks.stream("training", recipe().seed + 1), NUM_PRIMING_TASKS)
     return [task.prompt + task.completion for task in made]
 
 
@@ -69,7 +68,7 @@ def compression(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
 
 def accuracy(model: Any, tokenizer: Any, num_per_task: int) -> dict[str, dict[str, dict[str, float | int]]]:
     """Exact matches by task and language on held-out tasks, beside the best constant answer."""
-    counted = task_accuracy(model, tokenizer, held_out_tasks(num_per_task, SEED), batch_size=64)
+    counted = task_accuracy(model, tokenizer, held_out_tasks(num_per_task, recipe().seed), batch_size=64)
     return {
         task: {
             language: {
@@ -87,18 +86,24 @@ def routed_shares(model: Any, tokenizer: Any) -> Float[Tensor, "L N E"]:
     """For each layer and domain, the share of choices that goes to each expert, held-out text."""
     documents = [document for domain in DOMAINS for document in held_out_documents(domain)]
     batch = encode_documents(documents, tokenizer, max_tokens=NUM_ROUTED_TOKENS)
-    recorder = RouterRecorder([layer.mlp.gate for layer in model.model.layers])
+    chosen: list[Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
+        for layer in model.model.layers
+    ]
     num_experts = model.config.num_experts
     counts = torch.zeros(len(model.model.layers), len(DOMAINS), num_experts, dtype=torch.float64)
     for part in batch.split(4096):
-        recorder.clear()
+        chosen.clear()
         with torch.no_grad():
             model.model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False)
         valid = part.attention_mask.flatten().bool()
         domain_of = part.domains[:, None].expand_as(part.input_ids).flatten()[valid]
-        for layer, ids in enumerate(recorder.expert_ids):
+        for layer, ids in enumerate(chosen):
             flat = (domain_of[:, None] * num_experts + ids[valid]).flatten()
             counts[layer] += torch.bincount(flat, minlength=len(DOMAINS) * num_experts).view(-1, num_experts)
+    for hook in hooks:
+        hook.remove()
     order = [batch.domain_names.index(domain) for domain in DOMAINS]
     counts = counts[:, order]
     return counts / counts.sum(dim=2, keepdim=True)

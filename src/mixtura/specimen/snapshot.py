@@ -1,4 +1,4 @@
-"""Write a training's weights as an ordinary transformers checkpoint, finished or absent."""
+"""Write a training of the specimen as an ordinary transformers checkpoint, finished or absent."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from typing import Any
 
 import torch
 
-from mixtura.specimen.recipe import NUM_SEQUENCES, SEED, SEQUENCE_LENGTH, SHAPE
-from mixtura.specimen.training import load_tokenizer, make_model
-from mixtura.train.state import load_state
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ bos_token + 'Question: ' + message['content'] + '\n' }}"
@@ -23,53 +19,57 @@ CHAT_TEMPLATE = (
 )
 
 
-def snapshot(
-    directory: Path, target: Path, weights: str = "average", shape: dict[str, object] = SHAPE
-) -> None:
-    """Write the last saved state of a training to `target`, replacing what is there.
+def snapshot(training: Path, target: Path) -> None:
+    """Write what a training of `mixtura train` came to, replacing what is in `target`.
 
-    The checkpoint is bfloat16 in one shard, with one tensor for each expert's projection, the
-    tokenizer, the generation config and `training.json`, which says how it was trained so far.
-    `weights` is "average" (the running mean) or "last".
+    The checkpoint is a Qwen3-MoE in bfloat16, in one shard, with one tensor for each expert's projection,
+    the tokenizer, the generation config and `training.json`, which says how it was trained.
+
+    Raises:
+        UnsupportedModelError: the model has parts that no Qwen3-MoE has.
     """
-    state = load_state(directory / "state.pt")
-    model = make_model(shape, SEED)
-    model.load_state_dict(state["model"])
-    if weights == "average":
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(state["average"][name])
+    from mixtura.model import MixturaForCausalLM
+    from mixtura.modeling.export import exported
+    from mixtura.tokenizer import load_tokenizer
+    from mixtura.train.run import MODEL
+
+    model = exported(MixturaForCausalLM.from_pretrained(training / MODEL))
+    # The loss of transformers, which pools layers, was not trained with.
+    model.config.router_aux_loss_coef = 0.0
     model.generation_config.max_new_tokens = 200
     aside = target.with_name(target.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(aside)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(training / MODEL)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(aside)
-    facts = training_facts(state["progress"], directory, weights)
-    (aside / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (aside / "training.json").write_text(json.dumps(training_facts(training), indent=1) + "\n")
     for file in aside.iterdir():
         file.chmod(0o644)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
 
 
-def training_facts(progress: dict[str, Any], directory: Path, weights: str) -> dict[str, Any]:
-    """How a model was trained so far: seed, steps, tokens, hours, hardware, versions."""
+def training_facts(training: Path) -> dict[str, Any]:
+    """How a model was trained: seed, steps, tokens, hours, hardware, versions."""
     import transformers
 
-    note = directory / "text.json"
-    decay = progress["decay"]
+    from mixtura.train.run import known
+    from mixtura.train.trainer import METRICS
+
+    config = known(training) or {}
+    steps = config["training"]
+    last = json.loads((training / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    per_step = steps["num_sequences"] * steps["num_accumulated"] * config["data"]["sequence_length"]
     return {
-        "seed": SEED,
-        "steps": progress["step"],
-        "decay_start": decay[0] if decay else None,
-        "decay_steps": decay[1] if decay else None,
-        "tokens": progress["num_tokens"],
-        "tokens_per_step": NUM_SEQUENCES * SEQUENCE_LENGTH,
-        "hours": round(progress["seconds"] / 3600, 2),
-        "weights": weights,
-        "text_sha256": json.loads(note.read_text())["sha256"] if note.exists() else None,
+        "seed": config["seed"],
+        "steps": steps["num_steps"],
+        "decay_start": steps["num_steps"] - steps["decay_steps"],
+        "decay_steps": steps["decay_steps"],
+        "tokens": steps["num_steps"] * per_step,
+        "tokens_per_step": per_step,
+        "hours": round(last["seconds"] / 3600, 2),
+        "text_sha256": config["text_sha256"],
         "hardware": f"{os.cpu_count()} cores, {processor_name()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mixtura.data.corpora import training_documents
 from mixtura.data.tasks import stream
-from mixtura.specimen.recipe import SEED, SEQUENCE_LENGTH, VOCABULARY
+from mixtura.specimen.recipe import VOCABULARY, recipe
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-END_ID, PAD_ID = 0, 1
+END_ID = 0
 NUM_TASKS = 20_000
 
 
@@ -21,7 +22,7 @@ def _texts() -> Iterator[str]:
     for domain in ("code", "prose"):
         for document in training_documents(domain):
             yield document.text
-    for task in islice(stream("training", SEED), NUM_TASKS):
+    for task in islice(stream("training", recipe().seed), NUM_TASKS):
         yield task.prompt + task.completion
 
 
@@ -55,6 +56,15 @@ def train_tokenizer() -> Any:
         eos_token=END,
         pad_token=PAD,
         padding_side="left",
-        model_max_length=SEQUENCE_LENGTH,
+        model_max_length=recipe().data.sequence_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def learn(folder: Path) -> Path:
+    """Write the tokenizer to a directory, whole or not at all, where it is not there yet."""
+    if not folder.exists():
+        aside = folder.with_name(f"{folder.name}.part")
+        train_tokenizer().save_pretrained(aside)
+        aside.rename(folder)
+    return folder

@@ -1,1 +1,1 @@
-"""Training: schedule, balance, state on disk and the loop that the specimen is trained with."""
+"""Training of models of mixtura's own: configuration, text, curriculum, and transformers' Trainer."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, final, get_type_hints
+from typing import Any, TypeVar, final, get_args, get_type_hints
 
+from mixtura.data.text import DOMAINS
 from mixtura.errors import SettingError, UnknownNameError, UserError, check_range, suggest
 from mixtura.settings import fits
+from mixtura.train.stages import Stage, check_stages
 
 Record = TypeVar("Record")
 
@@ -21,19 +23,30 @@ class DataConfig:
 
     Attributes:
         domains: of the text that comes with Python ("code", "prose") and of made tasks ("tasks"), in
-            equal parts.
-        text: a file or directory of one's own text in their place.
+            equal parts unless there are stages.
+        stages: a curriculum of the domains' shares and of the tasks; see `mixtura.train.stages.Stage`.
+        text: a file or directory of one's own text in place of the domains.
         tokenizer: "specimen", or the directory of a tokenizer.
         sequence_length: tokens a sequence.
+        documents_apart: whether positions start again, and attention ends, with every document; the
+            tokenizer must begin texts with a token of its own.
     """
 
     domains: list[str] = field(default_factory=lambda: ["code", "prose", "tasks"])
+    stages: list[Stage] = field(default_factory=list)
     text: str | None = None
     tokenizer: str = "specimen"
     sequence_length: int = 256
+    documents_apart: bool = False
 
     def __post_init__(self) -> None:
         check_range("data", "sequence_length", self.sequence_length, 2, 1 << 20)
+        for name in self.domains:
+            if name not in DOMAINS:
+                raise UnknownNameError("domain", name, DOMAINS)
+        if not self.domains and self.text is None:
+            raise SettingError(f"data needs domains or a text; the domains are {', '.join(DOMAINS)}")
+        check_stages(self.stages)
 
 
 @final
@@ -56,6 +69,7 @@ class StepConfig:
             the price of a forward pass; nothing changes with one part on one process.
         activation_checkpointing: whether layers are computed again instead of kept.
         bf16: whether to compute in bfloat16 where that is safe.
+        tensorboard: whether to write the metrics for TensorBoard, too, in ``DIRECTORY/tensorboard``.
     """
 
     num_steps: int = 1000
@@ -73,6 +87,7 @@ class StepConfig:
     exact_balance: bool = True
     activation_checkpointing: bool = False
     bf16: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_sequences", "num_accumulated", "save_steps", "log_steps", "keep"):
@@ -104,13 +119,16 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: StepConfig = field(default_factory=StepConfig)
 
+    def __post_init__(self) -> None:
+        check_range("the configuration", "seed", self.seed, 0, 1 << 62)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, every default included."""
         return asdict(self)
 
 
 # What may differ between a training and its continuation.
-FREE = ("training.save_steps", "training.log_steps", "training.keep")
+FREE = ("training.save_steps", "training.log_steps", "training.keep", "training.tensorboard")
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -127,10 +145,15 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     values = _read_yaml(Path(path))
     for change in changes:
         key, separator, value = change.partition("=")
-        if not separator:
+        if not separator or not key.strip():
             raise SettingError(f"a setting is written key=value, got {change!r}")
         _put(values, _full_key(key.strip()), _parse(value, change))
     return build_config(values)
+
+
+def read_record(cls: type[Record], path: str | Path, where: str) -> Record:
+    """A record of plain fields from a YAML file; see `read_config` for what it raises."""
+    return _record(cls, _read_yaml(Path(path)), where)
 
 
 def build_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -186,13 +209,19 @@ def _record(cls: type[Record], values: Any, where: str) -> Record:
         if key not in known:
             raise UnknownNameError(f"key of {where}", str(key), known)
         wanted = hints[key]
+        parts = get_args(wanted)
         if is_dataclass(wanted):
             read[key] = _record(wanted, value, key)  # type: ignore[arg-type]
+        elif isinstance(value, list) and parts and is_dataclass(parts[0]):
+            read[key] = [_record(parts[0], one, key) for one in value]  # type: ignore[arg-type]
         elif fits(value, wanted):
             read[key] = value
         else:
-            name = getattr(wanted, "__name__", str(wanted))
+            name = str(wanted) if parts else getattr(wanted, "__name__", str(wanted))
             raise SettingError(f"{key} of {where} must be of type {name}, got {value!r}")
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.name not in read and item.default is MISSING and item.default_factory is MISSING:
+            raise SettingError(f"{where} needs {item.name}")
     return cls(**read)
 
 

@@ -13,11 +13,12 @@ from typing import Any, final
 
 import torch
 
-from mixtura.errors import CheckpointError, UserError
+from mixtura.errors import CheckpointError, OutputError, UserError
 from mixtura.train.config import TrainConfig, differences
 
 MODEL = "model"
 _CONFIG = "config.json"
+_TEXT = "text_sha256"
 
 
 @final
@@ -50,25 +51,30 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
 
     Raises:
         UserError: accelerate is not installed, or the text or tokenizer is missing.
-        CheckpointError: the directory holds a training of another configuration.
+        CheckpointError: the directory holds a training of another configuration or text.
+        OutputError: it holds something else, or cannot be written.
     """
-    if find_spec("accelerate") is None:
-        raise UserError("training needs accelerate; install mixtura[train]")
+    _require_installed(config)
     from mixtura.model import MixturaForCausalLM
-    from mixtura.train.text import Sequences, streams_of
+    from mixtura.train.text import digest
     from mixtura.train.trainer import checkpoints
 
-    directory.mkdir(parents=True, exist_ok=True)
+    values = json.loads(json.dumps(config.to_dict()))
+    _check_same(values, directory)
     tokenizer = _tokenizer(config.data.tokenizer)
-    described = _model_config(config, tokenizer)
+    model = MixturaForCausalLM(_model_config(config, tokenizer))
+    streams = _streams(config, tokenizer)
+    values["text_sha256"] = digest(streams)
     steps = config.training
-    streams = streams_of(config.data.domains, config.data.text, tokenizer, config.seed)
-    wanted = steps.num_steps * steps.num_accumulated * steps.num_sequences
-    model = MixturaForCausalLM(described)
+    data = _sequences(config, streams, tokenizer)
+    _try(model, data)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {directory}: {error.strerror}") from None
     trainer = _trainer(config, model, directory, progress)
     with trainer.accelerator.main_process_first():
-        _check_same(config, directory)
-    data = Sequences(streams, wanted * trainer.args.world_size, config.data.sequence_length, config.seed)
+        _begin(values, directory)
     trainer.train_dataset = data
     found = checkpoints(directory)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -82,6 +88,56 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
         num_parameters=sum(p.numel() for p in model.parameters()),
         last=_last_line(directory),
     )
+
+
+def _require_installed(config: TrainConfig) -> None:
+    if find_spec("accelerate") is None:
+        raise UserError("training needs accelerate; install mixtura[train]")
+    if config.training.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("tensorboard is not installed; install mixtura[tensorboard], or leave it out")
+
+
+def _streams(config: TrainConfig, tokenizer: Any) -> Mapping[str, Any]:
+    """The text by domain; tasks of a curriculum are made as they are read."""
+    from mixtura.train.stages import MADE
+    from mixtura.train.text import streams_of
+
+    data = config.data
+    domains = [name for name in data.domains if name != MADE or not data.stages]
+    return streams_of(domains, data.text, tokenizer, config.seed)
+
+
+def _sequences(config: TrainConfig, streams: Mapping[str, Any], tokenizer: Any) -> Any:
+    """What is trained on, by number."""
+    from mixtura.train.stages import StagedSequences
+    from mixtura.train.text import Sequences, document_start
+
+    data, steps = config.data, config.training
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = steps.num_accumulated * steps.num_sequences * processes
+    start_id = document_start(tokenizer) if data.documents_apart else None
+    length, wanted = data.sequence_length, steps.num_steps * per_step
+    if not data.stages:
+        return Sequences(streams, wanted, length, config.seed, start_id)
+    return StagedSequences(
+        streams,
+        data.stages,
+        tokenizer,
+        num_sequences=wanted,
+        per_step=per_step,
+        length=length,
+        start_id=start_id,
+        seed=config.seed,
+    )
+
+
+def _try(model: Any, data: Any) -> None:
+    """One forward pass, so that a router that lacks what it reads says so before anything is written."""
+    from mixtura.modeling.decoder import frozen_noise
+    from mixtura.train.text import collate
+
+    with torch.no_grad(), frozen_noise():
+        model.train()(**collate([data[0]]))
 
 
 def _tokenizer(name: str) -> Any:
@@ -111,37 +167,90 @@ def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is {made.vocab_size}; leave it out"
         )
+    if made.max_position_embeddings < config.data.sequence_length:
+        raise UserError(
+            f"sequence_length is {config.data.sequence_length}, but max_position_embeddings is "
+            f"{made.max_position_embeddings}; leave it out"
+        )
     return made
 
 
-def _check_same(config: TrainConfig, directory: Path) -> None:
-    """Refuse to go on with another configuration: it would not be the same training."""
+def _check_same(values: Mapping[str, Any], directory: Path) -> None:
+    """Refuse to go on with another configuration or text: it would not be the same training."""
+    before = known(directory)
+    found = [] if before is None else differences({key: before.get(key) for key in values}, values)
+    if found == [_TEXT]:
+        raise CheckpointError(
+            f"the training in {directory} began with other text (was it changed, or is this another "
+            "Python?); go on with that text or train in another directory"
+        )
+    if found:
+        raise CheckpointError(
+            f"the training in {directory} has another {', '.join(found)}; "
+            "go on with its own configuration or train in another directory"
+        )
+
+
+def known(directory: Path) -> dict[str, Any] | None:
+    """The configuration of the training in a directory, and its text's digest; None where there is none.
+
+    Raises:
+        OutputError: the directory holds something else.
+    """
     file = directory / _CONFIG
-    values = json.loads(json.dumps(config.to_dict()))
-    if file.exists():
-        found = differences(json.loads(file.read_text(encoding="utf-8")), values)
-        if found:
-            raise CheckpointError(
-                f"the training in {directory} has another {', '.join(found)}; "
-                "go on with its own configuration or train in another directory"
-            )
-        return
-    aside = file.with_suffix(".part")
-    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    if not file.exists():
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"{directory} is a file; give a directory to train in")
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    if not {"training", "data", _TEXT} <= found.keys():
+        raise OutputError(f"{directory} holds something else than a training; give another directory")
+    return found
+
+
+def _begin(values: Mapping[str, Any], directory: Path) -> None:
+    """Note what a training is of, or see that it is that of the one that is there."""
+    _check_same(values, directory)
+    file = directory / _CONFIG
+    if not file.exists():
+        aside = file.with_suffix(".part")
+        aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        aside.replace(file)
 
 
 def _trainer(config: TrainConfig, model: Any, directory: Path, progress: bool) -> Any:
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
+    from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback
 
     from mixtura.train.progress import ProgressCallback
     from mixtura.train.trainer import MetricsCallback, MixturaTrainer
 
+    steps, arguments = config.training, _arguments(config, directory)
+    metrics = MetricsCallback(directory)
+    trainer = MixturaTrainer(metrics=metrics, exact_balance=steps.exact_balance, model=model, args=arguments)
+    trainer.remove_callback(PrinterCallback)
+    shown: type[TrainerCallback] = ProgressCallback
+    if progress:
+        trainer.add_callback(shown())
+    if steps.tensorboard:
+        board = TensorBoardCallback()
+        board.logging_dir = str(directory / "tensorboard")
+        trainer.add_callback(board)
+    return trainer
+
+
+def _arguments(config: TrainConfig, directory: Path) -> Any:
+    """What transformers' Trainer is told."""
+    from transformers import TrainingArguments
+
     steps = config.training
     on_gpu = torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps.num_steps,
         per_device_train_batch_size=steps.num_sequences,
@@ -167,16 +276,9 @@ def _trainer(config: TrainConfig, model: Any, directory: Path, progress: bool) -
         ddp_backend="gloo" if several and not on_gpu else None,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        report_to=[],
         disable_tqdm=True,
     )
-    metrics = MetricsCallback(directory)
-    trainer = MixturaTrainer(metrics=metrics, exact_balance=steps.exact_balance, model=model, args=arguments)
-    trainer.remove_callback(PrinterCallback)
-    shown: type[TrainerCallback] = ProgressCallback
-    if progress:
-        trainer.add_callback(shown())
-    return trainer
 
 
 def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mixtura.data import tasks
 from mixtura.data.corpora import training_documents
 from mixtura.data.reading import read
 from mixtura.data.text import DOMAINS
-from mixtura.errors import UnknownNameError, UserError
+from mixtura.errors import SettingError, UnknownNameError, UserError
 
 Stream = NDArray[np.int64]
 NUM_TASKS = 20_000
@@ -58,12 +61,21 @@ class Windows:
 class Sequences(Dataset[dict[str, Any]]):
     """Training sequences by number, domains in turn: the same whatever was read before.
 
-    An item has ``input_ids [length]``, ``labels [length]`` and the number of its ``domain``.
+    An item has ``input_ids [length]``, ``labels [length]``, the number of its ``domain`` and, where
+    documents are told apart by the token ``start_id`` that begins each, ``position_ids [length]``.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], num_sequences: int, length: int, seed: int) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        num_sequences: int,
+        length: int,
+        seed: int,
+        start_id: int | None = None,
+    ) -> None:
         self.domains = tuple(streams)
         self._num_sequences = num_sequences
+        self._start_id = start_id
         self._windows = [Windows(t, length, (seed, place)) for place, t in enumerate(streams.values())]
 
     def __len__(self) -> int:
@@ -73,15 +85,35 @@ class Sequences(Dataset[dict[str, Any]]):
         turn, place = divmod(number, len(self.domains))
         # Dividing by the number of domains, every process and every batch would see some domains only.
         place = (place + turn) % len(self.domains)
-        ids = torch.from_numpy(self._windows[place][turn][:-1].copy())
-        return {"input_ids": ids, "labels": ids, "domain": place}
+        return item(self._windows[place][turn], place, self._start_id)
+
+
+def item(tokens: Stream, domain: int, start_id: int | None) -> dict[str, Any]:
+    """What a training sequence is made of; ``tokens`` has one more, which the last one predicts."""
+    ids = torch.from_numpy(tokens[:-1].copy())
+    made = {"input_ids": ids, "labels": ids, "domain": domain}
+    return made if start_id is None else made | {"position_ids": positions(ids, start_id)}
+
+
+def positions(ids: Int[Tensor, " Q"], start_id: int) -> Int[Tensor, " Q"]:
+    """Places within each document: they start again at every ``start_id``.
+
+    >>> positions(torch.tensor([5, 6, 0, 7, 0, 8]), start_id=0).tolist()
+    [0, 1, 0, 1, 0, 1]
+    """
+    places = torch.arange(len(ids))
+    begun = torch.where(ids == start_id, places, 0).cummax(0).values
+    return places - begun
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A batch of sequences, with their domains as labels of tokens."""
-    ids = torch.stack([item["input_ids"] for item in items])
-    domain = torch.tensor([item["domain"] for item in items])
-    return {"input_ids": ids, "labels": ids.clone(), "token_labels": {"domain": domain}}
+    ids = torch.stack([one["input_ids"] for one in items])
+    domain = torch.tensor([one["domain"] for one in items])
+    batch = {"input_ids": ids, "labels": ids.clone(), "token_labels": {"domain": domain}}
+    if "position_ids" in items[0]:
+        batch["position_ids"] = torch.stack([one["position_ids"] for one in items])
+    return batch
 
 
 def encode(texts: Sequence[str], tokenizer: Any, key: str) -> Stream:
@@ -90,6 +122,27 @@ def encode(texts: Sequence[str], tokenizer: Any, key: str) -> Stream:
     Random(key).shuffle(shuffled)
     encoded = tokenizer(shuffled, verbose=False)["input_ids"]
     return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+
+
+def digest(streams: Mapping[str, Stream]) -> str:
+    """A digest of all text that a training reads."""
+    total = hashlib.sha256()
+    for name, tokens in streams.items():
+        total.update(f"{name}|{len(tokens)}|".encode())
+        total.update(tokens.tobytes())
+    return total.hexdigest()
+
+
+def document_start(tokenizer: Any) -> int:
+    """The token that the tokenizer begins every text with.
+
+    Raises:
+        SettingError: it begins texts with none.
+    """
+    first = tokenizer("a")["input_ids"][0]
+    if first != tokenizer.bos_token_id:
+        raise SettingError("the tokenizer begins texts with no token of its own; leave documents_apart out")
+    return int(first)
 
 
 def training_texts(domain: str, seed: int) -> list[str]:

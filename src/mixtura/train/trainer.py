@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,17 +42,20 @@ class BalanceCallback(TrainerCallback):
 
 @final
 class MetricsCallback(TrainerCallback):
-    """Appends what the trainer logs to ``metrics.jsonl``, routing by layer included."""
+    """Appends what the trainer logs to ``metrics.jsonl``, routing by layer and time included."""
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / METRICS
         self.layers: list[dict[str, Any]] = []
+        self._began, self._before = time.monotonic(), 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget lines of steps that a continued training does again."""
+        self._began = time.monotonic()
         if not state.is_world_process_zero or not self._file.exists():
             return
         kept = [line for line in _whole_lines(self._file) if json.loads(line)["step"] <= state.global_step]
+        self._before = json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0
         aside = self._file.with_suffix(".part")
         aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         aside.replace(self._file)
@@ -63,7 +67,8 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         plain = {k: round(float(v), 6) for k, v in logs.items() if "/" not in k}
-        line = {"step": state.global_step} | plain | {"layers": self.layers}
+        seconds = round(self._before + time.monotonic() - self._began, 1)
+        line = {"step": state.global_step, "seconds": seconds} | plain | {"layers": self.layers}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
