@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixtura.contracts import checks
-from mixtura.method import PACKAGE_DIR, SECTIONS, Header, Kind, header, kinds, own_names
+from mixtura.method import PACKAGE_DIR, Header, Kind, header, kinds, own_names
 
 DOCS_DIR = PACKAGE_DIR.parents[1] / "docs"
 _NOTE = "<!-- Written by `python -m mixtura.docs`; edit the source it names instead. -->"
@@ -91,8 +91,9 @@ def _method_page(kind: Kind, method: Header) -> str:
     lines = [_NOTE, "", f"# {method.name}", ""]
     lines += [f"A [{kind.singular.replace('_', ' ')}](README.md). {method.title} ({paper}).", ""]
     lines += [_markdown(sections[""]), "", "## Settings", "", *_settings(method), ""]
-    for name in SECTIONS:
-        text = sections.get(name, "")
+    for name, text in sections.items():
+        if not name:
+            continue
         body = f"```python\n{text}\n```" if name == "Example" else _markdown(text)
         lines += [f"## {name}", "", body, ""]
     lines += ["## Known gaps", ""]

@@ -12,8 +12,8 @@ A method's file holds::
 
 ``paper`` is the id in the project's list of papers (or None) and ``title`` its title. ``tags``, what
 the method promises or needs, and ``gaps``, the checks of its contract it is known to fail and why,
-may be left out. The class's docstring has the sections `SECTIONS`; its settings are the keyword-only
-arguments of its constructor.
+may be left out. The class's docstring has the sections `SECTIONS`, and may have others (``Cost``, where a
+router takes more than twice top-k's time); its settings are the keyword-only arguments of its constructor.
 """
 
 from __future__ import annotations

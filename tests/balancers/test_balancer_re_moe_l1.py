@@ -62,3 +62,12 @@ def test_a_step_without_tokens_leaves_lambda() -> None:
     balancer = ReMoeL1(initial=0.25)
     state = balancer.update(BalancerInput(routing=routed(0), state=balancer.start(SHAPE)))
     assert state["coefficient"].item() == 0.25
+
+
+@pytest.mark.parametrize(("top_k", "bound"), [(1, 0.5), (60, 1e-30)])
+def test_lambda_stays_within_its_bounds_however_long_the_target_is_missed(top_k: int, bound: float) -> None:
+    balancer = ReMoeL1(top_k=top_k, most=0.5, factor=1.5)
+    state, routing = balancer.start(SHAPE), routed()
+    for _ in range(400):
+        state = balancer.update(BalancerInput(routing=routing, state=state))
+    assert state["coefficient"].item() == pytest.approx(bound)

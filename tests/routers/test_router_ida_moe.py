@@ -31,7 +31,7 @@ def codes(router: IdaMoe, x: torch.Tensor) -> torch.Tensor:
 
 def test_scores_are_posteriors_and_the_loss_the_likelihood_of_a_mixture_of_gaussians() -> None:
     router = made(likelihood_coefficient=1)
-    routing = router(RouterInput.of(tokens()))
+    routing = router(RouterInput.of(tokens(), training=True))
     parts = Independent(Normal(router.means, router.log_deviations.exp()), 1)
     code = codes(router, tokens())
     mixture = MixtureSameFamily(Categorical(logits=router.mixing), parts)
@@ -57,7 +57,7 @@ def test_the_task_trains_experts_and_not_the_router_and_likelihood_not_the_token
     router = made()
     layer = MoELayer(router, Experts(SHAPE))
     x = tokens().requires_grad_()
-    output, routing = layer(RouterInput.of(x))
+    output, routing = layer(RouterInput.of(x, training=True))
     output.square().sum().backward()
     assert all(parameter.grad is None for parameter in router.parameters())
     before = x.grad.clone()
@@ -68,7 +68,7 @@ def test_the_task_trains_experts_and_not_the_router_and_likelihood_not_the_token
 
 def test_likelihood_does_not_move_the_encoder() -> None:
     router = made()
-    routing = router(RouterInput.of(tokens()))
+    routing = router(RouterInput.of(tokens(), training=True))
     assert torch.autograd.grad(routing.losses["likelihood"], router.encoder, allow_unused=True) == (None,)
 
 
@@ -79,12 +79,12 @@ def test_trained_alone_it_finds_the_domains_of_its_input() -> None:
     x = centres[domain] + 0.3 * torch.randn(240, 16, generator=generator)
     router = IdaMoe(SHAPE, top_k=1, num_groups=4, num_dims=8)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
-    first = router(RouterInput.of(x))
+    first = router(RouterInput.of(x, training=True))
     for _ in range(200):
         optimizer.zero_grad()
-        sum(router(RouterInput.of(x)).losses.values()).backward()
+        sum(router(RouterInput.of(x, training=True)).losses.values()).backward()
         optimizer.step()
-    routing = router(RouterInput.of(x))
+    routing = router(RouterInput.of(x, training=True))
     for name, loss in routing.losses.items():
         assert loss < first.losses[name]
     # All tokens of a domain go together, and they are sure of it.

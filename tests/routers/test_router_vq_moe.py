@@ -70,7 +70,7 @@ def test_tokens_of_one_code_meet_one_expert_and_one_value() -> None:
 def test_loss_by_hand_and_where_its_gradient_goes() -> None:
     router = made(commitment=0.5, coefficient=3.0)
     x = tokens().requires_grad_()
-    routing = router(RouterInput.of(x, experts=Experts(SHAPE).matrices))
+    routing = router(RouterInput.of(x, experts=Experts(SHAPE).matrices, training=True))
     gaps = (x[:, None] - router.codes[None]).square().sum(-1)
     nearest = gaps.min(-1)
     expected = 3.0 * 1.5 * nearest.values.mean() / 16
@@ -96,8 +96,9 @@ def test_padding_does_not_count() -> None:
     router, experts = made(), Experts(SHAPE).matrices
     valid = torch.arange(20) < 12
     x = torch.where(valid[:, None], tokens(), torch.nan)
-    padded = router(RouterInput(x=x, valid=valid, experts=experts))
-    alone = router(RouterInput.of(tokens()[:12], experts=experts))
+    padded = router(RouterInput(x=x, valid=valid, experts=experts, training=True))
+    alone = router(RouterInput.of(tokens()[:12], experts=experts, training=True))
+    assert not router(RouterInput.of(tokens(), experts=experts)).losses
     torch.testing.assert_close(padded.losses["codes"], alone.losses["codes"])
     torch.testing.assert_close(padded.extra[:12], alone.extra)
     assert (padded.extra[12:] == 0).all()

@@ -11,9 +11,13 @@ from mixtura.method import PACKAGE_DIR, header, kinds, own_names
 
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 50  # its docstring aside
-MOST_LINES_OF_A_METHOD = 120
+# Outside docstrings: what is said about a method may be long.
+MOST_LINES_OF_A_METHOD = 105
 MODULES = sorted(PACKAGE_DIR.rglob("*.py"))
 METHODS = [header(kind.name, name).path for kind in kinds() for name in own_names(kind.name)]
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def name_of(path: Path) -> str:
@@ -43,4 +47,6 @@ def test_functions(path: Path) -> None:
 
 @pytest.mark.parametrize("path", METHODS, ids=name_of)
 def test_methods(path: Path) -> None:
-    assert num_lines(path) <= MOST_LINES_OF_A_METHOD
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    documented = [one for one in nodes if isinstance(one, DOCUMENTED) and ast.get_docstring(one)]
+    assert num_lines(path) - sum(spanned(one.body[0]) for one in documented) <= MOST_LINES_OF_A_METHOD

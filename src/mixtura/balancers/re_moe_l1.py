@@ -20,6 +20,9 @@ METHOD = {
     "tags": ["needs_router:re_moe"],
 }
 
+# What is divided further would vanish, and never rise again.
+_LEAST = 1e-30
+
 
 @final
 class ReMoeL1(Balancer):
@@ -28,15 +31,16 @@ class ReMoeL1(Balancer):
     The loss is ``lambda * sum_e f_e * P_e`` with ``P_e`` the mean weight of expert e over the tokens and
     ``f_e = E * n_e / (top_k * T)`` for the ``n_e`` of T tokens it is active for. After each step lambda,
     which starts at ``initial``, is multiplied by ``factor`` if on the mean over all layers more experts are
-    active than asked for, and divided by it otherwise. Gradients flow through ``P_e`` alone.
+    active than asked for, and divided by it otherwise; it stays below ``most``. Gradients flow through
+    ``P_e`` alone.
 
     Shapes:
         A routing of T tokens over E experts to one number; the state ``coefficient []`` is lambda, the same
         in every layer.
 
     Raises:
-        SettingError: ``top_k`` is not in [1, 65536], ``initial`` not in [1e-30, 1e6], or ``factor`` not in
-            [1, 100].
+        SettingError: ``top_k`` is not in [1, 65536], ``initial`` not in [1e-30, 1e6], ``factor`` not in
+            [1, 100], or ``most`` not in [``initial``, 1e6].
 
     Example:
         >>> balancer = ReMoeL1(top_k=1, initial=1e-8, factor=1.2)
@@ -51,18 +55,24 @@ class ReMoeL1(Balancer):
         '1.2e-08'
 
     Differences from the paper:
-        None known; at exactly the target lambda is divided, as in the released code. A step without any
-        token leaves it. Without ``loads`` the layer at hand stands for all. Padding counts nowhere.
+        There nothing bounds lambda. Where tokens have mean zero no row can be negative for most of them, and
+        lambda would grow until it is not finite; ``most`` ends that, and 1e-30 is the least. At exactly the
+        target lambda is divided, as in the released code. A step without any token leaves it. Without
+        ``loads`` the layer at hand stands for all. Padding counts nowhere.
 
     Reference:
         ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing (paper 122); repository
         thu-ml/ReMoE.
     """
 
-    def __init__(self, *, top_k: int = 2, initial: float = 1e-8, factor: float = 1.2) -> None:
+    def __init__(
+        self, *, top_k: int = 2, initial: float = 1e-8, factor: float = 1.2, most: float = 100.0
+    ) -> None:
         check_range("ReMoeL1", "top_k", top_k, 1, 65536)
-        check_range("ReMoeL1", "initial", initial, 1e-30, 1e6)
+        check_range("ReMoeL1", "initial", initial, _LEAST, 1e6)
         check_range("ReMoeL1", "factor", factor, 1, 100)
+        check_range("ReMoeL1", "most", most, initial, 1e6)
+        self.most = most
         self.top_k = top_k
         self.initial = initial
         self.factor = factor
@@ -85,7 +95,7 @@ class ReMoeL1(Balancer):
         loads = inputs.demand[None] if inputs.loads is None else inputs.loads
         active = float(loads.sum()) / (loads.shape[0] * num_tokens)
         scale = self.factor if active > self.top_k else 1 / self.factor
-        return {"coefficient": coefficient.detach() * scale}
+        return {"coefficient": (coefficient.detach() * scale).clamp(_LEAST, self.most)}
 
 
 def _num_tokens(inputs: BalancerInput) -> int:

@@ -45,6 +45,11 @@ class AutonomyOfExperts(Router):
         makes asking every expert cheap. Here experts are what the layer has, with full matrices, so the
         first product of every expert is computed, and that of the chosen ones once more in the layer.
 
+    Cost:
+        Every expert multiplies every token by its whole first matrix: F rows where top-k's router has
+        one, and in training the way back through them. That is the method's own; the paper's thin factors
+        would make F the rank.
+
     Reference:
         Autonomy-of-Experts Models (paper 110, abstract).
     """

@@ -27,8 +27,7 @@ class BaseLayer(Router):
     assignment problem is solved over the valid tokens of the batch: every token gets one expert and no
     expert more than ``tokens / experts`` (rounded up), so nothing is dropped and no balancing loss is
     needed. Otherwise each token takes its best expert; of equal affinities the lowest index wins. The
-    expert's output is weighted by the sigmoid of the affinity, through which centroids learn. Training
-    costs more than top-k by the auction's rounds of bids; inference does not.
+    expert's output is weighted by the sigmoid of the affinity, through which centroids learn.
 
     Shapes:
         ``x [T, D]`` to T assignments; one parameter, ``weight [E, D]``.
@@ -49,6 +48,10 @@ class BaseLayer(Router):
         connection inside, so that mixing its output with its input by the sigmoid is the input plus
         the weighted output, as here in a model with residual connections. Tokens are not shuffled over
         processes first; each process balances its own.
+
+    Cost:
+        In training the rounds of the auction follow one another, and there are many where tokens compete
+        for an expert: several times top-k's time. Inference is as fast as top-k.
 
     Reference:
         BASE Layers: Simplifying Training of Large, Sparse Models (paper 102, abstract); ``BaseLayer`` in

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import check_range
 from mixtura.routers import Router
+from mixtura.routers._remade import Remade
 from mixtura.routers._shared import best, drawn, exact, exact_logits, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
@@ -26,8 +27,7 @@ class HyperRouter(Router):
     One embedding goes through a network of two layers with a ReLU, whose output is read as ``[E, D + 1]``:
     a row and a bias for each expert. The network stays as it was drawn; only the embedding is trained, so
     that the router improves but cannot collapse quickly. Each token takes the ``top_k`` experts of
-    highest logit, weighted by a softmax over those; of equal logits the lowest index wins. Making the rows
-    costs ``hidden_width * E * (D + 1)`` products a call, however few the tokens.
+    highest logit, weighted by a softmax over those; of equal logits the lowest index wins.
 
     Shapes:
         ``x [T, D]`` to ``T * top_k`` assignments; parameters ``embedding [embedding_width]``,
@@ -49,6 +49,11 @@ class HyperRouter(Router):
         abstract says, unless ``train_hypernet``. There the embedding is as wide as the model and layers
         have biases; here its width is a setting, there are no biases, and the second layer is drawn so that
         the router's rows start with the variance 1 / D of a plain router.
+
+    Cost:
+        In training rows are made anew in every forward pass, by ``hidden_width * E * (D + 1)`` products
+        however few the tokens: several times top-k's time. In evaluation without gradients they are kept
+        until weights change, and the time is top-k's.
 
     Reference:
         HyperRouter: Towards Efficient Training and Inference of Sparse Mixture of Experts (paper 103,
@@ -80,6 +85,7 @@ class HyperRouter(Router):
         # Half of the hidden units' mean square is lost in the ReLU.
         self.output = drawn(seed + 2, rows, hidden_width, scale=2 / shape.d_model)
         self.output.requires_grad_(train_hypernet)
+        self._remade = Remade()
 
     def made(self) -> tuple[Tensor, Tensor]:
         """The rows ``[E, D]`` and biases ``[E]`` that the hypernetwork makes of the embedding."""
@@ -88,7 +94,8 @@ class HyperRouter(Router):
         return table[:, :-1], table[:, -1]
 
     def forward(self, inputs: RouterInput) -> Routing:
-        rows, biases = self.made()
+        sources = [self.embedding, self.hidden, self.output]
+        rows, biases = self._remade.of(self, sources, self.made)
         logits = exact_logits(inputs.x, rows) + biases
         chosen = best(logits, self.top_k)
         return Routing.from_choices(

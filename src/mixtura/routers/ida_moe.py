@@ -21,7 +21,7 @@ METHOD = {
     "title": (
         "Input Domain Aware MoE: Decoupling Routing Decisions from Task Optimization in Mixture of Experts"
     ),
-    "tags": ["normalized", "token_independent"],
+    "tags": ["normalized", "token_independent", "reads:training"],
     "gaps": {
         "check_gradient_matches_differences": "by design the task's gradient stops at the weights: "
         "routing is trained by likelihood alone",
@@ -49,13 +49,17 @@ class IdaMoe(Router):
 
     Example:
         >>> router = IdaMoe(LayerShape(d_model=4, d_expert=8, num_experts=3), num_dims=2)
-        >>> routing = router(RouterInput.of(torch.eye(4)))
+        >>> routing = router(RouterInput.of(torch.eye(4), training=True))
         >>> sorted(routing.losses), routing.weights.requires_grad
         (['likelihood', 'reconstruction'], False)
 
     Differences from the paper:
         Written from the abstract and a summary: that encoder and decoder are linear, the scaling of
         tokens and the coefficients are ours.
+
+    Cost:
+        With a single token a call what counts is that all ``E * num_groups`` precisions are made, and the
+        number of operations; many tokens take up to twice top-k's time, for densities of all Gaussians.
 
     Reference:
         Input Domain Aware MoE: Decoupling Routing Decisions from Task Optimization in Mixture of Experts
@@ -79,12 +83,9 @@ class IdaMoe(Router):
         check_range("IdaMoe", "num_dims", num_dims, 1, 1e5)
         check_range("IdaMoe", "likelihood_coefficient", likelihood_coefficient, 0, 1e6)
         check_range("IdaMoe", "reconstruction_coefficient", reconstruction_coefficient, 0, 1e6)
-        self.top_k = top_k
-        self.num_groups = num_groups
-        self.num_dims = num_dims
+        self.top_k, self.num_groups, self.num_dims, self.seed = top_k, num_groups, num_dims, seed
         self.likelihood_coefficient = likelihood_coefficient
         self.reconstruction_coefficient = reconstruction_coefficient
-        self.seed = seed
         count = shape.num_experts * num_groups
         self.encoder = drawn(seed, num_dims, shape.d_model)
         self.decoder = drawn(seed + 1, shape.d_model, num_dims)
@@ -95,20 +96,29 @@ class IdaMoe(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         x = F.rms_norm(exact(inputs.x.detach()), (self.shape.d_model,))
         encoded = exact_logits(x, self.encoder)
-        error = (exact_logits(encoded, self.decoder) - x).square().mean(-1)
         # Detached, for the encoder would raise the likelihood by shrinking all codes to a point.
         joint = self._log_density(encoded.detach()).unflatten(-1, (-1, self.num_groups)).logsumexp(-1)
-        surprise = -joint.logsumexp(-1) / self.num_dims
         scores = joint.detach().softmax(-1)
         chosen = best(scores, self.top_k)
         return Routing.from_choices(
             chosen, to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
             scores=scores, logits=joint.detach(), valid=inputs.valid,
-            losses={
-                "likelihood": self.likelihood_coefficient * mean_of_valid(surprise, inputs.valid),
-                "reconstruction": self.reconstruction_coefficient * mean_of_valid(error, inputs.valid),
-            },
+            losses=self._losses(x, encoded, joint, inputs) if inputs.training else {},
         )  # fmt: skip
+
+    def _losses(
+        self,
+        x: Float[Tensor, "T D"],
+        encoded: Float[Tensor, "T R"],
+        joint: Float[Tensor, "T E"],
+        inputs: RouterInput,
+    ) -> dict[str, Tensor]:
+        error = (exact_logits(encoded, self.decoder) - x).square().mean(-1)
+        surprise = -joint.logsumexp(-1) / self.num_dims
+        return {
+            "likelihood": self.likelihood_coefficient * mean_of_valid(surprise, inputs.valid),
+            "reconstruction": self.reconstruction_coefficient * mean_of_valid(error, inputs.valid),
+        }
 
     def _log_density(self, codes: Float[Tensor, "T R"]) -> Float[Tensor, "T EG"]:
         """The logarithm of each Gaussian's share of the mixture's density at each code."""

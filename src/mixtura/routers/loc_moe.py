@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import check_range
 from mixtura.routers import Router
+from mixtura.routers._remade import Remade
 from mixtura.routers._shared import best, check_parts, dealt, drawn, exact, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
@@ -49,6 +50,11 @@ class LocMoe(Router):
         Sequences are dealt out to imagined nodes. The lowest capacity is derived by us from the angle that
         the abstract names, and not applied. Only the abstract and its summary were at hand.
 
+    Cost:
+        Many tokens take less time than top-k's, for pooled features are fewer. With a single token a call
+        what counts is the number of operations, many of which are the loss for each node. In training
+        rows are made orthonormal in every forward pass.
+
     Reference:
         LocMoE: A Low-overhead MoE for Large Language Model Training (paper 99, abstract).
     """
@@ -77,6 +83,7 @@ class LocMoe(Router):
         self.num_nodes, self.local_share = num_nodes, local_share
         self.coefficient, self.seed = coefficient, seed
         self.weight = drawn(seed, shape.num_experts, width)
+        self._remade = Remade()
 
     def rows(self) -> Float[Tensor, "E P"]:
         """The experts' rows: orthonormal, as near to ``weight`` as the order of experts allows."""
@@ -94,7 +101,8 @@ class LocMoe(Router):
         return math.exp(self.weight.shape[1] * square / (2 - square)) / self.shape.num_experts
 
     def forward(self, inputs: RouterInput) -> Routing:
-        logits = self._pooled(inputs.x) @ self.rows().T / self.temperature
+        (rows,) = self._remade.of(self, [self.weight], lambda: (self.rows(),))
+        logits = self._pooled(inputs.x) @ rows.T / self.temperature
         scores = softmax(logits)
         chosen = best(scores, self.top_k)
         weights = scores.gather(-1, chosen).to(inputs.x.dtype)

@@ -36,6 +36,9 @@ METHOD = {
     ],
 }
 
+# The predictor is to be as small as a router, also where models are wide.
+_MOST_HIDDEN = 64
+
 
 @final
 class MixtureOfDepths(Router):
@@ -52,7 +55,8 @@ class MixtureOfDepths(Router):
 
     Shapes:
         ``x [T, D]`` to about ``capacity * T * num_choices`` assignments; parameters ``weight [E, D]``,
-        ``depth [1, D]`` and, with the predictor, ``hidden [D / 4, D]`` and ``predicted [1, D / 4]``.
+        ``depth [1, D]`` and, with the predictor, ``hidden [H, D]`` and ``predicted [1, H]``, where H is D / 4
+        but at most 64.
 
     Raises:
         SettingError: ``num_choices`` is not in [1, E], ``capacity`` not in [0, 1], or ``coefficient`` not
@@ -90,7 +94,7 @@ class MixtureOfDepths(Router):
         self.weight = router_weight(shape, seed)
         self.depth = drawn(seed + 1, 1, shape.d_model)
         if rule == "predictor":
-            width = max(shape.d_model // 4, 1)
+            width = max(min(shape.d_model // 4, _MOST_HIDDEN), 1)
             self.hidden = drawn(seed + 2, width, shape.d_model)
             self.predicted = drawn(seed + 3, 1, width)
 

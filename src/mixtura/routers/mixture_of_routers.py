@@ -45,6 +45,10 @@ class MixtureOfRouters(Router):
         There experts are low-rank adapters; here they are whatever the layer has. Written from the
         abstract, which does not say whether probabilities or logits are mixed: ``mix`` has both.
 
+    Cost:
+        The product with the rows and the softmax are done ``num_routers`` times, and their table passed
+        over to mix it.
+
     Reference:
         Mixture of Routers (paper 60, abstract).
     """

@@ -55,15 +55,27 @@ class MoePlusPlus(Router):
         goes into the experts; this does not. Its capacity by kind of expert is not here: what costs
         nothing needs no limit, and for the others there is the layer's ``Capacity``.
 
+    Cost:
+        The gate's inner layer has eight rows for each expert, as in the released code, so its product is
+        eight times top-k's; the branch of those that compute nothing passes over all D features besides.
+
     Reference:
         MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts (paper 156); repository
         SkyworkAI/MoE-plus-plus.
     """
 
     def __init__(
-        self, shape: LayerShape, *, num_choices: int = 2, num_constant: int = 2, num_copy: int = 1,
-        num_zero: int = 1, tau: float = 0.75, coefficient: float = 0.01, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shape: LayerShape,
+        *,
+        num_choices: int = 2,
+        num_constant: int = 2,
+        num_copy: int = 1,
+        num_zero: int = 1,
+        tau: float = 0.75,
+        coefficient: float = 0.01,
+        seed: int = 0,
+    ) -> None:
         super().__init__(shape)
         for name, value in (("constant", num_constant), ("copy", num_copy), ("zero", num_zero)):
             check_range("MoePlusPlus", f"num_{name}", value, 0, 1024)
@@ -104,8 +116,9 @@ class MoePlusPlus(Router):
     def _free(self, inputs: RouterInput, table: Float[Tensor, "T Z"]) -> Float[Tensor, "T D"]:
         """What the experts that compute nothing add to the output."""
         x = exact(inputs.x)
-        output = table[:, self.num_constant : self.num_constant + self.num_copy].sum(-1, keepdim=True) * x
-        for place, (mix, vector) in enumerate(zip(self.mix, self.constant, strict=True)):
-            shares = softmax(exact_logits(x, mix))
-            output = output + table[:, place, None] * (shares[:, :1] * x + shares[:, 1:] * vector)
+        constant, rest = table.split([self.num_constant, table.shape[1] - self.num_constant], dim=-1)
+        shares = exact_logits(x, self.mix.flatten(0, 1)).unflatten(-1, (self.num_constant, 2)).softmax(-1)
+        of_x, of_vectors = (constant[..., None] * shares).unbind(-1)
+        copied = of_x.sum(-1) + rest[:, : self.num_copy].sum(-1)
+        output = torch.addcmul(of_vectors @ exact(self.constant), copied[:, None], x)
         return torch.where(inputs.valid[:, None], output, 0.0).to(inputs.x.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixtura.errors import UserError, check_range
 from mixtura.routers import Router
+from mixtura.routers._remade import Remade
 from mixtura.routers._shared import best, exact, exact_logits, softmax
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
@@ -48,6 +49,12 @@ class MoeX(Router):
         Written from a summary, not from the paper's text. Experts are what the layer has: where they are
         gated, the gate matrix is read, since it is what goes through the activation.
 
+    Cost:
+        In training the mean and the variance of all ``E * F * D`` weights are computed in every forward
+        pass, however few the tokens, and gradients pass through them: many times top-k's time. In
+        evaluation without gradients both are kept until weights change; two products in place of one
+        remain.
+
     Reference:
         Mixture of Experts Made Intrinsically Interpretable (paper 59, abstract and summary).
     """
@@ -56,6 +63,7 @@ class MoeX(Router):
         super().__init__(shape)
         check_range("MoeX", "top_k", top_k, 1, shape.num_experts)
         self.top_k = top_k
+        self._remade = Remade()
 
     def forward(self, inputs: RouterInput) -> Routing:
         experts: ExpertsHandle = inputs.need("experts", "MoeX")
@@ -64,7 +72,9 @@ class MoeX(Router):
                 f"MoeX is made for {self.shape.num_experts} experts, got {experts.shape.num_experts}; "
                 "give it the experts of its own layer"
             )
-        logits = _expected_sparsity(inputs.x, experts.up if experts.gate is None else experts.gate)
+        matrices = experts.up if experts.gate is None else experts.gate
+        mean, spread = self._remade.of(self, [matrices], lambda: _over_neurons(matrices))
+        logits = _expected_sparsity(inputs.x, mean, spread)
         chosen = best(logits, self.top_k)
         weights = softmax(logits.gather(-1, chosen))
         return Routing.from_choices(
@@ -72,9 +82,18 @@ class MoeX(Router):
         )
 
 
-def _expected_sparsity(x: Float[Tensor, "T D"], matrices: Float[Tensor, "E F D"]) -> Float[Tensor, "T E"]:
+def _over_neurons(matrices: Float[Tensor, "E F D"]) -> tuple[Float[Tensor, "E D"], Float[Tensor, "E D"]]:
+    """Mean and variance of each expert's weights over its neurons, one expert in the cache at a time."""
+    share = exact(matrices.new_full((1, matrices.shape[1]), 1 / matrices.shape[1]))
+    means = [share @ exact(matrix) for matrix in matrices]
+    spreads = [share @ (exact(matrix) - mean).square() for matrix, mean in zip(matrices, means, strict=True)]
+    return torch.cat(means), torch.cat(spreads)
+
+
+def _expected_sparsity(
+    x: Float[Tensor, "T D"], mean: Float[Tensor, "E D"], spread: Float[Tensor, "E D"]
+) -> Float[Tensor, "T E"]:
     """-1 where all neurons of an expert are expected to fire, 1 where none is."""
-    spread, mean = torch.var_mean(exact(matrices), dim=1, correction=0)
     variance = exact_logits(exact(x).square(), spread)
     # A token of zeros has no spread: its mean of zero must decide.
     deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()

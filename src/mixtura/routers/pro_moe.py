@@ -52,6 +52,11 @@ class ProMoe(Router):
         0 where fewer than two prototypes were chosen. A token whose label is unknown (negative) counts as
         conditional. The variant in which experts choose tokens is left out.
 
+    Cost:
+        Tokens and prototypes are scaled to length 1 before they are multiplied, which passes over all D
+        features, and in training once more on the way back; the contrastive loss sums the tokens of every
+        prototype.
+
     Reference:
         Routing Matters in MoE: Scaling Diffusion Transformers with Explicit Routing Guidance (paper 17);
         the authors' code, ali-vilab/ProMoE.

@@ -58,6 +58,10 @@ class RMoe(Router):
     Differences from the paper:
         Biases of the cell start from zeros.
 
+    Cost:
+        The cell multiplies by two matrices ``[3 * num_dims, num_dims]`` between the token's projection
+        and the experts' rows, one after another, and goes back through them in training.
+
     Reference:
         Layerwise Recurrent Router for Mixture-of-Experts (paper 23); the authors' code, qiuzh20/RMoE.
     """

@@ -64,15 +64,26 @@ class ReadMe(Router):
         `distillation` in turns with the model. Here the weight is the probability by default, so that the
         task trains it too, and embeddings start from noise instead of the model's.
 
+    Cost:
+        Many tokens take top-k's time or less, for words are looked up instead of multiplied. With a
+        single token a call what counts is the number of operations, and a transformer block, however
+        small, has several times those of top-k; later layers have none of it.
+
     Reference:
         Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with System Co-Design (paper 121);
         repository VITA-Group/READ-ME.
     """
 
     def __init__(
-        self, shape: LayerShape, *, top_k: int = 1, width: int = 64, weighted: bool = True,
-        num_words: int = 32768, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shape: LayerShape,
+        *,
+        top_k: int = 1,
+        width: int = 64,
+        weighted: bool = True,
+        num_words: int = 32768,
+        seed: int = 0,
+    ) -> None:
         super().__init__(shape)
         check_range("ReadMe", "top_k", top_k, 1, shape.num_experts)
         check_range("ReadMe", "width", width, 2, 4096)

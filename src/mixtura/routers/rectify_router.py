@@ -38,7 +38,7 @@ class RectifyRouter(Router):
     ``intra_gpu``: an assignment that finds no room goes to the expert of highest score among those on the
     token's own GPU that the token is not yet at, full or not: the limit is on what GPUs send each other.
     ``fill_in``: places still empty are filled by those valid tokens, not yet there, that score the expert
-    highest; sorting all tokens for each expert makes it slow. Weights are softmax scores; of equal ones
+    highest. Weights are softmax scores; of equal ones
     the lowest index wins. The first of ``num_gpus`` has the first sequences and experts, and so on.
 
     Shapes:
@@ -56,6 +56,11 @@ class RectifyRouter(Router):
     Differences from the paper:
         Sequences are dealt out to imagined GPUs. With ``top_k`` above 1 an expert the token is at already
         is passed over. A decoder fills nothing outside training. Only the abstract was at hand.
+
+    Cost:
+        With a single token a call what counts is the number of operations: places are counted and filled
+        in steps that top-k does not have. With many, sorting all tokens for every expert to fill what is
+        empty.
 
     Reference:
         Turn Waste into Worth: Rectifying Top-k Router of MoE (paper 137, abstract).

@@ -67,14 +67,26 @@ class S2Moe(Router):
     Differences from the paper:
         Only the abstract and a summary were at hand: the forms of noise, gate and loss are ours.
 
+    Cost:
+        In training experts run twice within the router, on the noised copy and for the loss on the token
+        itself, which takes far longer than choosing. Inference is as fast as top-k.
+
     Reference:
         S2MoE: Robust Sparse Mixture of Experts via Stochastic Learning (paper 141, abstract).
     """
 
     def __init__(
-        self, shape: LayerShape, *, top_k: int = 2, inference_top_k: int = 2, scale_noise: float = 0.1,
-        shift_noise: float = 0.1, temperature: float = 0.1, coefficient: float = 0.01, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shape: LayerShape,
+        *,
+        top_k: int = 2,
+        inference_top_k: int = 2,
+        scale_noise: float = 0.1,
+        shift_noise: float = 0.1,
+        temperature: float = 0.1,
+        coefficient: float = 0.01,
+        seed: int = 0,
+    ) -> None:
         super().__init__(shape)
         check_range("S2Moe", "top_k", top_k, 1, shape.num_experts)
         check_range("S2Moe", "inference_top_k", inference_top_k, 1, shape.num_experts)

@@ -67,6 +67,10 @@ class SimilarityAware(Router):
         Written from the abstract and a summary. The similarity there may have parameters of its own;
         here it has none. Limiting it to earlier tokens in a decoder is ours.
 
+    Cost:
+        Each token is compared with the C tokens of its sequence, C products of D numbers beside top-k's
+        E, and all tokens are copied into a table by position, which later calls go on from.
+
     Reference:
         Improving Routing in Sparse Mixture of Experts with Graph of Tokens (paper 48, abstract).
     """
@@ -103,7 +107,9 @@ class SimilarityAware(Router):
     def _alike(self, inputs: RouterInput) -> tuple[Float[Tensor, "T C"], Float[Tensor, "S C D1"]]:
         """How much each token counts the tokens of its sequence, by position; the tokens known so far."""
         x, positions = exact(inputs.x), inputs.need("positions", "SimilarityAware")
-        x = F.normalize(x, dim=-1) if self.similarity == "cosine" else x / x.shape[1] ** 0.25
+        cosine = self.similarity == "cosine"
+        x = F.normalize(x, dim=-1) if cosine else x
+        unit = self.temperature if cosine else self.temperature * x.shape[1] ** 0.5
         # A last column of ones tells the places of tokens from empty ones.
         table = by_position(F.pad(x, (0, 1), value=1.0), inputs, "SimilarityAware", "tokens")
         alike = x.new_zeros(x.shape[0], table.shape[1])
@@ -112,6 +118,6 @@ class SimilarityAware(Router):
             empty = table[sequence, :, -1] == 0
             if inputs.causal:
                 empty = empty | (torch.arange(table.shape[1], device=x.device) > positions[rows, None])
-            products = x[rows] @ table[sequence, :, :-1].T / self.temperature
+            products = x[rows] @ table[sequence, :, :-1].T / unit
             alike = alike.index_copy(0, rows, products.masked_fill(empty, -torch.inf).softmax(-1))
         return alike, table

@@ -50,6 +50,10 @@ class Smile(Router):
         Only the abstract and a summary were at hand. The summary says that a bi-level router has fewer
         parameters, which holds when nodes share rows: the default.
 
+    Cost:
+        Many tokens take less time than top-k's. With a single token a call what counts is the number of
+        operations, and two decisions with two losses have twice those of one.
+
     Reference:
         SMILE: Scaling Mixture-of-Experts with Efficient Bi-level Routing (paper 108, abstract).
     """

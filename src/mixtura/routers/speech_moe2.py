@@ -52,6 +52,10 @@ class SpeechMoe2(Router):
         losses are those of the work it improves on, as known from summaries. Only the abstract and
         summaries were at hand.
 
+    Cost:
+        With a single token a call what counts is the number of operations: three embeddings are looked up
+        and joined, labels are checked, and there are two losses. Many tokens take about top-k's time.
+
     Reference:
         SpeechMoE2: Mixture-of-Experts Model with Improved Routing (paper 74, abstract).
     """

@@ -72,9 +72,16 @@ class Vmoe(Router):
     """
 
     def __init__(
-        self, shape: LayerShape, *, top_k: int = 2, capacity_factor: float = 1.05, noise: float = 1.0,
-        priority: Literal["best", "sum", "arrival"] = "best", coefficient: float = 0.005, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shape: LayerShape,
+        *,
+        top_k: int = 2,
+        capacity_factor: float = 1.05,
+        noise: float = 1.0,
+        priority: Literal["best", "sum", "arrival"] = "best",
+        coefficient: float = 0.005,
+        seed: int = 0,
+    ) -> None:
         super().__init__(shape)
         check_range("Vmoe", "top_k", top_k, 1, shape.num_experts)
         check_range("Vmoe", "capacity_factor", capacity_factor, 0, 1e6)

@@ -10,18 +10,15 @@ from torch.nn import functional as F
 
 from mixtura.errors import check_range
 from mixtura.routers import Router
-from mixtura.routers._losses import mean_of_valid
 from mixtura.routers._shared import best, drawn, exact, exact_logits, router_weight, softmax, to_sum_one
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {
     "paper": 143,
     "title": "On the effectiveness of discrete representations in sparse mixture of experts",
-    "tags": ["token_independent", "lowest_index", "keeps_weights", "reads:experts"],
+    "tags": ["token_independent", "lowest_index", "keeps_weights", "reads:experts", "reads:training"],
     "gaps": {
-        "check_gradient_matches_differences": (
-            "the codebook's branch passes the gradient straight through the nearest entry, which is constant"
-        )
+        "check_gradient_matches_differences": "the branch's gradient passes straight through the codes",
     },
 }
 
@@ -61,21 +58,32 @@ class VqMoe(Router):
         ReLU there. It also moves tokens by 0.1 to ``0.8 x + 0.1 q``; here ``contribution`` keeps the sum 1
         and is 1 by default, the usual quantisation. Entries start at the scale of 1 / num_codes as there.
 
+    Cost:
+        Beside top-k's product with E rows there is one with ``num_codes`` entries, and the branch runs an
+        expert for every token; in training the way back through both and the loss come on top.
+
     Reference:
         On the effectiveness of discrete representations in sparse mixture of experts (paper 143);
         repository giangdip2410/VQMoE.
     """
 
     def __init__(
-        self, shape: LayerShape, *, top_k: int = 2, num_codes: int = 512, contribution: float = 1.0,
-        commitment: float = 0.25, coefficient: float = 1.0, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        shape: LayerShape,
+        *,
+        top_k: int = 2,
+        num_codes: int = 512,
+        contribution: float = 1.0,
+        commitment: float = 0.25,
+        coefficient: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(shape)
         check_range("VqMoe", "top_k", top_k, 1, shape.num_experts)
         check_range("VqMoe", "num_codes", num_codes, 1, 1e6)
         check_range("VqMoe", "contribution", contribution, 0, 1)
-        check_range("VqMoe", "commitment", commitment, 0, 1e6)
-        check_range("VqMoe", "coefficient", coefficient, 0, 1e6)
+        for name, value in {"commitment": commitment, "coefficient": coefficient}.items():
+            check_range("VqMoe", name, value, 0, 1e6)
         self.top_k, self.num_codes, self.contribution = top_k, num_codes, contribution
         self.commitment, self.coefficient, self.seed = commitment, coefficient, seed
         self.weight = router_weight(shape, seed)
@@ -96,20 +104,23 @@ class VqMoe(Router):
         rows = inputs.valid.nonzero().squeeze(-1)
         x, codes = exact(inputs.x)[rows], exact(self.codes)
         # Squared distances but for the token's own square, which is the same for every entry.
-        nearest = (codes.square().sum(-1) - 2 * x @ codes.T).detach().argmin(-1)
+        nearest = torch.addmm(codes.square().sum(-1), x, codes.T, alpha=-2).detach().argmin(-1)
         found = codes[nearest]
         q = self._normed(x + self.contribution * (found - x).detach()).to(inputs.x.dtype)
         made = experts.run(
             q, torch.arange(rows.numel(), device=rows.device), nearest % self.shape.num_experts
         )
         branch = mix[rows, 1:] * self._normed(exact(made))
-        apart = (found - x.detach()).square() + self.commitment * (x - found.detach()).square()
-        loss = mean_of_valid(apart.mean(-1), torch.ones_like(rows, dtype=torch.bool))
         return Routing.from_choices(
             chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid,
-            losses={"codes": self.coefficient * loss},
+            losses={"codes": self.coefficient * self._apart(x, found)} if inputs.training else {},
             extra=torch.zeros_like(inputs.x).index_copy(0, rows, branch.to(inputs.x.dtype)),
         )  # fmt: skip
+
+    def _apart(self, x: Tensor, found: Tensor) -> Tensor:
+        """What draws entries to their tokens and tokens to their entries."""
+        pulled = F.mse_loss(found, x.detach(), reduction="sum") / max(x.numel(), 1)
+        return pulled + self.commitment * F.mse_loss(x, found.detach(), reduction="sum") / max(x.numel(), 1)
 
     def _normed(self, values: Tensor) -> Tensor:
         weight, bias = self.norm_weight.to(values), self.norm_bias.to(values)

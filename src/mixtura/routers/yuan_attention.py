@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-import torch
+from torch.nn import functional as F
 
 from mixtura.errors import check_range
 from mixtura.routers import Router
@@ -25,8 +25,7 @@ class YuanAttention(Router):
     A token gives every expert three numbers: a query, a key and a value. An expert's logit is the mean of
     all experts' values, weighted by a softmax over its query times their keys; so experts are not judged
     one by one but with regard to how they go together. Weights are the softmax probabilities of the
-    chosen experts over their sum; of equal logits the lowest index wins. The table of E times E powers a
-    token makes it several times slower than top-k where experts are many.
+    chosen experts over their sum; of equal logits the lowest index wins.
 
     Shapes:
         ``x [T, D]`` to ``T * top_k`` assignments, by a table ``[T, E, E]``; one parameter,
@@ -36,6 +35,7 @@ class YuanAttention(Router):
         SettingError: ``top_k`` is not in [1, E].
 
     Example:
+        >>> import torch
         >>> router = YuanAttention(LayerShape(d_model=4, d_expert=8, num_experts=3))
         >>> router(RouterInput.of(torch.zeros(2, 4))).expert_ids.tolist()
         [0, 0, 1, 1]
@@ -44,6 +44,10 @@ class YuanAttention(Router):
         None known in the forward pass of the published model. The training code there lets tokens of a
         stretch of the sequence share one attention between experts, over heads; the inference code, which
         is followed here, treats each token alone.
+
+    Cost:
+        Three rows an expert in place of one, and ``E * E`` powers a token for the attention between
+        experts.
 
     Reference:
         Yuan 2.0-M32: Mixture of Experts with Attention Router (paper 107, abstract);
@@ -59,8 +63,9 @@ class YuanAttention(Router):
 
     def forward(self, inputs: RouterInput) -> Routing:
         query, key, value = exact_logits(inputs.x, self.weight).chunk(3, dim=-1)
-        attention = torch.softmax(query[:, :, None] * key[:, None, :], dim=-1)
-        logits = (attention @ value[:, :, None]).squeeze(-1)
+        # One head of width 1 for each token, over its experts.
+        query, key, value = (part[:, None, :, None] for part in (query, key, value))
+        logits = F.scaled_dot_product_attention(query, key, value, scale=1.0).flatten(1)
         scores = softmax(logits)
         chosen = best(scores, self.top_k)
         return Routing.from_choices(
