@@ -18,6 +18,36 @@ def model_of(family: str, seed: int = 0) -> Any:
     return tiny_model(family, seed)
 
 
+# Where PEFT puts adapters: beside attention, on the experts' stacked matrices, on the router's, or a trained
+# copy of the router.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "experts": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "router": {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+    "router's copy": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+}
+
+
+def with_adapters(model: Any, where: str = "attention", seed: int = 0, *, started: bool = True) -> Any:
+    """The model wrapped by PEFT; its adapters change nothing yet unless ``started``."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        init_lora_weights=not started,
+        **ADAPTED[where],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
 def texts(rows: int = 3, length: int = 10, seed: int = 0) -> Tensor:
     """Rows of token ids."""
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rerouted import gradients, model_of, texts
+from rerouted import gradients, model_of, texts, with_adapters
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
@@ -35,9 +35,11 @@ def balanced(family: str) -> tuple[Any, Any]:
     return model, made
 
 
-def trained(folder: Path, rows_each: int) -> dict[str, Tensor]:
+def trained(folder: Path, rows_each: int, *, adapters: bool = False) -> dict[str, Tensor]:
     """The weights and biases after two steps of a `Trainer`, in however many processes there are."""
     model, made = balanced("qwen3_moe")
+    if adapters:
+        model = with_adapters(model, "router")
     rows = [{"input_ids": row, "labels": row.clone()} for row in texts(2 * ROWS, 8, seed=9)]
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),
@@ -58,7 +60,7 @@ def trained(folder: Path, rows_each: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()} | biases
 
 
-def run_trainer(rank: int, port: int, folder: str) -> None:
+def run_trainer(rank: int, port: int, folder: str, adapters: bool = False) -> None:
     """One process of a `Trainer`, as ``torchrun`` starts it."""
     torch.set_num_threads(1)
     os.environ |= {
@@ -68,7 +70,7 @@ def run_trainer(rank: int, port: int, folder: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    found = trained(Path(folder), ROWS // NUM_PROCESSES)
+    found = trained(Path(folder), ROWS // NUM_PROCESSES, adapters=adapters)
     save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
     dist.destroy_process_group()
 

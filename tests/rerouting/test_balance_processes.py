@@ -25,11 +25,14 @@ def test_two_processes_with_micro_batches_train_as_one_on_the_batch(family: str,
 
 
 @pytest.mark.slow
-def test_a_trainer_in_two_processes_ends_with_the_weights_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_trainer_in_two_processes_ends_with_the_weights_of_one(tmp_path: Path, adapters: bool) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(rerouting_process.run_trainer, (port, str(tmp_path)), nprocs=rerouting_process.NUM_PROCESSES)
-    expected = rerouting_process.trained(tmp_path, rerouting_process.ROWS)
+    spawn(
+        rerouting_process.run_trainer, (port, str(tmp_path), adapters), nprocs=rerouting_process.NUM_PROCESSES
+    )
+    expected = rerouting_process.trained(tmp_path, rerouting_process.ROWS, adapters=adapters)
     for rank in range(rerouting_process.NUM_PROCESSES):
         assert_alike(expected, load_file(tmp_path / str(rank)), tolerance=1e-4)

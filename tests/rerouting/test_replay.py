@@ -204,6 +204,16 @@ def test_what_cannot_be_replayed_is_said() -> None:
         sparse(input_ids=texts())
 
 
+def test_a_canvas_beside_the_text_cannot_be_recorded() -> None:
+    model = model_of("diffusion_gemma")
+    with (
+        torch.random.fork_rng(devices=[]),
+        mixtura.record_routing(model),
+        pytest.raises(UserError, match="this family's routing cannot be recorded"),
+    ):
+        model(input_ids=texts(2, 8))
+
+
 # phimoe chooses step by step with masks in between; diffusion_gemma reads the text in an encoder and
 # routes a canvas of its own besides.
 _CANNOT = {"phimoe", "diffusion_gemma"}

@@ -39,9 +39,9 @@ def balance(
 
     With a `Trainer`, pass ``callbacks=[made.callback]``; in a loop of your own call ``made.end_step()``
     after ``optimizer.step()`` and before the gradients are cleared. Call `balance` before wrapping the
-    model for adapters or several processes. Losses over the counts of the whole batch see those of this
-    step's micro-batches so far, as the global-batch loss is published; `Balance.counting`, or
-    `Balance.count_first` with a `Trainer`, makes them exact.
+    model for several processes; a model with PEFT adapters is given as `get_peft_model` made it. Losses
+    over the counts of the whole batch see those of this step's micro-batches so far, as the global-batch
+    loss is published; `Balance.counting`, or `Balance.count_first` with a `Trainer`, makes them exact.
     Where a loss is used that is not the model's own (label smoothing, ``compute_loss_func``), add
     `Balance.loss` to it.
     Leave the family's own ``output_router_logits`` off in training: it adds the loss of transformers, which

@@ -3,6 +3,11 @@
 An inference engine and a training forward choose other experts for some tokens, by rounding alone,
 which upsets reinforcement learning. The choices of generation are recorded and made again in training;
 weights come from the live router's scores of those experts, so its gradients are whole.
+
+Two families cannot replay, and say so. Phi-3.5-MoE (``phimoe``) draws its experts one after the other, each
+from what masks of the one before leave, and estimates its gradient for exactly those draws: another expert
+would have weight 0 or a gradient of something else. DiffusionGemma routes, beside the text, a canvas of
+tokens that is drawn anew in every pass, so that choices do not belong to tokens of the text.
 """
 
 from __future__ import annotations

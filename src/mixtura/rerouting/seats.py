@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mixtura.rerouting.passes import Pass, Passes, Seen
 from mixtura.routers import Router
 from mixtura.types import RouterInput, Routing
 from mixtura.view import MemoryLayer
+from mixtura.viewing.sites import submodule
 
 ROUTER = "mixtura_router"
 BALANCE = "mixtura_balance"
@@ -75,6 +77,23 @@ class Seat:
         if self._own is not None:
             self.gate.forward = self._own
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
+        """A copy of the whole model is a model of its own; a router cannot be copied out of it.
+
+        Raises:
+            UserError: only a part of the model is copied, as PEFT does for ``modules_to_save``.
+        """
+        if id(self.layer._model) not in memo:
+            raise UserError(
+                f"{type(self.gate).__name__} of layer {self.layer.index} is copied out of its model, where "
+                "nothing could balance or replay it; wrap the model for adapters first, then change its "
+                "routing"
+            )
+        copied = Seat.__new__(Seat)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def reads(self, name: str) -> bool:
         """Whether the router that was set here reads a field of `RouterInput`."""
         return f"reads:{name}" in declared_tags(type(self.router))
@@ -101,14 +120,14 @@ class Seat:
         """The bias of the family's own product; None where it has none."""
         name = self.layer.site.router_weight.rpartition(".")[0] + ".bias"
         owner, _, leaf = name.rpartition(".")
-        found = getattr(self.layer._model.get_submodule(owner), leaf, None)
+        found = getattr(submodule(self.layer._model, owner), leaf, None)
         return found if isinstance(found, Tensor) else None
 
     @property
     def matrix(self) -> Tensor:
         """The family's own router matrix."""
         owner, _, leaf = self.layer.site.router_weight.rpartition(".")
-        found = getattr(self.layer._model.get_submodule(owner), leaf)
+        found = getattr(submodule(self.layer._model, owner), leaf)
         assert isinstance(found, Tensor)
         return found
 
@@ -292,6 +311,11 @@ def experts_of(layer: MemoryLayer) -> ExpertMatrices:
     """
     experts: Any = layer.experts
     layout = layer.layout
+    if layer._model.get_submodule(layer.name) is not layer.experts:
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} has adapters, without which it cannot be handed to methods that read "
+            "experts; merge the adapters, or choose a method without the tag reads:experts"
+        )
     stored = not hasattr(experts, "mixtura_store")
     if layout.transposed or layout.interleaved or layout.has_bias or layout.has_post_norm or not stored:
         raise UnsupportedModelError(

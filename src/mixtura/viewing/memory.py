@@ -18,7 +18,7 @@ from mixtura.viewing.meta import build_meta, named_tensors
 from mixtura.viewing.probe import CountField, Probe, probe
 from mixtura.viewing.records import ExpertWeights, Site
 from mixtura.viewing.refusals import refuse_without_experts
-from mixtura.viewing.sites import experts_modules, find_sites
+from mixtura.viewing.sites import experts_modules, find_sites, submodule
 
 
 @final
@@ -32,18 +32,18 @@ class MemoryLayer(LayerView):
     @property
     def experts(self) -> nn.Module:
         """The experts module."""
-        return self._model.get_submodule(self.name)
+        return submodule(self._model, self.name)
 
     @property
     def router(self) -> nn.Module:
         """The router module."""
-        return self._model.get_submodule(self.router_name)
+        return submodule(self._model, self.router_name)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the model by its full name. Raises `LookupError` for a name it has not."""
         owner, _, leaf = name.rpartition(".")
         try:
-            value = getattr(self._model.get_submodule(owner), leaf)
+            value = getattr(submodule(self._model, owner), leaf)
         except AttributeError:
             raise LookupError(f"the model has no tensor {name!r}") from None
         assert isinstance(value, Tensor)

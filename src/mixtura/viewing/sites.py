@@ -18,14 +18,35 @@ _ROUTER_NAMES = ("gate", "router")
 _BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp", "shared_expert_gate")
 _SIDE_STACK = re.compile(r"talker|vision|visual|audio|encoder")
+# How adapters call the module that they wrap.
+_WRAPPED = "base_layer"
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
+def inner(module: nn.Module) -> nn.Module:
+    """The module inside what wraps it for adapters."""
+    while isinstance(wrapped := getattr(module, _WRAPPED, None), nn.Module):
+        module = wrapped
+    return module
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """A module by its name in the plain model, also where adapters wrap what is on the way to it.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = inner(model)
+    for part in name.split(".") if name else []:
+        module = inner(getattr(module, part))
+    return module
+
+
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules under transformers' common experts contract, with their names."""
+    """Modules under transformers' common experts contract, with their names in the plain model."""
     for name, module in model.named_modules():
         if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated"):
-            yield name, module
+            yield name.replace(f".{_WRAPPED}", ""), module
 
 
 def layout_of(experts: Any) -> ExpertLayout:
@@ -96,9 +117,9 @@ def _site(
 ) -> Site:
     stack, number = stack_of(name)
     block_name = name.rpartition(".")[0]
-    block = model.get_submodule(block_name)
+    block = submodule(model, block_name)
     router_name = next(f"{block_name}.{n}" for n in _ROUTER_NAMES if hasattr(block, n))
-    router = model.get_submodule(router_name)
+    router = submodule(model, router_name)
     layout = layout_of(experts)
     axes = {
         key: axis
