@@ -14,10 +14,12 @@ from mixtura.arena.entries import KINDS, REFERENCE, entries
 from mixtura.arena.judge import balance, changed, judge, specialisation
 from mixtura.arena.race import Run, make_model, perform, result_of
 from mixtura.arena.run import Contest
+from mixtura.arena.scale import Scale
 from mixtura.arena.text import HeldOut, Text
 from mixtura.cli import build_app
 from mixtura.errors import SettingError, UnknownNameError
 from mixtura.method import names
+from mixtura.types import LayerShape
 
 VOCABULARY = 97
 NUM_STEPS = 4
@@ -43,7 +45,7 @@ def test_every_method_has_a_model_of_the_same_experts(kind: str) -> None:
         for block in model.model.blocks:
             own = block.experts
             shape = getattr(own, "members", [own])[0].shape
-            assert shape.num_experts * shape.d_expert == 16 * 64
+            assert shape.num_experts * shape.d_expert == 8 * 128
     assert sizes[REFERENCE] <= 2_000_000
 
 
@@ -54,6 +56,33 @@ def test_names_that_do_not_take_part() -> None:
         entries("router", 10)
     with pytest.raises(SettingError, match="at least"):
         Contest(kind="routers", num_tokens=5)
+
+
+def test_another_scale_is_read_and_checked(tmp_path: Path) -> None:
+    file = tmp_path / "scale.yaml"
+    file.write_text("hidden_size: 64\nnum_experts: 4\nd_expert: 32\n")
+    scale = Scale.read(file)
+    assert (scale.hidden_size, scale.num_hidden_layers, dict(scale.wide)) == (
+        64,
+        2,
+        {"num_experts": 2, "d_expert": 64},
+    )
+    (entry,) = entries("routers", 10, [REFERENCE], scale)
+    model = make_model(entry.model, VOCABULARY, 0, scale)
+    assert model.model.blocks[0].experts.shape == LayerShape(64, 32, 4)
+    assert Run(kind="routers", entry=entry, seed=0, num_steps=9).digest != (
+        Run(kind="routers", entry=entry, seed=0, num_steps=9, scale=scale).digest
+    )
+    for text, message in (
+        ("hiden_size: 64", "did you mean 'hidden_size'"),
+        ("d_expert: wide", "must be of type int"),
+        ("num_experts: 5", "a multiple of top_k"),
+        ("num_sequences: 0", "num_sequences"),
+    ):
+        file.write_text(text)
+        done = CliRunner().invoke(build_app(), ["arena", "routers", "--model", str(file)])
+        assert done.exit_code != 0
+        assert message in str(done.exception)
 
 
 def test_a_model_that_knows_nothing_needs_the_bits_of_a_token() -> None:
@@ -67,8 +96,8 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_a_token() -> None:
     assert found.bits == pytest.approx([math.log2(VOCABULARY) * tokens / 1016] * 3, rel=1e-5)
     assert found.experts_per_token == 2
     assert found.loads is not None
-    assert found.loads.shape == (4, 3, 16)
-    assert found.loads.sum() == 4 * 3 * 512 * 2
+    assert found.loads.shape == (2, 3, 8)
+    assert found.loads.sum() == 2 * 3 * 512 * 2
 
 
 def test_balance_specialisation_and_change_by_hand() -> None:
@@ -107,7 +136,7 @@ def test_the_command_writes_the_page_and_goes_on(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "4/4" in done.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"routers.md", "routers.csv", "routers.svg"}
-    (tmp_path / "runs/routers/hash-1.json").unlink()
+    (tmp_path / "runs/baselines/hash-1.json").unlink()
     again = CliRunner().invoke(build_app(), [*arguments, "--json"])
     assert "1/1 hash, seed 1" in again.stderr
     assert {one["name"] for one in json.loads(again.stdout)} == {"hash", "top_k"}

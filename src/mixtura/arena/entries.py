@@ -1,53 +1,42 @@
 """Who takes part: every method of a kind with the settings that give it the same arithmetic, and baselines.
 
 All models have the same attention, the same number of weights in experts and, as far as the method lets
-itself be set, the same two experts' worth of arithmetic a token. What a method uses in truth is measured.
+itself be set, the same arithmetic a token. What a method uses in truth is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from mixtura.arena.scale import Scale
 from mixtura.errors import UnknownNameError
 from mixtura.method import Header, header, names
 
 KINDS = ("routers", "balancers", "mixers")
-TOP_K = 2
 REFERENCE = "top_k"
-NUM_EXPERTS, D_EXPERT = 16, 64
-SIZES: Mapping[str, Any] = {
-    "hidden_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "query_key_norm": "head",
-    "tie_word_embeddings": True,
-    "initializer_range": 0.05,
-}
-BALANCER = {"name": "switch_loss", "coefficient": 0.01}
-DENSE = {"dense_active": TOP_K * D_EXPERT, "dense_total": NUM_EXPERTS * D_EXPERT}
+BALANCER: Mapping[str, Any] = {"name": "switch_loss", "coefficient": 0.01}
 
-# Of methods that send a token to one expert: half as many, twice as wide.
-_WIDE = {"num_experts": NUM_EXPERTS // TOP_K, "d_expert": TOP_K * D_EXPERT}
+# Methods that send a token to one expert.
+_ONE_EXPERT = frozenset(
+    {
+        "routers/base_layer", "routers/lr_moe", "routers/mixer_gate", "routers/smile", "routers/speech_moe2",
+        "routers/stable_moe", "routers/switch", "routers/thor", "mixers/smear",
+    }
+)  # fmt: skip
 _LAYERS: Mapping[str, Mapping[str, Any]] = {
-    "routers/base_layer": _WIDE,
-    "routers/switch": _WIDE,
-    "routers/thor": _WIDE,
-    "mixers/smear": _WIDE,
     "routers/rex_moe": {"pool": 2},
     "routers/re_moe": {"balancers": ["re_moe_l1"]},
 }
-# Settings that bring a method to about two experts a token.
-_SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "routers/ada_moe": {"num_null": NUM_EXPERTS, "num_choices": 2 * TOP_K},
-    "routers/mask_moe": {"num_visible": 2 * TOP_K, "num_choices": TOP_K},
-    "routers/mixture_of_depths": {"num_choices": 2 * TOP_K},
-    "routers/pro_moe": {"per_token": TOP_K},
-    # As many slots of a sequence as it has tokens, twice.
-    "mixers/soft_moe": {"slots": 16},
+# Settings that bring a method to about the common number of experts a token.
+_SETTINGS: Mapping[str, Callable[[Scale], Mapping[str, Any]]] = {
+    "routers/ada_moe": lambda scale: {"num_null": scale.num_experts, "num_choices": 2 * scale.top_k},
+    "routers/mask_moe": lambda scale: {"num_visible": 2 * scale.top_k, "num_choices": scale.top_k},
+    "routers/mixture_of_depths": lambda scale: {"num_choices": 2 * scale.top_k},
+    "routers/p_moe": lambda scale: {"patches": scale.share},
+    "routers/pro_moe": lambda scale: {"per_token": scale.top_k},
+    "mixers/soft_moe": lambda scale: {"slots": scale.share},
 }
 # Settings that count steps, as shares of the whole training.
 _STEPS: Mapping[str, Mapping[str, float]] = {
@@ -74,7 +63,9 @@ class Entry:
         return "looks_ahead" in self.tags and "causal_inference" not in self.tags
 
 
-def entries(kind: str, num_steps: int, only: Sequence[str] = ()) -> tuple[Entry, ...]:
+def entries(
+    kind: str, num_steps: int, only: Sequence[str] = (), scale: Scale | None = None
+) -> tuple[Entry, ...]:
     """Baselines and methods of a kind; with ``only``, the named ones and the reference.
 
     Raises:
@@ -82,9 +73,10 @@ def entries(kind: str, num_steps: int, only: Sequence[str] = ()) -> tuple[Entry,
     """
     if kind not in KINDS:
         raise UnknownNameError("kind in the arena", kind, KINDS)
-    found = {entry.name: entry for entry in _baselines(kind)}
+    scale = scale or Scale()
+    found = {entry.name: entry for entry in _baselines(kind, scale)}
     for name in names(kind):
-        found.setdefault(name, _method(header(kind, name), num_steps))
+        found.setdefault(name, _method(header(kind, name), num_steps, scale))
     for name in only:
         if name not in found:
             raise UnknownNameError("entry in the arena", name, found)
@@ -92,37 +84,43 @@ def entries(kind: str, num_steps: int, only: Sequence[str] = ()) -> tuple[Entry,
     return tuple(entry for entry in found.values() if entry.name in wanted)
 
 
-def _baselines(kind: str) -> list[Entry]:
+def plain_layer(scale: Scale) -> dict[str, Any]:
+    """What a layer is made of besides its router or mixer, where the method does not say otherwise."""
+    return {"num_experts": scale.num_experts, "d_expert": scale.d_expert, "balancers": [dict(BALANCER)]}
+
+
+def _baselines(kind: str, scale: Scale) -> list[Entry]:
+    widths = {"dense_active": scale.top_k * scale.d_expert, "dense_total": scale.num_experts * scale.d_expert}
+    layers = ["dense"] * scale.num_hidden_layers
     dense = [
-        Entry(name, {"intermediate_size": width, "layers": ["dense"] * SIZES["num_hidden_layers"]}, True)
-        for name, width in DENSE.items()
+        Entry(name, {"intermediate_size": width, "layers": layers}, True) for name, width in widths.items()
     ]
-    reference = _moe({"router": {"name": "top_k", "top_k": TOP_K}})
+    router = {"router": {"name": REFERENCE, "top_k": scale.top_k}}
+    reference = Entry(REFERENCE, _moe(scale, router), True)
     if kind == "balancers":
-        unbalanced = _moe({"router": {"name": "top_k", "top_k": TOP_K}, "balancers": []})
-        return [Entry("none", unbalanced, True), Entry(REFERENCE, reference, True)]
-    plain = [_method(header("routers", name), 1) for name in ("random", "hash")]
+        return [Entry("none", _moe(scale, router | {"balancers": []}), True), reference]
+    plain = [_method(header("routers", name), 1, scale) for name in ("random", "hash")]
     others = [Entry(one.name, one.model, True, one.tags) for one in plain]
-    return [*dense, *others, Entry(REFERENCE, reference, True)]
+    return [*dense, *others, reference]
 
 
-def _moe(layer: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {"num_experts": NUM_EXPERTS, "d_expert": D_EXPERT, "balancers": [BALANCER]}
-    return {"moe": plain | dict(layer)}
+def _moe(scale: Scale, layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"moe": plain_layer(scale) | dict(layer)}
 
 
-def _method(found: Header, num_steps: int) -> Entry:
+def _method(found: Header, num_steps: int, scale: Scale) -> Entry:
     """A method as it takes part."""
     key = f"{found.kind}/{found.name}"
     settings: dict[str, Any] = {"name": found.name}
     if found.kind != "balancers" and any(setting.name == "top_k" for setting in found.settings):
-        settings["top_k"] = TOP_K
-    settings |= _SETTINGS.get(key, {})
+        settings["top_k"] = scale.top_k
+    if key in _SETTINGS:
+        settings |= _SETTINGS[key](scale)
     settings |= {name: max(1, round(share * num_steps)) for name, share in _STEPS.get(key, {}).items()}
-    layer = dict(_LAYERS.get(key, {}))
+    layer = dict(_LAYERS.get(key, {})) | (dict(scale.wide) if key in _ONE_EXPERT else {})
     if found.kind != "balancers":
         chosen: dict[str, Any] = {found.kind.removesuffix("s"): settings}
-        return Entry(found.name, _moe(chosen | layer), tags=found.tags)
+        return Entry(found.name, _moe(scale, chosen | layer), tags=found.tags)
     needed = [tag.partition(":")[2] for tag in found.tags if tag.startswith("needs_router:")]
-    router = {"name": needed[0]} if needed else {"name": "top_k", "top_k": TOP_K}
-    return Entry(found.name, _moe({"router": router, "balancers": [settings]}), tags=found.tags)
+    router = {"name": needed[0]} if needed else {"name": REFERENCE, "top_k": scale.top_k}
+    return Entry(found.name, _moe(scale, {"router": router, "balancers": [settings]}), tags=found.tags)

@@ -25,12 +25,15 @@ TIMED_ROUNDS = 9
 @final
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """An evaluation: bits per byte by domain, each layer's load by domain, and who went where."""
+    """An evaluation: bits per byte by domain, each layer's load by domain, and who went where.
+
+    ``loads`` and ``experts_per_token`` are None for a model without experts.
+    """
 
     bits: tuple[float, ...]
     loads: Float[Tensor, "L G E"] | None
     choices: Choices
-    experts_per_token: float
+    experts_per_token: float | None
 
 
 @torch.no_grad()
@@ -62,7 +65,7 @@ def judge(model: Any, held_out: Sequence[HeldOut]) -> Judged:
         seen += len(routings) * part.input_ids.numel()
     model.train(was_training)
     loads = torch.stack([torch.stack(layer) for layer in zip(*by_domain, strict=True)]) if choices else None
-    return Judged(tuple(bits), loads, [frozenset(one) for one in choices], assigned / max(seen, 1))
+    return Judged(tuple(bits), loads, [frozenset(one) for one in choices], assigned / seen if seen else None)
 
 
 def weight_loads(routing: Routing) -> Float[Tensor, " E"]:

@@ -12,7 +12,13 @@ WIDTH, HEIGHT = 1080, 760
 LEFT, RIGHT, TOP, BOTTOM = 78, 24, 64, 64
 _FONT = 11
 _CHAR = 6.7
-_COLOURS = {"better": "#1a7f37", "worse": "#b42318", "not separated": "#6b7280", "reference": "#1d4ed8"}
+_COLOURS = {
+    "better": "#1a7f37",
+    "worse": "#b42318",
+    "not separated": "#6b7280",
+    "not comparable": "#9a6700",
+    "reference": "#1d4ed8",
+}
 _ANGLES = 16
 
 

@@ -6,27 +6,27 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from mixtura.arena.entries import REFERENCE, SIZES, Entry, entries
+from mixtura.arena.entries import REFERENCE, Entry, entries
 from mixtura.arena.judge import Choices, balance, changed, judge, overhead, specialisation
-from mixtura.arena.text import LENGTH, NUM_SEQUENCES, Text, labels_of
+from mixtura.arena.scale import Scale
+from mixtura.arena.text import Text, labels_of
 from mixtura.errors import UserError
 from mixtura.model import MixturaConfig, MixturaForCausalLM
 from mixtura.train.schedule import Decay, learning_rate_factor
 from mixtura.train.text import Sequences, collate
 
-LEARNING_RATE = 3e-3
 WARMUP_SHARE, DECAY_SHARE = 0.05, 0.3
 CLIP_NORM = 1.0
 NUM_CHECKPOINTS = 5
 # Raised when a change makes earlier results not comparable.
-VERSION = 1
+VERSION = 2
 
 Notify = Callable[[str], None]
 
@@ -40,24 +40,18 @@ class Run:
     entry: Entry
     seed: int
     num_steps: int
+    scale: Scale = field(default_factory=Scale)
 
     @property
     def digest(self) -> str:
         """What the result depends on; a result of another digest is made again."""
-        described = [
-            VERSION,
-            dict(self.entry.model),
-            dict(SIZES),
-            self.seed,
-            self.num_steps,
-            LENGTH,
-            NUM_SEQUENCES,
-        ]
+        described = [VERSION, dict(self.entry.model), asdict(self.scale), self.seed, self.num_steps]
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def file(self, directory: Path) -> Path:
-        """Where its result is kept."""
-        return directory / self.kind / f"{self.entry.name}-{self.seed}.json"
+        """Where its result is kept; those of baselines serve every kind."""
+        group = "baselines" if self.entry.baseline else self.kind
+        return directory / group / f"{self.entry.name}-{self.seed}.json"
 
 
 def result_of(run: Run, directory: Path) -> dict[str, Any] | None:
@@ -95,11 +89,11 @@ def perform(run: Run, text: Text, directory: Path) -> dict[str, Any]:
     return result
 
 
-def make_model(model: Mapping[str, Any], vocab_size: int, seed: int) -> MixturaForCausalLM:
+def make_model(
+    model: Mapping[str, Any], vocab_size: int, seed: int, scale: Scale | None = None
+) -> MixturaForCausalLM:
     """A fresh model of the arena."""
-    config = MixturaConfig(
-        **{**SIZES, **model}, vocab_size=vocab_size, max_position_embeddings=LENGTH, seed=seed
-    )
+    config = MixturaConfig(**{**(scale or Scale()).config, **model}, vocab_size=vocab_size, seed=seed)
     return MixturaForCausalLM(config)
 
 
@@ -109,7 +103,7 @@ def measure(run: Run, text: Text) -> dict[str, Any]:
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    model = make_model(run.entry.model, text.vocab_size, run.seed)
+    model = make_model(run.entry.model, text.vocab_size, run.seed, run.scale)
     every = max(1, run.num_steps // NUM_CHECKPOINTS)
     seen: list[Choices] = []
     curve: list[float] = []
@@ -123,8 +117,9 @@ def measure(run: Run, text: Text) -> dict[str, Any]:
     _train(model, run, text, look)
     last = judge(model, text.held_out)
     changes = [changed(a, b) for a, b in zip(seen, [*seen[1:], last.choices], strict=False)]
-    (reference,) = entries("routers", 1, (REFERENCE,))
-    more, ratio = overhead(model, make_model(reference.model, text.vocab_size, run.seed), text.held_out)
+    (reference,) = entries("routers", 1, (REFERENCE,), run.scale)
+    plain = make_model(reference.model, text.vocab_size, run.seed, run.scale)
+    more, ratio = overhead(model, plain, text.held_out)
     values: dict[str, Any] = {
         "bits_per_byte": sum(last.bits) / len(last.bits),
         "by_domain": dict(zip(text.streams, last.bits, strict=True)),
@@ -135,7 +130,7 @@ def measure(run: Run, text: Text) -> dict[str, Any]:
         "time_ratio": ratio,
         "leaks": run.entry.leaks,
     }
-    if run.kind == "mixers":
+    if run.kind == "mixers" and not run.entry.baseline:
         values["experts_per_token"] = None
     if last.loads is not None:
         values |= balance(last.loads)
@@ -147,11 +142,12 @@ def measure(run: Run, text: Text) -> dict[str, Any]:
 
 
 def _train(model: MixturaForCausalLM, run: Run, text: Text, look: Callable[[int], None]) -> None:
-    data = Sequences(text.streams, run.num_steps * NUM_SEQUENCES, LENGTH, run.seed)
+    scale = run.scale
+    data = Sequences(text.streams, run.num_steps * scale.num_sequences, scale.sequence_length, run.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=scale.learning_rate, betas=(0.9, 0.95), fused=True)
     num_decay = max(1, round(run.num_steps * DECAY_SHARE))
     decay = Decay(run.num_steps - num_decay, num_decay)
     model.train()
@@ -159,8 +155,9 @@ def _train(model: MixturaForCausalLM, run: Run, text: Text, look: Callable[[int]
         look(step) if step else None
         factor = learning_rate_factor(step, max(1, round(run.num_steps * WARMUP_SHARE)), decay)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * factor
-        batch = collate([data[step * NUM_SEQUENCES + n] for n in range(NUM_SEQUENCES)])
+            group["lr"] = scale.learning_rate * factor
+        first = step * scale.num_sequences
+        batch = collate([data[first + n] for n in range(scale.num_sequences)])
         batch["token_labels"] = labels_of(batch["token_labels"]["domain"])
         loss = model(**batch).loss
         if not torch.isfinite(loss):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from mixtura.arena.entries import REFERENCE, Entry, entries
+from mixtura.arena.entries import REFERENCE, Entry, entries, plain_layer
+from mixtura.arena.page import as_csv, markdown
 from mixtura.arena.plot import Point, scatter
 from mixtura.arena.race import Notify, Run, perform, result_of
-from mixtura.arena.standings import Standing, as_csv, markdown, standings
-from mixtura.arena.text import LENGTH, NUM_SEQUENCES, load_text
+from mixtura.arena.scale import Scale
+from mixtura.arena.standings import Standing, standings
+from mixtura.arena.text import load_text
 from mixtura.errors import SettingError, check_range
 
 
@@ -27,19 +30,20 @@ class Contest:
     only: tuple[str, ...] = ()
     num_seeds: int = 3
     num_tokens: int = 400_000
+    scale: Scale = field(default_factory=Scale)
     runs: Path = Path("build/arena")
     out: Path = Path("docs/arena")
 
     def __post_init__(self) -> None:
         check_range("the arena", "seeds", self.num_seeds, 1, 1000)
-        least = 10 * NUM_SEQUENCES * LENGTH
+        least = 10 * self.scale.tokens_per_step
         if self.num_tokens < least:
             raise SettingError(f"tokens of the arena must be at least {least:,}, got {self.num_tokens:,}")
 
     @property
     def num_steps(self) -> int:
         """Steps of the optimizer in each run."""
-        return self.num_tokens // (NUM_SEQUENCES * LENGTH)
+        return self.num_tokens // self.scale.tokens_per_step
 
 
 def hold(contest: Contest, notify: Notify) -> list[Standing]:
@@ -50,16 +54,18 @@ def hold(contest: Contest, notify: Notify) -> list[Standing]:
     Raises:
         UnknownNameError: the kind or a name does not take part.
     """
-    taking_part = entries(contest.kind, contest.num_steps, contest.only)
+    taking_part = entries(contest.kind, contest.num_steps, contest.only, contest.scale)
     wanted = [
-        Run(kind=contest.kind, entry=entry, seed=seed, num_steps=contest.num_steps)
+        Run(kind=contest.kind, entry=entry, seed=seed, num_steps=contest.num_steps, scale=contest.scale)
         for seed in range(contest.num_seeds)
         for entry in taking_part
     ]
     missing = [run for run in wanted if result_of(run, contest.runs) is None]
-    text = load_text() if missing else None
+    text = load_text(contest.scale.sequence_length) if missing else None
     for number, run in enumerate(missing, start=1):
         assert text is not None
+        if result_of(run, contest.runs) is not None:
+            continue  # another process did it meanwhile
         result = perform(run, text, contest.runs)
         said = result.get("error") or f"{result['bits_per_byte']:.4f} bits per byte"
         notify(
@@ -74,9 +80,9 @@ def publish(contest: Contest, taking_part: Sequence[Entry], runs: Sequence[Run])
     table = standings(results, [entry.name for entry in taking_part if entry.baseline])
     contest.out.mkdir(parents=True, exist_ok=True)
     page = contest.out / f"{contest.kind}.md"
-    page.write_text(
-        markdown(contest.kind, table, _facts(contest, results), f"{contest.kind}.svg"), encoding="utf-8"
-    )
+    settings = [line for entry in taking_part if (line := _how(entry, contest.scale))]
+    facts = _facts(contest, results, _dates([run.file(contest.runs) for run in runs]))
+    page.write_text(markdown(contest.kind, table, facts, f"{contest.kind}.svg", settings), encoding="utf-8")
     page.with_suffix(".csv").write_text(as_csv(table), encoding="utf-8")
     points = [_point(one) for one in table if not one.error]
     picture = scatter(
@@ -101,7 +107,35 @@ def _point(one: Standing) -> Point:
     )
 
 
-def _facts(contest: Contest, results: Sequence[Any]) -> dict[str, Any]:
+def _how(entry: Entry, scale: Scale) -> str:
+    """A line on how an entry differs from the plain layer; empty where it does not."""
+    moe = dict(entry.model.get("moe", {}))
+    chosen = [one for key in ("router", "mixer") if (one := moe.pop(key, None)) is not None]
+    if entry.baseline or not moe:
+        return ""
+    plain = plain_layer(scale)
+    told = {name: value for one in chosen for name, value in one.items() if name != "name"}
+    told |= {name: value for name, value in moe.items() if plain.get(name) != value}
+    return f"- `{entry.name}`: " + ", ".join(f"{name} {_said(value)}" for name, value in told.items())
+
+
+def _said(value: Any) -> str:
+    """A setting's value as read in a sentence."""
+    if isinstance(value, list):
+        return " and ".join(map(_said, value)) or "none"
+    if isinstance(value, dict):
+        more = ", ".join(f"{name} {one}" for name, one in value.items() if name != "name")
+        return f"`{value['name']}`" + (f" ({more})" if more else "")
+    return str(value)
+
+
+def _dates(files: Sequence[Path]) -> str:
+    """The days between which runs were finished."""
+    days = sorted({date.fromtimestamp(f.stat().st_mtime).isoformat() for f in files if f.exists()})
+    return " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "no day"
+
+
+def _facts(contest: Contest, results: Sequence[Any], dates: str) -> dict[str, Any]:
     import os
 
     import transformers
@@ -111,8 +145,13 @@ def _facts(contest: Contest, results: Sequence[Any]) -> dict[str, Any]:
     sizes = [one["num_parameters"] for one in results if one["name"] == REFERENCE and "error" not in one]
     return {
         "kind": contest.kind,
+        "layers": contest.scale.num_hidden_layers,
+        "experts": contest.scale.num_experts,
+        "width": contest.scale.d_expert,
+        "top_k": contest.scale.top_k,
+        "dates": dates,
         "num_seeds": contest.num_seeds,
-        "tokens": contest.num_steps * NUM_SEQUENCES * LENGTH,
+        "tokens": contest.num_steps * contest.scale.tokens_per_step,
         "parameters": (sizes[0] if sizes else 0) / 1e6,
         "hardware": f"{os.cpu_count()} cores, {processor_name()}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "

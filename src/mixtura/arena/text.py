@@ -16,8 +16,6 @@ from mixtura.data.tokens import encode_text
 from mixtura.tokenizer import load_tokenizer
 from mixtura.train.text import Stream, streams_of
 
-LENGTH = 128
-NUM_SEQUENCES = 4
 NUM_HELD_OUT = 32  # sequences of each domain
 # Labels of these names, which some methods ask for, hold the domain.
 LABELS = ("domain", "language", "modality", "environment", "accent")
@@ -43,18 +41,20 @@ class Text:
     vocab_size: int
 
 
-def load_text(seed: int = 0) -> Text:
-    """The specimen's text, encoded by the specimen's tokenizer."""
+def load_text(sequence_length: int, seed: int = 0) -> Text:
+    """The specimen's text, encoded by the specimen's tokenizer; held-out sequences of a length."""
     tokenizer = load_tokenizer(specimen.path())
-    parts = tuple(_held_out(domain, place, tokenizer) for place, domain in enumerate(DOMAINS))
+    parts = tuple(
+        _held_out(domain, place, tokenizer, sequence_length) for place, domain in enumerate(DOMAINS)
+    )
     return Text(streams_of(DOMAINS, None, tokenizer, seed), parts, len(tokenizer))
 
 
-def _held_out(domain: str, place: int, tokenizer: Any) -> HeldOut:
-    needed = NUM_HELD_OUT * LENGTH
+def _held_out(domain: str, place: int, tokenizer: Any, length: int) -> HeldOut:
+    needed = NUM_HELD_OUT * length
     documents = held_out(8 * needed, domains=(domain,), passage_chars=1 << 20)
     ids = [token for one in documents for token in encode_text(one.text, tokenizer)][:needed]
-    rows = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     special = set(tokenizer.all_special_ids)
     # Of a byte-level vocabulary every character of an entry is one byte.
     sizes = [0 if t in special else len(tokenizer.convert_ids_to_tokens(t)) for t in range(len(tokenizer))]

@@ -14,6 +14,9 @@ def arena(
     only: str = typer.Option("", help="Names with commas between; top_k always takes part."),
     seeds: int = typer.Option(3, min=1, help="Trainings of each method."),
     tokens: int = typer.Option(400_000, min=1, help="Tokens of each training."),
+    model: Path | None = typer.Option(
+        None, help="YAML file of sizes (hidden_size, num_experts, ...) in place of the small model's."
+    ),
     out: Path = typer.Option(Path("arena"), help="Directory of the page, the table and the picture."),
     runs: Path = typer.Option(Path("build/arena"), help="Directory of the results of single runs."),
     threads: int | None = typer.Option(None, min=1, help="CPU threads to train with."),
@@ -28,11 +31,20 @@ def arena(
     import torch
 
     from mixtura.arena.run import Contest, hold
+    from mixtura.arena.scale import Scale
 
     if threads is not None:
         torch.set_num_threads(threads)
     names = tuple(name.strip() for name in only.split(",") if name.strip())
-    contest = Contest(kind=kind, only=names, num_seeds=seeds, num_tokens=tokens, runs=runs, out=out)
+    contest = Contest(
+        kind=kind,
+        only=names,
+        num_seeds=seeds,
+        num_tokens=tokens,
+        scale=Scale.read(model) if model else Scale(),
+        runs=runs,
+        out=out,
+    )
     table = hold(contest, lambda line: typer.echo(line, err=True))
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
