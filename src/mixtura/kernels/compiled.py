@@ -14,12 +14,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Final, Literal, final
 
 import torch
 from torch import Tensor
 
+from mixtura.control_groups import processor_quota
 from mixtura.errors import UnknownNameError
 
 
@@ -170,25 +170,11 @@ def num_threads() -> int:
 
 @cache
 def processors() -> int:
-    """Processors this process may use, by its affinity and the quota of its control group."""
+    """Processors this process may use, by its affinity and the quotas of its control groups."""
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, min(allowed, _quota()))
-
-
-def _quota() -> int:
-    """Processors' worth of time that the control group grants, of either version."""
-    grants = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
-    period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-    for path in grants:
-        try:
-            words = path.read_text(encoding="ascii").split()
-            per = words[1] if len(words) > 1 else period.read_text(encoding="ascii")
-            if words[0] != "max" and int(words[0]) > 0:
-                return max(1, math.ceil(int(words[0]) / int(per)))
-        except (OSError, ValueError, IndexError):
-            continue
-    return os.cpu_count() or 1
+    quota = processor_quota()
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
 
 def is_recorded() -> bool:
