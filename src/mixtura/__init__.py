@@ -5,7 +5,7 @@ them is first used.
 
 >>> import mixtura
 >>> mixtura.names("quantizers")
-('round_to_nearest',)
+('nested', 'round_to_nearest')
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _PUBLIC = {
     "observe": "mixtura.observing",
     "apply_plan": "mixtura.apply",
     "load": "mixtura.loading",
+    "set_bits": "mixtura.stores",
     "MixturaConfig": "mixtura.model",
     "MixturaForCausalLM": "mixtura.model",
     "export": "mixtura.model",

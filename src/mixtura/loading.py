@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from mixtura.applying.packing import PackExpert, expert_tensors, packed_units
 from mixtura.errors import CheckpointError, UnsupportedModelError
 from mixtura.kernels import quicken
+from mixtura.nesting import Widths, check_named
 from mixtura.packed import STORED_KINDS, LayerRecord
 from mixtura.rerouting.saving import load_router
 from mixtura.rerouting.side_files import has_side_files
@@ -36,7 +37,9 @@ from mixtura.viewing.packed import PackedLayer
 GENERATION_CONFIG = "generation_config.json"
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, bits: Widths | None = None
+) -> PreTrainedModel:
     """The model of a checkpoint directory, ready to run, as transformers knows it.
 
     `generate`, pipelines and evaluation harnesses take it like any other model. One with experts in
@@ -46,14 +49,18 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         path: a directory that `mixtura.apply_plan` or ``save_pretrained`` wrote, or a download.
         dtype: to compute in, and of the weights that are not in fewer bits; by default the one that
             the config names.
+        bits: at most how many bits to load of experts that the quantizer ``nested`` wrote: for all of
+            them, or by decoder layer and expert, the others whole. The rest is neither read nor kept.
 
     Raises:
         CheckpointError: the directory is missing, incomplete or damaged.
         UnsupportedModelError: it is a model that mixtura cannot work on.
+        UserError: ``bits`` asks for what the experts do not hold.
     """
     if is_own_model(path):
+        check_named((), bits)
         return load_own_model(path, dtype)
-    view = open_checkpoint(path)
+    view = open_checkpoint(path, bits=bits)
     model = build(view, dtype=dtype)
     packed = False
     for layer in view.layers:

@@ -26,7 +26,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
-from mixtura.kernels import ExpertMatrices, ExpertTensors, Matrix, coded_matrix, dense_matrix
+from mixtura.kernels import (
+    ExpertMatrices,
+    ExpertTensors,
+    Matrix,
+    coded_matrix,
+    dense_matrix,
+    nested_matrix,
+)
 from mixtura.method import create
 from mixtura.quantizers import Encoded, Quantizer
 from mixtura.viewing.formats import decode_fp8, decode_mxfp4
@@ -40,8 +47,8 @@ MatrixName = Literal["up", "down"]
 MATRICES: tuple[MatrixName, MatrixName] = ("up", "down")
 DENSE_PART = "weight"
 STORED_KINDS = ("fp8", "mxfp4")
-# The quantizer whose codes the compiled kernels read as they lie.
-DIRECT_QUANTIZER = "round_to_nearest"
+# The quantizers whose codes the compiled kernels read as they lie.
+DIRECT_QUANTIZER, NESTED_QUANTIZER = "round_to_nearest", "nested"
 
 
 @final
@@ -77,6 +84,14 @@ class MatrixRecord:
                 f"{EXPERTS_FILE} names the unknown dtype {self.dtype!r}; write the model again"
             )
         return found
+
+    @property
+    def widths(self) -> dict[int, tuple[str, ...]]:
+        """Bits the matrix can be read at and the parts that each reads; empty where it is read whole."""
+        if self.quantizer is None:
+            return {}
+        widths = quantizer_of(self).widths.items()
+        return {bits: parts for bits, parts in widths if set(parts) <= set(self.parts)}
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -178,9 +193,14 @@ class PackedMatrix:
             return None
         if record.quantizer is None:
             return dense_matrix(self.tensors[DENSE_PART])
+        group = int(record.settings.get("group_size", 64))
+        if record.quantizer == NESTED_QUANTIZER:
+            bits, names = max(record.widths.items())
+            *planes, scales = (self.tensors[name] for name in names)
+            return nested_matrix(planes, scales, cols=record.cols, bits=bits, group=min(group, record.cols))
         if record.quantizer != DIRECT_QUANTIZER:
             return None
-        bits, group = int(record.settings.get("bits", 4)), int(record.settings.get("group_size", 64))
+        bits = int(record.settings.get("bits", 4))
         codes, scales = self.tensors["codes"], self.tensors["scales"]
         group = record.cols if bits == 8 else min(group, record.cols)
         return coded_matrix(codes, scales, cols=record.cols, bits=bits, group=group)

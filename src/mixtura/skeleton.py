@@ -21,6 +21,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from mixtura.errors import UnsupportedModelError
 from mixtura.kernels import register_backend
+from mixtura.nesting import Widths, check_named
 from mixtura.packed import is_packed
 from mixtura.viewing.base import LayerView
 from mixtura.viewing.disk import DiskView, compute_dtype
@@ -35,14 +36,23 @@ _INITIALIZED = "_is_hf_initialized"
 CheckpointView = DiskView | PackedView
 
 
-def open_checkpoint(path: str | Path) -> CheckpointView:
+def open_checkpoint(path: str | Path, *, bits: Widths | None = None) -> CheckpointView:
     """View a checkpoint directory of either kind: an ordinary one or one of the mixtura format.
+
+    Args:
+        path: the directory.
+        bits: at how many bits experts are read that the quantizer ``nested`` wrote: for all of them, or by
+            decoder layer and expert, the others whole. What narrower ones do not need is never read.
 
     Raises:
         CheckpointError: the directory is missing, incomplete or damaged.
         UnsupportedModelError: it is a model that mixtura cannot work on.
+        UserError: ``bits`` asks for what the experts do not hold.
     """
-    return PackedView(path) if is_packed(Path(path)) else DiskView(path)
+    if is_packed(Path(path)):
+        return PackedView(path, bits=bits)
+    check_named((), bits)
+    return DiskView(path)
 
 
 def build(view: CheckpointView, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

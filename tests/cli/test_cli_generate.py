@@ -56,3 +56,10 @@ def test_help_shows_both_ways() -> None:
     assert result.exit_code == 0
     assert "[MODEL] PROMPT" in result.output
     assert "mixtura generate" in result.output
+
+
+@pytest.mark.slow
+def test_bits_are_for_nested_experts(model: Path) -> None:
+    result = run_mixtura("generate", str(model), "one two", "--bits", "4")
+    assert result.returncode == 2
+    assert "write it with the quantizer nested" in result.stderr

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
+from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix
 from mixtura.quantizers import Encoded
+from mixtura.quantizers.nested import Nested
 from mixtura.quantizers.round_to_nearest import RoundToNearest
 
 # Bits of a weight -> name, as tests are called by it.
@@ -39,6 +40,25 @@ def matrix_of(
         matrix = coded_matrix(codes, scales, cols=cols, bits=bits, group=group)
         encoded = Encoded({"codes": codes, "scales": scales}, {"rows": rows, "cols": cols})
         dense = RoundToNearest(bits=bits, group_size=group).decode(encoded, torch.float32).double()
+    assert matrix is not None
+    return matrix, dense
+
+
+def nested_of(rows: int, cols: int, bits: int, *, group: int = 64, seed: int = 0) -> tuple[Matrix, Tensor]:
+    """A matrix of nested codes read at so many bits, every code as likely, and its numbers in float64."""
+    group = min(group, cols)
+    shapes = {"codes_2": (rows, -(-cols // 4)), "codes_4": (rows, -(-cols // 4))}
+    shapes["codes_8"] = (2, *shapes["codes_2"])
+    tensors = {}
+    for number, name in enumerate(Nested().widths[bits][:-1]):
+        random = generator(seed + 7 * number)
+        tensors[name] = torch.randint(0, 256, shapes[name], generator=random, dtype=torch.uint8)
+    planes = tuple(tensors.values())
+    scales = torch.rand(rows, -(-cols // group), generator=generator(seed + 1)) * 0.2 + 0.01
+    tensors[f"scales_{bits}"] = scales.bfloat16()
+    encoded = Encoded(tensors, {"rows": rows, "cols": cols})
+    dense = Nested(group_size=group).decode(encoded, torch.float32).double()
+    matrix = nested_matrix(planes, tensors[f"scales_{bits}"], cols=cols, bits=bits, group=group)
     assert matrix is not None
     return matrix, dense
 

@@ -15,14 +15,14 @@ KINDS = {kind.name for kind in kinds()}
 
 # Each part may import those of its own line and of the lines above. A new part is entered here.
 LAYERS = (
-    {"errors", "units", "kept"},
+    {"errors", "units", "kept", "control_groups"},
     {"settings", "routing", "types", "digest", "tokenizer"},
     {"method", "trace"},
     KINDS,
     {"kernels"},
     {"layer"},
     {"modeling", "model"},
-    {"view", "viewing", "packed"},
+    {"view", "viewing", "packed", "nesting"},
     {"skeleton", "stores", "data", "summary", "applying", "contracts", "rerouting"},
     {"apply", "loading", "stream"},
     {"observe", "observing", "memory", "generation", "report"},

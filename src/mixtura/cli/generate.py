@@ -23,6 +23,9 @@ def generate(
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time."),
     seed: int = typer.Option(0, min=0, help="Seed of the draws where the temperature is more than 0."),
+    bits: int | None = typer.Option(
+        None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
+    ),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object, when all is generated."),
@@ -47,7 +50,7 @@ def generate(
     from mixtura.loading import load
 
     made = generate_text(
-        load(resolved.path),
+        load(resolved.path, bits=bits),
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,

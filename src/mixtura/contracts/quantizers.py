@@ -66,6 +66,24 @@ def check_more_bits_lose_less(method: Subject) -> None:
         require(_lost(more, weight) < _lost(fewer, weight), "more bits must lose less")
 
 
+def check_narrower_widths_read_less(method: Subject) -> None:
+    """Where ``widths`` offers several, each decodes from its own tensors alone; narrower ones are less."""
+    quantizer = method.create()
+    weight = sample(method, 18)
+    encoded = quantizer.encode(weight)
+    sizes, losses = [], []
+    for width in sorted(quantizer.widths, reverse=True):
+        names = quantizer.widths[width]
+        require(set(names) <= set(encoded.tensors), f"{width} bits read tensors that are not there: {names}")
+        own = Encoded({name: encoded.tensors[name] for name in names}, encoded.meta)
+        back = quantizer.decode(own)
+        require(back.shape == weight.shape, f"at {width} bits the matrix comes back in another size")
+        sizes.append(own.num_bytes)
+        losses.append(float((back - weight).norm()))
+    require(sizes == sorted(sizes, reverse=True), f"bytes must fall with the width, got {sizes}")
+    require(losses == sorted(losses), f"the error must grow as the width falls, got {losses}")
+
+
 def check_predicted_bytes_are_written(method: Subject) -> None:
     """``num_bytes`` says exactly what the tensors take."""
     quantizer = method.create()

@@ -17,7 +17,8 @@ from mixtura.kernels.dispatch import Dispatch, Run, sort_by_expert, sum_by_token
 from mixtura.kernels.experts import ExpertMath, StackedExperts, run_experts
 from mixtura.kernels.few import ExpertMatrices, NativeLayer
 from mixtura.kernels.linears import FewRowsLinear, PackedLinear, pack_linears, quicken
-from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
+from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix
+from mixtura.kernels.nested_linears import NestedLinear, nest_linears
 from mixtura.kernels.records import AssignmentObserver, ExpertStore, ExpertTensors
 from mixtura.kernels.routed import routed_experts, run_routed
 
@@ -31,6 +32,7 @@ __all__ = [
     "FewRowsLinear",
     "Matrix",
     "NativeLayer",
+    "NestedLinear",
     "Options",
     "PackedLinear",
     "Run",
@@ -38,6 +40,8 @@ __all__ = [
     "coded_matrix",
     "dense_matrix",
     "isas",
+    "nest_linears",
+    "nested_matrix",
     "options",
     "pack_linears",
     "quicken",

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mixtura.kernels.activations import PARAMETERS, Activation, recognise
 from mixtura.kernels.compiled import is_recorded
 from mixtura.kernels.experts import ExpertMath, StackedExperts
-from mixtura.kernels.few import run_few
+from mixtura.kernels.few import NativeLayer, layer_of, run_few
 from mixtura.kernels.records import AssignmentObserver, ExpertStore
 from mixtura.kernels.routed import run_routed
 
@@ -75,6 +75,12 @@ def forward(
     if observer is not None:
         observer.finish()
     return outputs
+
+
+def experts_layer(module: Any) -> NativeLayer | None:
+    """The experts of a transformers module as the compiled kernels read them; None where they cannot."""
+    store = getattr(module, "mixtura_store", None)
+    return layer_of(_parameters_of(module) if store is None else store, math_of(module))
 
 
 def math_of(module: Any) -> ExpertMath:

@@ -114,7 +114,7 @@ def run_few(
         return None
     if not is_plain(x) or weights.device != x.device or expert_ids.device != x.device:
         return None
-    layer = stacked_layer(store, math) if isinstance(store, StackedExperts) else _layer_of(store)
+    layer = layer_of(store, math)
     if layer is None or layer.d_model != x.shape[1]:
         return None
     num_experts = getattr(store, "num_experts")  # noqa: B009
@@ -124,7 +124,10 @@ def run_few(
     return _Call(x, expert_ids, weights, token_ids).run(layer, math)
 
 
-def _layer_of(store: object) -> NativeLayer | None:
+def layer_of(store: object, math: ExpertMath) -> NativeLayer | None:
+    """The layer of a store of any kind; None where the kernels cannot read it."""
+    if isinstance(store, StackedExperts):
+        return stacked_layer(store, math)
     find = getattr(store, "native_layer", None)
     return None if find is None else find()
 

@@ -7,6 +7,7 @@ run on a few rows; `pack_linears` also stores them in fewer bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import final
 
 import torch
@@ -42,13 +43,14 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     biases = () if bias is None else (bias,)
     if not is_plain(x, weight, *biases) or any(t.dtype != x.dtype for t in (weight, *biases)):
         return None
-    if not _are_few(x, 8 * weight.element_size()):
+    if not are_few(x, 8 * weight.element_size()):
         return None
     matrix = dense_matrix(weight)
-    return None if matrix is None else _multiply(matrix, x, bias)
+    return None if matrix is None else multiply_rows(matrix, x, bias)
 
 
-def _are_few(x: Tensor, bits: int) -> bool:
+def are_few(x: Tensor, bits: int) -> bool:
+    """Whether the compiled kernels are to multiply these rows with weights of so many bits."""
     chosen = options()
     if chosen.mode == "torch" or native() is None or torch.is_autocast_enabled("cpu"):
         return False
@@ -58,7 +60,8 @@ def _are_few(x: Tensor, bits: int) -> bool:
     return 0 < rows <= few_rows(bits, x.dtype)
 
 
-def _multiply(matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_rows(matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ matrix.T + bias`` by the compiled kernels, for rows of any axes."""
     rows = with_rows(x.reshape(-1, x.shape[-1]))
     return multiply(matrix, rows, bias).view(*x.shape[:-1], matrix.rows)
 
@@ -77,6 +80,12 @@ def quicken(model: nn.Module) -> int:
     taken = [module for module in model.modules() if type(module) is nn.Linear]
     for module in taken:
         module.__class__ = FewRowsLinear
+    # They know transformers, which is imported where it is used.
+    from mixtura.kernels.step_layer import quicken_layers
+    from mixtura.kernels.step_stack import quicken_stacks
+
+    quicken_layers(model)
+    quicken_stacks(model)
     quicken_steps(model)
     return len(taken)
 
@@ -127,9 +136,9 @@ class PackedLinear(nn.Module):
         """``input @ weight.T + bias``, the weight read as it is stored or, for many rows, decoded."""
         biases = () if self.bias is None else (self.bias,)
         if not (torch.is_grad_enabled() and input.requires_grad) and is_plain(input, *biases):
-            matrix = self._matrix()
-            if matrix is not None and _are_few(input, self.bits):
-                return _multiply(matrix, input, self.bias)
+            matrix = self.matrix()
+            if matrix is not None and are_few(input, self.bits):
+                return multiply_rows(matrix, input, self.bias)
         encoded = Encoded(
             {"codes": self.codes, "scales": self.scales},
             {"rows": self.out_features, "cols": self.in_features},
@@ -137,7 +146,8 @@ class PackedLinear(nn.Module):
         weight = _quantizer(self.bits, self.group_size).decode(encoded, input.dtype)
         return F.linear(input, weight, self.bias)
 
-    def _matrix(self) -> Matrix | None:
+    def matrix(self) -> Matrix | None:
+        """The weight as the kernels read it; None where they cannot."""
         group = self.in_features if self.bits == 8 else min(self.group_size, self.in_features)
         return coded_matrix(self.codes, self.scales, cols=self.in_features, bits=self.bits, group=group)
 
@@ -169,6 +179,13 @@ def pack_linears(
     Raises:
         SettingError: ``bits`` or ``group_size`` is out of range.
     """
+    return replace_linears(model, wanted, partial(PackedLinear.of, bits=bits, group_size=group_size))
+
+
+def replace_linears(
+    model: nn.Module, wanted: Callable[[str], bool], make: Callable[[nn.Linear], nn.Module]
+) -> int:
+    """Put another module in the place of each plain linear layer of a wanted name; gives how many."""
     named = [
         (name, module)
         for name, module in model.named_modules()
@@ -177,7 +194,7 @@ def pack_linears(
     for name, module in named:
         parent, _, last = name.rpartition(".")
         assert isinstance(module, nn.Linear)
-        setattr(model.get_submodule(parent), last, PackedLinear.of(module, bits=bits, group_size=group_size))
+        setattr(model.get_submodule(parent), last, make(module))
     return len(named)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from mixtura.kernels.compiled import NUMBERS, native
 
 _FORMATS: Final = {8: 2, 4: 3, 2: 4}
+_NESTED_FORMATS: Final = {8: 5, 4: 6}
 
 
 @final
@@ -81,3 +83,39 @@ def coded_matrix(
         _FORMATS[bits], codes.data_ptr(), scales.data_ptr(), rows, cols, row_bytes, row_scales, group, False
     )
     return Matrix(rows, cols, bits, record, (codes, scales))
+
+
+def nested_matrix(
+    planes: Sequence[UInt8[Tensor, "..."]], scales: Float[Tensor, "R G"], *, cols: int, bits: int, group: int
+) -> Matrix | None:
+    """A matrix of codes of 8, 4 or 2 bits as the quantizer ``nested`` stores it, in place.
+
+    Args:
+        planes: the bits that this width reads: the upper two of each code ``[R, B]`` with B = ceil(cols / 4),
+            the next two ``[R, B]``, the lower four ``[2, R, B]``.
+        scales: of this width, in bfloat16, one for every ``group`` neighbouring levels of a row.
+        cols: input features.
+        bits: of a code as it is read.
+        group: weights that share a scale; at least ``cols`` for one scale for each row.
+    """
+    upper, rest = planes[0], tuple(planes[1:])
+    top = coded_matrix(upper, scales, cols=cols, bits=2, group=group)
+    if top is None or bits == 2:
+        return top
+    if any(not plane.is_contiguous() or plane.device.type != "cpu" for plane in rest):
+        return None
+    rows, row_bytes = upper.shape
+    lower = [plane.data_ptr() for each in rest for plane in each.view(-1, rows, row_bytes)]
+    record = native().Matrix(  # type: ignore[union-attr]
+        _NESTED_FORMATS[bits],
+        upper.data_ptr(),
+        scales.data_ptr(),
+        rows,
+        cols,
+        row_bytes,
+        scales.shape[1],
+        group,
+        False,
+        lower,
+    )
+    return Matrix(rows, cols, bits, record, (*planes, scales))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -56,6 +57,14 @@ class Quantizer(ABC):
     @abstractmethod
     def num_bytes(self, rows: int, cols: int) -> int:
         """Bytes `encode` takes for a matrix of this size, exactly, without encoding one."""
+
+    @property
+    def widths(self) -> Mapping[int, tuple[str, ...]]:
+        """Bits that one encoding can be read at, and the names of the tensors that each reads.
+
+        `decode` takes an `Encoded` of just those tensors. Empty where an encoding is read as a whole.
+        """
+        return {}
 
     @final
     def bits_per_weight(self, rows: int, cols: int) -> float:

@@ -1,4 +1,4 @@
-"""Codes of a few bits in bytes, shared by quantizers."""
+"""Evenly spaced levels, their scales, and codes of a few bits in bytes: shared by quantizers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from torch.nn import functional as F
 
 # A dtype as wide as the bfloat16 numbers that come of one byte.
 _WORD_DTYPES = {4: torch.int32, 2: torch.int64, 1: torch.complex128}
+# Weights that are encoded at once: their working memory stays in the processor's cache.
+CHUNK = 1 << 18
+
+
+def levels_of(x: Float[Tensor, "R G g"], scales: Float[Tensor, "R G"], half: float) -> Float[Tensor, "R G g"]:
+    """For each weight the nearest of the levels from ``-half`` to ``half``, one apart; 0 has none."""
+    steps = x / torch.where(scales > 0, scales, 1)[..., None]
+    return steps.add_(half).round_().clamp_(0, 2 * half).sub_(half)
+
+
+def best_scales(
+    x: Float[Tensor, "R G g"], levels: Float[Tensor, "R G g"]
+) -> tuple[Float[Tensor, "R G"], Float[Tensor, "R G"]]:
+    """The scales with which levels are nearest to the weights, and the squared error they take off."""
+    xl, ll = (x * levels).sum(-1), levels.square().sum(-1)
+    return xl / ll, xl.square() / ll
+
+
+def scale_groups(
+    levels: Float[Tensor, "R C"], scales: Float[Tensor, "R G"], group: int
+) -> Float[Tensor, "R C"]:
+    """Levels times the scale of their group, in place and in their dtype; the last group may be short."""
+    rows, cols = levels.shape
+    scales = scales.to(levels.dtype)
+    if cols % group:
+        return levels.mul_(scales.repeat_interleave(group, dim=1)[:, :cols])
+    return levels.view(rows, -1, group).mul_(scales[..., None]).view(rows, cols)
 
 
 def pack(codes: UInt8[Tensor, "R C"], bits: int) -> UInt8[Tensor, "R B"]:
@@ -37,6 +64,17 @@ def unpack(
     words = _words(bits, shift).to(packed.device)
     numbers = words.index_select(0, packed.reshape(-1).to(torch.int32)).view(torch.bfloat16)
     return numbers.view(packed.shape[0], -1)[:, :cols].to(dtype)
+
+
+def nested_planes(codes: UInt8[Tensor, "R C"], bits: int) -> dict[str, Tensor]:
+    """The bits of codes of eight bits, by the narrowest width that reads them."""
+    planes = {"codes_2": pack(codes >> 6, 2)}
+    if bits > 2:
+        planes["codes_4"] = pack(codes >> 4 & 3, 2)
+    if bits > 4:
+        low = F.pad(codes & 15, (0, -codes.shape[1] % 4))
+        planes["codes_8"] = torch.stack([pack(low[:, first::2].contiguous(), 4) for first in (0, 1)])
+    return planes
 
 
 @cache

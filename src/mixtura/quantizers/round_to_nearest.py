@@ -11,12 +11,11 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError, check_range
 from mixtura.quantizers import Encoded, Quantizer
-from mixtura.quantizers._shared import pack, unpack
+from mixtura.quantizers._shared import CHUNK, best_scales, levels_of, pack, scale_groups, unpack
 
 METHOD = {"paper": None, "title": "Round to nearest with a scale per group"}
 # Shares of a group's largest weight tried as the end of the range.
 _RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-_CHUNK = 1 << 18
 
 
 @final
@@ -65,7 +64,7 @@ class RoundToNearest(Quantizer):
             raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")
         rows, cols = weight.shape
         # Chunks of rows bound the working memory of the search and stay in the processor's cache.
-        chunks = torch.split(weight, max(1, _CHUNK // cols))
+        chunks = torch.split(weight, max(1, CHUNK // cols))
         codes, scales = zip(*(self._encode_rows(chunk.float()) for chunk in chunks), strict=True)
         tensors = {"codes": torch.cat(codes), "scales": torch.cat(scales)}
         return Encoded(tensors, {"rows": rows, "cols": cols})
@@ -75,10 +74,7 @@ class RoundToNearest(Quantizer):
         # In bfloat16 levels are exact and a product is rounded once; float16 cannot hold the scales.
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         levels = unpack(encoded.tensors["codes"], self.bits, cols, exact, self._half)
-        scales = encoded.tensors["scales"].to(exact)
-        if cols % group:
-            return levels.mul_(scales.repeat_interleave(group, dim=1)[:, :cols]).to(dtype)
-        return levels.view(levels.shape[0], -1, group).mul_(scales[..., None]).view(levels.shape).to(dtype)
+        return scale_groups(levels, encoded.tensors["scales"], group).to(dtype)
 
     def num_bytes(self, rows: int, cols: int) -> int:
         return rows * (-(-cols * self.bits // 8) + 2 * -(-cols // self._group(cols)))
@@ -94,7 +90,7 @@ class RoundToNearest(Quantizer):
         (rows, cols), group = weight.shape, self._group(weight.shape[1])
         padded = F.pad(weight, (0, -cols % group)).view(rows, -1, group)
         scales = self._scales(padded, cols).to(torch.bfloat16)
-        codes = self._levels(padded, scales.float()).add_(self._half).to(torch.uint8)
+        codes = levels_of(padded, scales.float(), self._half).add_(self._half).to(torch.uint8)
         return pack(codes.view(rows, -1)[:, :cols], self.bits), scales
 
     def _scales(self, x: Float[Tensor, "R G g"], cols: int) -> Float[Tensor, "R G"]:
@@ -103,14 +99,8 @@ class RoundToNearest(Quantizer):
         there = torch.arange(x.shape[1] * x.shape[2], device=x.device).view(x.shape[1:]) < cols
         scales, gains = widest, torch.zeros_like(widest)
         for share in _RANGES if self.bits < 8 else _RANGES[:1]:
-            levels = self._levels(x, widest * share).mul_(there)
-            # With these levels the best scale is xl / ll, and it takes xl^2 / ll off the error.
-            xl, ll = (x * levels).sum(-1), levels.square().sum(-1)
-            gain = xl.square() / ll
-            scales = torch.where(gain > gains, xl / ll, scales)
+            levels = levels_of(x, widest * share, self._half).mul_(there)
+            best, gain = best_scales(x, levels)
+            scales = torch.where(gain > gains, best, scales)
             gains = torch.maximum(gains, gain)
         return scales
-
-    def _levels(self, x: Float[Tensor, "R G g"], scales: Float[Tensor, "R G"]) -> Float[Tensor, "R G g"]:
-        steps = x / torch.where(scales > 0, scales, 1)[..., None]
-        return steps.add_(self._half).round_().clamp_(0, 2 * self._half).sub_(self._half)

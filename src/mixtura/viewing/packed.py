@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixtura.errors import CheckpointError, suggest
 from mixtura.kernels import ExpertTensors
+from mixtura.nesting import Widths, check_named, layer_at
 from mixtura.packed import (
     EXPERTS_FILE,
     QUANT_METHOD,
@@ -86,11 +87,15 @@ class PackedLayer(LayerView):
 class PackedView(ModelView):
     """A directory that `mixtura.apply` wrote in the mixtura format, opened from its headers alone.
 
-    Layers that the plan left whole are `DiskLayer`, the others `PackedLayer`. Raises
-    `CheckpointError` for a directory that is missing, incomplete or damaged.
+    Layers that the plan left whole are `DiskLayer`, the others `PackedLayer`. ``bits`` says at how many
+    experts are read that hold several widths in one copy: for all of them, or by decoder layer and
+    expert; by default at the widest.
+
+    Raises `CheckpointError` for a directory that is missing, incomplete or damaged, and `UserError` for
+    bits that are not there.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], *, bits: Widths | None = None) -> None:
         opened = open_files(path, restore=_restored)
         self.path: Path = opened.path
         self.files: tuple[Path, ...] = opened.files
@@ -101,6 +106,8 @@ class PackedView(ModelView):
         self._config.name_or_path = str(opened.path)
         self._meta = build_meta(model_class(self._config), self._config)
         packed = self._check_records()
+        check_named(tuple(self.records.values()), bits)
+        self.records = {name: layer_at(record, bits) for name, record in self.records.items()}
         with no_collection():
             own = {name: entry for name, entry in opened.entries.items() if name not in packed}
             self.stored = stored_tensors(own)

@@ -12,6 +12,39 @@ enum class Scaled { never, by_row, by_block, by_lane };
 
 MIXTURA_INLINE std::int64_t at_most(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+// Planes that the bits of a weight are spread over, all laid out alike.
+template <class F>
+constexpr int planes_of() {
+    if constexpr (requires { F::planes; }) return F::planes;
+    else return 1;
+}
+
+// The same place in each plane.
+template <class F>
+struct Place {
+    const unsigned char* in[planes_of<F>()];
+};
+
+template <class F>
+MIXTURA_INLINE Place<F> place_of(const Matrix& m, std::int64_t at) {
+    Place<F> place;
+    place.in[0] = m.data + at;
+    for (int p = 1; p < planes_of<F>(); ++p) place.in[p] = m.lower[p - 1] + at;
+    return place;
+}
+
+template <class F>
+MIXTURA_INLINE Place<F> later(Place<F> place, std::int64_t bytes) {
+    for (auto& one : place.in) one += bytes;
+    return place;
+}
+
+template <class F>
+MIXTURA_INLINE typename F::Raw raw_at(const Place<F>& place, std::int64_t bytes) {
+    if constexpr (planes_of<F>() == 1) return F::raw(place.in[0] + bytes);
+    else return F::raw(place.in, bytes);
+}
+
 // Spreads the scales of a block's groups over its lanes.
 template <int weights>
 class LaneScales {
@@ -53,10 +86,12 @@ private:
 #endif
 };
 
+inline constexpr std::int64_t bytes_ahead = 8 << 10;
+
 template <class F, Scaled scaled, int num_rows, int num_inputs>
 struct Tile {
     // Adds the products of one block of each row; `at` is where its inputs lie in every input vector.
-    MIXTURA_INLINE void add(Floats (&sums)[num_rows][num_inputs], const Matrix& m, const unsigned char* w,
+    MIXTURA_INLINE void add(Floats (&sums)[num_rows][num_inputs], const Matrix& m, const Place<F>& w,
                             std::int64_t row_bytes, const std::uint16_t* scales, const LaneScales<F::weights>& lanes,
                             std::int64_t block, std::int64_t left, const unsigned char* const* x) {
         const std::size_t at = static_cast<std::size_t>(block) * F::block_inputs_bytes;
@@ -66,7 +101,7 @@ struct Tile {
         typename F::Sum block_sums[num_rows][num_inputs];
 #pragma GCC unroll 8
         for (int r = 0; r < num_rows; ++r) {
-            raw[r] = F::raw(w + r * row_bytes);
+            raw[r] = raw_at<F>(w, r * row_bytes);
 #pragma GCC unroll 8
             for (int i = 0; i < num_inputs; ++i) {
                 if constexpr (goes_on) block_sums[r][i] = sums[r][i];
@@ -78,7 +113,7 @@ struct Tile {
         for (int j = 0; j < F::steps; ++j) {
 #pragma GCC unroll 8
             for (int r = 0; r < num_rows; ++r) {
-                const typename F::Vector vector = F::vector(raw[r], j);
+                const auto vector = F::vector(raw[r], j);
 #pragma GCC unroll 8
                 for (int i = 0; i < num_inputs; ++i) {
                     block_sums[r][i] = F::add(block_sums[r][i], vector, x[i] + at, j);
@@ -107,25 +142,34 @@ struct Tile {
     static void run(const Matrix& m, std::int64_t first, const unsigned char* const* x, float* out,
                     std::int64_t out_stride, std::int64_t bytes) {
         Floats sums[num_rows][num_inputs] = {};
-        const unsigned char* w = m.data + first * m.row_bytes;
+        const Place<F> w = place_of<F>(m, first * m.row_bytes);
         const std::uint16_t* scales = m.scales + first * m.row_scales;
         const std::int64_t blocks = bytes / F::block_bytes, rest = bytes % F::block_bytes;
         LaneScales<F::weights> lanes;
         if constexpr (scaled == Scaled::by_lane) lanes = LaneScales<F::weights>::of(m);
+        // Rows of a later tile: the processor's own look-ahead stops at a page's end, and the next tile of
+        // narrow rows would come too soon for memory to answer.
+        const std::int64_t tile = num_rows * m.row_bytes, ahead = (bytes_ahead + tile - 1) / tile * tile;
         for (std::int64_t block = 0; block < blocks; ++block) {
-            // The rows of the next tile: the processor's own look-ahead stops at a page's end.
             for (int r = 0; r < num_rows; ++r) {
-                __builtin_prefetch(w + (r + num_rows) * m.row_bytes + block * F::block_bytes, 0, 2);
+                for (const unsigned char* plane : w.in) {
+                    __builtin_prefetch(plane + r * m.row_bytes + ahead + block * F::block_bytes, 0, 2);
+                }
             }
-            add(sums, m, w + block * F::block_bytes, m.row_bytes, scales, lanes, block, 16, x);
+            add(sums, m, later<F>(w, block * F::block_bytes), m.row_bytes, scales, lanes, block, 16, x);
         }
         if (rest > 0) {
-            unsigned char last[num_rows][F::block_bytes] = {};
-            for (int r = 0; r < num_rows; ++r) {
-                std::memcpy(last[r], w + r * m.row_bytes + blocks * F::block_bytes, static_cast<std::size_t>(rest));
+            unsigned char last[planes_of<F>()][num_rows][F::block_bytes] = {};
+            Place<F> ends;
+            for (int p = 0; p < planes_of<F>(); ++p) {
+                for (int r = 0; r < num_rows; ++r) {
+                    std::memcpy(last[p][r], w.in[p] + r * m.row_bytes + blocks * F::block_bytes,
+                                static_cast<std::size_t>(rest));
+                }
+                ends.in[p] = last[p][0];
             }
             const std::int64_t left = scaled == Scaled::by_lane ? m.row_scales - blocks * lanes.groups_ : 0;
-            add(sums, m, last[0], F::block_bytes, scales, lanes, blocks, left, x);
+            add(sums, m, ends, F::block_bytes, scales, lanes, blocks, left, x);
         }
         for (int i = 0; i < num_inputs; ++i) {
             Floats column[num_rows];
@@ -140,6 +184,7 @@ struct Tile {
     }
 };
 
+// In one plane.
 template <class F>
 constexpr int bits_per_weight() {
     return F::block_bytes * 8 / F::weights;
@@ -185,6 +230,15 @@ static void prepare(const float* x, std::int64_t cols, unsigned char* to) {
 
 template <class F, Scaled scaled>
 constexpr Kernel kernel_of = {prepared_bytes<F>, prepare<F>, dot<F, scaled>};
+
+// As `find_grouped`, for formats whose tiles are long: a row that is one group is a block's scale, too.
+template <class F>
+const Kernel* find_by_block(const Matrix& m) {
+    constexpr std::int64_t weights = F::weights, per_lane = weights / 16;
+    if (m.group >= m.cols || m.group % weights == 0) return &kernel_of<F, Scaled::by_block>;
+    if (weights % m.group == 0 && m.group % per_lane == 0) return &kernel_of<F, Scaled::by_lane>;
+    return nullptr;
+}
 
 // The kernel of a format in groups of any size; null where groups and lanes do not fit each other.
 template <class F>

@@ -1,115 +1,13 @@
 #include "experts.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
-#include <new>
-#include <stdexcept>
 
 #include "pool.hpp"
+#include "work.hpp"
 
 namespace mixtura {
 namespace {
-
-// Bytes of weights in one piece of work: enough to hide what a piece costs to start, few enough to share
-// out evenly.
-constexpr std::int64_t piece_bytes = 48 << 10;
-constexpr std::int64_t least_pieces_per_thread = 16;
-// Less than this is done before another thread has begun, and a thread that the system holds back while it
-// has a piece would keep the caller waiting for milliseconds.
-constexpr std::int64_t least_shared_bytes = 128 << 10;
-constexpr std::int64_t number_bytes = sizeof(float);
-// Input vectors that are multiplied with a piece before the next ones are.
-constexpr std::int64_t most_vectors = 64;
-
-float bf16_to_float(std::uint16_t half) {
-    const std::uint32_t bits = std::uint32_t{half} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-std::uint16_t float_to_bf16(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-float number_at(const Rows& rows, std::int64_t row, std::int64_t at) {
-    const std::int64_t place = row * rows.stride + at;
-    return rows.number == Number::f32 ? static_cast<const float*>(rows.data)[place]
-                                      : bf16_to_float(static_cast<const std::uint16_t*>(rows.data)[place]);
-}
-
-void read_row(const Rows& rows, std::int64_t row, std::int64_t num, float* to) {
-    if (rows.number == Number::f32) {
-        const float* from = static_cast<const float*>(rows.data) + row * rows.stride;
-        std::copy(from, from + num, to);
-    } else {
-        const std::uint16_t* from = static_cast<const std::uint16_t*>(rows.data) + row * rows.stride;
-        for (std::int64_t i = 0; i < num; ++i) to[i] = bf16_to_float(from[i]);
-    }
-}
-
-void write_row(const Result& result, std::int64_t row, std::int64_t first, std::int64_t num, const float* from) {
-    const std::int64_t place = row * result.stride + first;
-    if (result.number == Number::f32) {
-        std::copy(from, from + num, static_cast<float*>(result.data) + place);
-    } else {
-        std::uint16_t* to = static_cast<std::uint16_t*>(result.data) + place;
-        for (std::int64_t i = 0; i < num; ++i) to[i] = float_to_bf16(from[i]);
-    }
-}
-
-// Memory that is kept from one call to the next and starts at a cache line.
-class Room {
-public:
-    template <class T>
-    T* of(std::int64_t num) {
-        const std::size_t bytes = static_cast<std::size_t>(num) * sizeof(T);
-        if (bytes > size_) {
-            memory_.reset();
-            memory_.reset(static_cast<unsigned char*>(::operator new(bytes, alignment)));
-            size_ = bytes;
-        }
-        return reinterpret_cast<T*>(memory_.get());
-    }
-
-private:
-    static constexpr std::align_val_t alignment{64};
-    struct Free {
-        void operator()(unsigned char* memory) const { ::operator delete(memory, alignment); }
-    };
-    std::unique_ptr<unsigned char, Free> memory_;
-    std::size_t size_ = 0;
-};
-
-// What threads keep for themselves.
-struct Scratch {
-    Room row, gate, up, sums;
-};
-Scratch& scratch() {
-    static thread_local Scratch mine;
-    return mine;
-}
-
-int threads_for(const Way& way, std::int64_t bytes) { return bytes < least_shared_bytes ? 1 : way.threads; }
-
-// Rows of a matrix to take as one piece of work.
-std::int64_t rows_of_piece(const Matrix& matrix, std::int64_t rows, std::int64_t bytes_of_row, int threads,
-                           std::int64_t pieces_beside) {
-    const std::int64_t unit = matrix.transposed ? 64 : 8;
-    std::int64_t piece = std::max<std::int64_t>(1, piece_bytes / std::max<std::int64_t>(1, bytes_of_row));
-    const std::int64_t least = least_pieces_per_thread * threads / std::max<std::int64_t>(1, pieces_beside);
-    piece = std::min(piece, rows / std::max<std::int64_t>(1, least));
-    return std::max<std::int64_t>(unit, (piece + unit - 1) / unit * unit);
-}
-
-std::int64_t bytes_of_row(const Matrix& matrix) {
-    static constexpr int bits[num_formats] = {32, 16, 8, 4, 2};
-    return (matrix.cols * bits[static_cast<int>(matrix.format)] + 7) / 8;
-}
 
 // Rows `start` to `stop` of the sorted assignments, which belong to one expert.
 struct Run {
@@ -143,83 +41,17 @@ Sorted sort_by_expert(const std::vector<Expert>& experts, const Assignments& giv
     return sorted;
 }
 
-// Input vectors as the kernels of several matrices want them: prepared once for each kind of kernel.
-class Prepared {
-public:
-    Prepared(const Way& way, std::int64_t cols) : way_(way), cols_(cols) {}
-
-    // The number of the kernel that a matrix takes.
-    std::size_t add(const Matrix& matrix) {
-        const Kernel* kernel = way_.isa->find(matrix, way_.inputs);
-        std::size_t place = places_.size();
-        for (std::size_t k = 0; k < kernels_.size(); ++k) {
-            if (kernels_[k] == kernel) return k;
-            if (kernels_[k]->prepare == kernel->prepare) place = place_of_[k];
-        }
-        if (place == places_.size()) places_.push_back({kernel, apart(kernel->prepared_bytes(cols_)), 0});
-        kernels_.push_back(kernel);
-        place_of_.push_back(place);
-        return kernels_.size() - 1;
-    }
-
-    // Room for `num` vectors; then `prepare` each of them, on any threads.
-    void reserve(Room& room, std::int64_t num) {
-        std::size_t total = 0;
-        for (auto& place : places_) {
-            place.offset = total;
-            total += place.bytes * static_cast<std::size_t>(num);
-        }
-        memory_ = room.of<unsigned char>(static_cast<std::int64_t>(total));
-    }
-
-    void prepare(std::int64_t vector, const float* values) {
-        for (const auto& place : places_) place.kernel->prepare(values, cols_, at(place, vector));
-    }
-
-    const unsigned char* vector(std::size_t kernel, std::int64_t vector) const {
-        return at(places_[place_of_[kernel]], vector);
-    }
-
-    const Kernel& kernel(std::size_t number) const { return *kernels_[number]; }
-
-private:
-    // An odd number of cache lines: vectors a power of two apart would fight for the same lines.
-    static std::size_t apart(std::size_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
-
-    struct Place {
-        const Kernel* kernel;
-        std::size_t bytes, offset;
-    };
-
-    unsigned char* at(const Place& place, std::int64_t vector) const {
-        return memory_ + place.offset + place.bytes * static_cast<std::size_t>(vector);
-    }
-
-    Way way_;
-    std::int64_t cols_;
-    std::vector<const Kernel*> kernels_;
-    std::vector<std::size_t> place_of_;
-    std::vector<Place> places_;
-    unsigned char* memory_ = nullptr;
-};
-
-void add_bias(const Rows& bias, std::int64_t first, std::int64_t stride, std::int64_t num, float* to) {
-    if (!bias.data) return;
-    for (std::int64_t i = 0; i < num; ++i) to[i] += number_at(bias, 0, first + i * stride);
-}
-
 // A piece of work: some rows of one run's expert.
 struct Piece {
     std::size_t run;
     std::int64_t first, count;
 };
 
-// One call: its assignments sorted, and the memory it uses. Calls take turns.
+// One call: its assignments sorted, and the memory it uses. Whoever makes one holds the pool.
 class Call {
 public:
     Call(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments)
-        : way_(way), assignments_(assignments), hold_(Pool::shared().hold()),
-          sorted_(sort_by_expert(experts, assignments)) {}
+        : way_(way), assignments_(assignments), sorted_(sort_by_expert(experts, assignments)) {}
 
     bool nothing() const { return sorted_.order.empty(); }
 
@@ -410,7 +242,6 @@ private:
 
     const Way& way_;
     const Assignments& assignments_;
-    std::unique_lock<std::mutex> hold_;
     Sorted sorted_;
     std::vector<std::size_t> up_kernels_;
     std::int64_t features_ = 0;
@@ -432,36 +263,14 @@ void zero_absent(const Result& out, const std::vector<Expert>& experts, const As
 
 }  // namespace
 
-void linear(const Way& way, const Matrix& m, Rows bias, Rows x, std::int64_t num, Result out) {
-    const auto hold = Pool::shared().hold();
-    static Room room;
-    Prepared inputs(way, m.cols);
-    const Kernel& kernel = inputs.kernel(inputs.add(m));
-    inputs.reserve(room, num);
-    Pool::shared().loop(num, threads_for(way, num * m.cols * number_bytes), [&](std::int64_t i) {
-        float* row = scratch().row.of<float>(m.cols);
-        read_row(x, i, m.cols, row);
-        inputs.prepare(i, row);
-    });
-    const std::int64_t step = rows_of_piece(m, m.rows, bytes_of_row(m), way.threads, 1);
-    Pool::shared().loop((m.rows + step - 1) / step, threads_for(way, m.rows * bytes_of_row(m)), [&](std::int64_t p) {
-        const std::int64_t first = p * step, count = std::min(step, m.rows - first);
-        float* made = scratch().gate.of<float>(most_vectors * count);
-        for (std::int64_t start = 0; start < num; start += most_vectors) {
-            const std::int64_t some = std::min(most_vectors, num - start);
-            const unsigned char* rows[most_vectors];
-            for (std::int64_t i = 0; i < some; ++i) rows[i] = inputs.vector(0, start + i);
-            kernel.dot(m, first, count, rows, some, made, count);
-            for (std::int64_t i = 0; i < some; ++i) {
-                add_bias(bias, first, 1, count, made + i * count);
-                write_row(out, start + i, first, count, made + i * count);
-            }
-        }
-    });
-}
-
 void run_experts(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
                  Rows weights, const Activation& activation, Result out) {
+    const auto hold = Pool::shared().hold();
+    run_experts_held(way, experts, assignments, x, weights, activation, out);
+}
+
+void run_experts_held(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
+                      Rows weights, const Activation& activation, Result out) {
     Call call(way, experts, assignments);
     if (call.nothing()) {
         write_zeros(out, assignments.num_tokens, experts.empty() ? 0 : experts[0].down.rows);
@@ -473,6 +282,7 @@ void run_experts(const Way& way, const std::vector<Expert>& experts, const Assig
 
 void run_up(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
             Result out) {
+    const auto hold = Pool::shared().hold();
     Call call(way, experts, assignments);
     if (!call.nothing()) call.up_only(x, out);
     zero_absent(out, experts, assignments, experts.empty() ? 0 : experts[0].up.rows);
@@ -480,34 +290,12 @@ void run_up(const Way& way, const std::vector<Expert>& experts, const Assignment
 
 void run_down(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows hidden,
               Rows weights, Result out) {
+    const auto hold = Pool::shared().hold();
     Call call(way, experts, assignments);
     const std::int64_t cols = experts.empty() ? 0 : experts[0].down.rows;
     if (!call.nothing()) call.down(hidden, weights, out);
     if (!weights.data) zero_absent(out, experts, assignments, cols);
     else if (call.nothing()) write_zeros(out, assignments.num_tokens, cols);
-}
-
-std::uint64_t read_all(const unsigned char* data, std::int64_t bytes, int threads) {
-    const auto hold = Pool::shared().hold();
-    constexpr std::int64_t piece = 1 << 20, line = 64;
-    std::vector<std::uint64_t> sums(static_cast<std::size_t>((bytes + piece - 1) / piece), 0);
-    Pool::shared().loop(static_cast<std::int64_t>(sums.size()), threads, [&](std::int64_t p) {
-        using Lanes = std::uint64_t __attribute__((vector_size(64)));
-        Lanes four[4] = {};
-        const std::int64_t end = std::min(bytes, (p + 1) * piece);
-        for (std::int64_t at = p * piece; at + 4 * line <= end; at += 4 * line) {
-            for (int i = 0; i < 4; ++i) {
-                Lanes some;
-                std::memcpy(&some, data + at + i * line, sizeof some);
-                four[i] += some;
-            }
-        }
-        const Lanes total = four[0] + four[1] + four[2] + four[3];
-        for (int lane = 0; lane < 8; ++lane) sums[static_cast<std::size_t>(p)] += total[lane];
-    });
-    std::uint64_t total = 0;
-    for (const std::uint64_t one : sums) total += one;
-    return total;
 }
 
 }  // namespace mixtura

@@ -54,6 +54,10 @@ void linear(const Way& way, const Matrix& matrix, Rows bias, Rows x, std::int64_
 void run_experts(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
                  Rows weights, const Activation& activation, Result out);
 
+// The same for whoever holds the pool already.
+void run_experts_held(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
+                      Rows weights, const Activation& activation, Result out);
+
 // The two halves of `run_experts`, for whatever else lies between or after the matrices. The first gives
 // each assignment's row of outputs of `up`; the second takes such rows for `down`, and without
 // weights gives each assignment's row of outputs. Rows of absent assignments are zeros.

@@ -3,7 +3,9 @@
 
 #include <cstdlib>
 
+#include "attend.hpp"
 #include "dot.hpp"
+#include "nested.hpp"
 
 namespace mixtura::MIXTURA_ISA {
 
@@ -20,21 +22,28 @@ MIXTURA_INLINE float* room_for_row(std::int64_t cols) {
     return room;
 }
 
-// Groups that no lane holds whole: each row is decoded first.
+// Codes of which a byte holds several, the first in its lowest bits.
 template <int bits>
+struct PackedCodes {
+    MIXTURA_INLINE float level(const Matrix& m, std::int64_t row, std::int64_t c) {
+        constexpr int per_byte = 8 / bits;
+        const int code = m.data[row * m.row_bytes + c / per_byte] >> (c % per_byte * bits) & ((1 << bits) - 1);
+        return static_cast<float>(code) - ((1 << bits) - 1) / 2.0f;
+    }
+};
+
+// Groups that no lane holds whole: each row is decoded first.
+template <class Codes>
 static void dot_decoded(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
                         std::int64_t num, float* out, std::int64_t out_stride) {
-    constexpr int per_byte = 8 / bits;
     float* row = room_for_row(m.cols);
     Matrix decoded;
     decoded.data = reinterpret_cast<const unsigned char*>(row);
     decoded.cols = m.cols;
     for (std::int64_t r = 0; r < count; ++r) {
-        const unsigned char* codes = m.data + (first + r) * m.row_bytes;
         const std::uint16_t* scales = m.scales + (first + r) * m.row_scales;
         for (std::int64_t c = 0; c < m.cols; ++c) {
-            const int code = codes[c / per_byte] >> (c % per_byte * bits) & ((1 << bits) - 1);
-            row[c] = (static_cast<float>(code) - ((1 << bits) - 1) / 2.0f) * from_bf16(scales[c / m.group]);
+            row[c] = Codes::level(m, first + r, c) * from_bf16(scales[c / m.group]);
         }
         for (std::int64_t i = 0; i < num; ++i) {
             all_rows<FloatInputs<DecodeF32>, Scaled::never, 1, 1>(decoded, 0, 1, x + i, out + i * out_stride + r, 1);
@@ -114,8 +123,13 @@ using PlainInputs = FloatInputs<DecodeF32>;
 
 template <class T>
 inline constexpr Kernel transposed_kernel = {prepared_bytes<PlainInputs>, prepare<PlainInputs>, dot_transposed<T>};
-template <int bits>
-inline constexpr Kernel decoded_kernel = {prepared_bytes<PlainInputs>, prepare<PlainInputs>, dot_decoded<bits>};
+template <class Codes>
+inline constexpr Kernel decoded_kernel = {prepared_bytes<PlainInputs>, prepare<PlainInputs>, dot_decoded<Codes>};
+
+template <class Codes>
+const Kernel* or_decoded(const Kernel* found) {
+    return found ? found : &decoded_kernel<Codes>;
+}
 
 static const Kernel* find_float(const Matrix& m) {
     switch (m.format) {
@@ -126,15 +140,11 @@ static const Kernel* find_float(const Matrix& m) {
                                 : &kernel_of<FloatInputs<DecodeBf16>, Scaled::never>;
         case Format::q8:
             if (m.group >= m.cols) return &kernel_of<FloatInputs<DecodeQ8>, Scaled::by_row>;
-            return &decoded_kernel<8>;
-        case Format::q4: {
-            const Kernel* found = find_grouped<FloatInputs<DecodeBits<4>>>(m);
-            return found ? found : &decoded_kernel<4>;
-        }
-        case Format::q2: {
-            const Kernel* found = find_grouped<FloatInputs<DecodeBits<2>>>(m);
-            return found ? found : &decoded_kernel<2>;
-        }
+            return &decoded_kernel<PackedCodes<8>>;
+        case Format::q4: return or_decoded<PackedCodes<4>>(find_grouped<FloatInputs<DecodeBits<4>>>(m));
+        case Format::q2: return or_decoded<PackedCodes<2>>(find_grouped<FloatInputs<DecodeBits<2>>>(m));
+        case Format::n8: return or_decoded<NestedCodes<8>>(find_by_block<FloatInputs<DecodeNested<8>>>(m));
+        case Format::n4: return or_decoded<NestedCodes<4>>(find_by_block<FloatInputs<DecodeNested<4>>>(m));
     }
     return nullptr;
 }

@@ -5,7 +5,8 @@ namespace mixtura {
 
 const Isa& isa_avx2() {
     static constexpr Isa isa = {
-        "avx2", [](const Matrix& matrix, Inputs) { return avx2::find_float(matrix); }, avx2::activate};
+        "avx2", [](const Matrix& matrix, Inputs) { return avx2::find_float(matrix); }, avx2::activate,
+                                avx2::attend, avx2::normalize};
     return isa;
 }
 

@@ -54,6 +54,28 @@ struct PairsBits {
     }
 };
 
+// Nested codes; upper and lower four bits of 8 stay apart.
+template <int bits>
+struct PairsNested {
+    static constexpr int planes = nested_planes(bits), steps = 8, block_bytes = 64, weights = 32 * steps;
+    using Raw = NestedWords<bits>;
+    struct Both {
+        __m512i upper, lower;
+    };
+    static constexpr int place(int j, int w) { return w * steps + j; }
+
+    MIXTURA_INLINE Raw raw(const unsigned char* const* planes, std::int64_t at) {
+        return nested_words<bits>(planes, at);
+    }
+    MIXTURA_INLINE __m512i levels(const Words& words, int j) {
+        return PairsBits<4>::vector(reinterpret_cast<__m512i>(words), j / 2);
+    }
+    MIXTURA_INLINE auto vector(const Raw& raw, int j) {
+        if constexpr (bits == 8) return Both{levels(raw.upper[j % 2], j), levels(raw.lower[j % 2], j)};
+        else return levels(raw.upper[j % 2], j);
+    }
+};
+
 // One byte of m + 1/2 as bfloat16, for every m.
 constexpr Table<std::uint8_t, 128> half_bytes(int shift) {
     Table<std::uint8_t, 128> made{};
@@ -87,6 +109,10 @@ struct PairsQ8 {
     }
 };
 
+MIXTURA_INLINE Floats add_pairs(Floats sum, __m512i w, __m512i x) {
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)w, (__m512bh)x));
+}
+
 template <class Decode>
 struct PairInputs : Decode {
     static constexpr std::size_t block_inputs_bytes = Decode::steps * 64;
@@ -96,41 +122,70 @@ struct PairInputs : Decode {
 
     MIXTURA_INLINE Sum start(const unsigned char*) { return Floats{}; }
     MIXTURA_INLINE Sum add(Sum sum, const __m512i& w, const unsigned char* x, int j) {
-        const auto inputs = load<__m512i>(x + 64 * j);
-        return reinterpret_cast<Floats>(
-            _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), (__m512bh)w, (__m512bh)inputs));
+        return add_pairs(sum, w, load<__m512i>(x + 64 * j));
     }
     MIXTURA_INLINE Floats finish(const Sum& sum, const unsigned char*) { return sum; }
 
     static void prepare_block(const float* x, std::int64_t left, unsigned char* to) {
+        // Rounded in order, which becomes vectors, and only then moved to where the weights want them.
+        std::uint16_t halves[Decode::weights] = {};
+        if (left >= Decode::weights) {
+            for (int at = 0; at < Decode::weights; ++at) halves[at] = to_bf16(x[at]);
+        } else {
+            for (int at = 0; at < static_cast<int>(left); ++at) halves[at] = to_bf16(x[at]);
+        }
         for (int j = 0; j < Decode::steps; ++j) {
             std::uint16_t values[32];
-            for (int w = 0; w < 32; ++w) {
-                const int at = Decode::place(j, w);
-                values[w] = at < left ? to_bf16(x[at]) : 0;
-            }
+            for (int w = 0; w < 32; ++w) values[w] = halves[Decode::place(j, w)];
             std::memcpy(to + 64 * j, values, sizeof values);
         }
     }
 };
 
-// Codes beside inputs of eight bits, which have a scale for each block. Levels lie half a step beside
-// whole numbers: codes are multiplied as they are and `half` times the sum of inputs is taken off.
+// The codes of `bits` bits that vector j has a byte each for: of the weights i * steps + j.
 template <int bits>
-struct ByteInputs {
+struct BytesOf {
     static constexpr int steps = 8 / bits, block_bytes = 64, weights = 64 * steps;
+    static constexpr float half = ((1 << bits) - 1) / 2.0f;
     using Raw = __m512i;
-    using Vector = __m512i;
-    using Sum = __m512i;
-    static constexpr bool continues = false;
-    static constexpr std::size_t block_inputs_bytes = steps * 64 + 128;
 
     MIXTURA_INLINE Raw raw(const unsigned char* from) { return load<__m512i>(from); }
-    MIXTURA_INLINE Vector vector(const Raw& raw, int j) {
+    MIXTURA_INLINE __m512i vector(const Raw& raw, int j) {
         if constexpr (bits == 8) return raw;
         const __m512i moved = j == 0 ? raw : _mm512_srli_epi16(raw, bits * j);
         return _mm512_and_si512(moved, _mm512_set1_epi8((1 << bits) - 1));
     }
+};
+
+template <int bits>
+struct BytesNested {
+    static constexpr int planes = nested_planes(bits), steps = 4, block_bytes = 64, weights = 64 * steps;
+    static constexpr float half = ((1 << bits) - 1) / 2.0f;
+    using Raw = NestedWords<bits>;
+
+    MIXTURA_INLINE Raw raw(const unsigned char* const* planes, std::int64_t at) {
+        return nested_words<bits>(planes, at);
+    }
+    MIXTURA_INLINE __m512i vector(const Raw& raw, int j) {
+        const Words nibble = all_words(0x0f0f0f0fu), upper = raw.upper[j % 2];
+        Words codes = (j < 2 ? upper : upper >> 4) & nibble;
+        if constexpr (bits == 8) {
+            const Words lower = raw.lower[j % 2];
+            codes = j < 2 ? (upper << 4 & ~nibble) | (lower & nibble) : (upper & ~nibble) | (lower >> 4 & nibble);
+        }
+        return reinterpret_cast<__m512i>(codes);
+    }
+};
+
+// Codes beside inputs of eight bits, which have a scale for each block. Levels lie half a step beside
+// whole numbers: codes are multiplied as they are and `half` times the sum of inputs is taken off.
+template <class Codes>
+struct ByteInputs : Codes {
+    using Codes::steps, Codes::weights, Codes::half;
+    using Vector = __m512i;
+    using Sum = __m512i;
+    static constexpr bool continues = false;
+    static constexpr std::size_t block_inputs_bytes = steps * 64 + 128;
 
     MIXTURA_INLINE Sum start(const unsigned char*) { return _mm512_setzero_si512(); }
     MIXTURA_INLINE Sum add(Sum sum, const __m512i& w, const unsigned char* x, int j) {
@@ -142,7 +197,6 @@ struct ByteInputs {
     }
 
     static void prepare_block(const float* x, std::int64_t left, unsigned char* to) {
-        constexpr float half = ((1 << bits) - 1) / 2.0f;
         float most = 0.0f;
         bool finite = true;
         for (int at = 0; at < at_most(left, weights); ++at) {
@@ -169,21 +223,51 @@ struct ByteInputs {
     }
 };
 
+// Upper and lower four bits of nested codes, in sums of their own.
+struct NestedPairInputs : PairsNested<8> {
+    static constexpr std::size_t block_inputs_bytes = steps * 64;
+    struct Sum {
+        Floats upper, lower;
+    };
+    static constexpr bool continues = false;
+
+    MIXTURA_INLINE Sum start(const unsigned char*) { return {Floats{}, Floats{}}; }
+    MIXTURA_INLINE Sum add(const Sum& sum, const Both& w, const unsigned char* x, int j) {
+        const auto inputs = load<__m512i>(x + 64 * j);
+        return {add_pairs(sum.upper, w.upper, inputs), add_pairs(sum.lower, w.lower, inputs)};
+    }
+    MIXTURA_INLINE Floats finish(const Sum& sum, const unsigned char*) {
+        // The upper bits alone have a weight's sign: of an infinite input the lower ones could be its negative.
+        constexpr int nan_or_infinite = 0x99;
+        const __m512 upper = reinterpret_cast<__m512>(sum.upper);
+        const __mmask16 is_final = _mm512_fpclass_ps_mask(upper, nan_or_infinite);
+        const __m512 lower = _mm512_mask_mov_ps(reinterpret_cast<__m512>(sum.lower), is_final, upper);
+        return multiply_add(sum.upper, all(16.0f), reinterpret_cast<Floats>(lower));
+    }
+    static void prepare_block(const float* x, std::int64_t left, unsigned char* to) {
+        PairInputs<PairsNested<4>>::prepare_block(x, left, to);
+    }
+};
+
 const Kernel* find_bf16(const Matrix& m) {
     switch (m.format) {
         case Format::bf16: return m.transposed ? nullptr : &kernel_of<PairInputs<PairsBf16>, Scaled::never>;
         case Format::q8: return m.group >= m.cols ? &kernel_of<PairInputs<PairsQ8>, Scaled::by_row> : nullptr;
         case Format::q4: return find_grouped<PairInputs<PairsBits<4>>>(m);
         case Format::q2: return find_grouped<PairInputs<PairsBits<2>>>(m);
+        case Format::n8: return find_by_block<NestedPairInputs>(m);
+        case Format::n4: return find_by_block<PairInputs<PairsNested<4>>>(m);
         default: return nullptr;
     }
 }
 
 const Kernel* find_int8(const Matrix& m) {
     switch (m.format) {
-        case Format::q8: return m.group >= m.cols ? &kernel_of<ByteInputs<8>, Scaled::by_row> : nullptr;
-        case Format::q4: return find_grouped<ByteInputs<4>>(m);
-        case Format::q2: return find_grouped<ByteInputs<2>>(m);
+        case Format::q8: return m.group >= m.cols ? &kernel_of<ByteInputs<BytesOf<8>>, Scaled::by_row> : nullptr;
+        case Format::q4: return find_grouped<ByteInputs<BytesOf<4>>>(m);
+        case Format::q2: return find_grouped<ByteInputs<BytesOf<2>>>(m);
+        case Format::n8: return find_by_block<ByteInputs<BytesNested<8>>>(m);
+        case Format::n4: return find_by_block<ByteInputs<BytesNested<4>>>(m);
         default: return nullptr;
     }
 }
@@ -201,7 +285,8 @@ const Kernel* find(const Matrix& m, Inputs inputs) {
 namespace mixtura {
 
 const Isa& isa_avx512_bf16() {
-    static constexpr Isa isa = {"avx512_bf16", avx512_bf16::find, avx512_bf16::activate};
+    static constexpr Isa isa = {"avx512_bf16", avx512_bf16::find, avx512_bf16::activate,
+                                avx512_bf16::attend, avx512_bf16::normalize};
     return isa;
 }
 

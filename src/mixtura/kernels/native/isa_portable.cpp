@@ -5,7 +5,8 @@ namespace mixtura {
 
 const Isa& isa_portable() {
     static constexpr Isa isa = {
-        "portable", [](const Matrix& matrix, Inputs) { return portable::find_float(matrix); }, portable::activate};
+        "portable", [](const Matrix& matrix, Inputs) { return portable::find_float(matrix); }, portable::activate,
+                                portable::attend, portable::normalize};
     return isa;
 }
 

@@ -6,9 +6,11 @@
 
 namespace mixtura {
 
-// How the weights of a matrix are stored; the numbers are known to Python.
-enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3, q2 = 4 };
-inline constexpr int num_formats = 5;
+// How the weights of a matrix are stored; the numbers are known to Python. Nested codes of 8 bits (n8), or the
+// upper 4 of them (n4), lie in planes; the upper 2 alone are q2.
+enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3, q2 = 4, n8 = 5, n4 = 6 };
+inline constexpr int num_formats = 7;
+inline constexpr int most_planes = 4;
 
 // What the inputs are turned into before they are multiplied.
 enum class Inputs : int { f32 = 0, bf16 = 1, int8 = 2 };
@@ -25,6 +27,8 @@ struct Matrix {
     std::int64_t group = 0;               // neighbouring weights of a row that share a scale
     Format format = Format::f32;
     bool transposed = false;              // stored as [inputs, outputs]; f32 and bf16 only
+    // Nested codes, of row 0: what lies below the upper two bits, in planes laid out as those in `data`.
+    const unsigned char* lower[most_planes - 1] = {};
 };
 
 // A way to multiply: inputs are prepared once, then any rows of the matrix are multiplied with them.
@@ -51,12 +55,34 @@ struct Activation {
     float offset = 0.0f;
 };
 
+// Some queries of one sequence and the keys and values that they share. Numbers of keys and values are
+// bfloat16 or float32; strides count numbers.
+struct AttentionHead {
+    const float* queries = nullptr;
+    const void* keys = nullptr;
+    const void* values = nullptr;
+    const float* biases = nullptr;  // added to scores, `num_keys` for each of `num_biases` queries in turn; or none
+    float* scores = nullptr;        // room, `score_stride` (a multiple of 16) for each query
+    float* out = nullptr;
+    std::int64_t num_queries = 0, num_keys = 0, num_biases = 1, width = 0;
+    std::int64_t query_stride = 0, key_stride = 0, value_stride = 0, score_stride = 0, out_stride = 0;
+    float scaling = 1.0f;
+    bool is_bf16 = false;
+};
+
+struct NormWay {
+    float epsilon = 0.0f, offset = 0.0f;
+    bool rounds_before = false, rounds_after = false;
+};
+
 // All that depends on the instruction set.
 struct Isa {
     const char* name;
     // Null where there is no such kernel.
     const Kernel* (*find)(const Matrix& matrix, Inputs inputs);
     void (*activate)(const Activation& activation, float* gate, const float* up, std::int64_t num);
+    void (*attend)(const AttentionHead& head);
+    void (*normalize)(const float* from, const float* weight, std::int64_t num, const NormWay& way, float* to);
 };
 
 const Isa& isa_portable();

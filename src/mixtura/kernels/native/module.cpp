@@ -3,25 +3,18 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "experts.hpp"
+#include "records.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace mixtura {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 // The sets this processor has, the best last.
 std::vector<const Isa*> available() {
@@ -62,7 +55,8 @@ Way make_way(const std::string& isa, int inputs, int threads) {
 }
 
 Matrix make_matrix(int format, Address data, Address scales, std::int64_t rows, std::int64_t cols,
-                   std::int64_t row_bytes, std::int64_t row_scales, std::int64_t group, bool transposed) {
+                   std::int64_t row_bytes, std::int64_t row_scales, std::int64_t group, bool transposed,
+                   const std::vector<Address>& lower) {
     if (format < 0 || format >= num_formats) throw std::invalid_argument("unknown format");
     const auto known = static_cast<Format>(format);
     const bool plain = known == Format::f32 || known == Format::bf16;
@@ -71,58 +65,13 @@ Matrix make_matrix(int format, Address data, Address scales, std::int64_t rows, 
     if (!plain && (scales == 0 || group < 1 || row_scales < (cols + group - 1) / group)) {
         throw std::invalid_argument("codes need a scale for each group");
     }
-    return {at<const unsigned char>(data), at<const std::uint16_t>(scales), rows, cols, row_bytes,
-            plain ? 0 : row_scales, group, known, transposed};
+    const std::size_t planes = known == Format::n8 ? 4 : known == Format::n4 ? 2 : 1;
+    if (lower.size() != planes - 1) throw std::invalid_argument("nested codes need all of their planes");
+    Matrix made{at<const unsigned char>(data), at<const std::uint16_t>(scales), rows, cols, row_bytes,
+                plain ? 0 : row_scales, group, known, transposed};
+    for (std::size_t p = 0; p < lower.size(); ++p) made.lower[p] = at<const unsigned char>(lower[p]);
+    return made;
 }
-
-// The experts of a layer: where they lie, not their weights.
-struct Layer {
-    std::vector<Expert> experts;
-
-    void add(const Matrix& up, const Matrix& down, Address up_bias, Address down_bias, int bias_number) {
-        if (!experts.empty()) {
-            const Expert& first = experts.front();
-            if (up.rows != first.up.rows || up.cols != first.up.cols || down.rows != first.down.rows ||
-                down.cols != first.down.cols) {
-                throw std::invalid_argument("the experts of a layer have the same sizes");
-            }
-        }
-        const auto number = static_cast<Number>(bias_number);
-        experts.push_back({up, down, {at<const void>(up_bias), number, 0}, {at<const void>(down_bias), number, 0}});
-    }
-
-    // Experts one behind the other, as in a tensor of three axes.
-    void add_all(std::int64_t num, Matrix up, std::int64_t up_bytes, Matrix down, std::int64_t down_bytes,
-                 Address up_bias, std::int64_t up_bias_bytes, Address down_bias, std::int64_t down_bias_bytes,
-                 int bias_number) {
-        experts.reserve(experts.size() + static_cast<std::size_t>(num));
-        for (std::int64_t e = 0; e < num; ++e) {
-            add(up, down, up_bias, down_bias, bias_number);
-            up.data += up_bytes;
-            down.data += down_bytes;
-            if (up_bias != 0) up_bias += static_cast<Address>(up_bias_bytes);
-            if (down_bias != 0) down_bias += static_cast<Address>(down_bias_bytes);
-        }
-    }
-};
-
-struct Assigned {
-    Address expert_ids, token_ids;
-    std::int64_t per_token, num, num_tokens;
-
-    Assignments get() const {
-        return {at<const std::int64_t>(expert_ids), at<const std::int64_t>(token_ids), per_token, num, num_tokens};
-    }
-};
-
-struct Strided {
-    Address data;
-    int number;
-    std::int64_t stride;
-
-    Rows rows() const { return {at<const void>(data), static_cast<Number>(number), stride}; }
-    Result result() const { return {at<void>(data), static_cast<Number>(number), stride}; }
-};
 
 }  // namespace
 }  // namespace mixtura
@@ -138,11 +87,13 @@ NB_MODULE(_native, m) {
     nb::class_<Matrix>(m, "Matrix")
         .def("__init__",
              [](Matrix* self, int format, Address data, Address scales, std::int64_t rows, std::int64_t cols,
-                std::int64_t row_bytes, std::int64_t row_scales, std::int64_t group, bool transposed) {
-                 new (self) Matrix(make_matrix(format, data, scales, rows, cols, row_bytes, row_scales, group, transposed));
+                std::int64_t row_bytes, std::int64_t row_scales, std::int64_t group, bool transposed,
+                const std::vector<Address>& lower) {
+                 new (self) Matrix(make_matrix(format, data, scales, rows, cols, row_bytes, row_scales, group,
+                                               transposed, lower));
              },
              "format"_a, "data"_a, "scales"_a, "rows"_a, "cols"_a, "row_bytes"_a, "row_scales"_a, "group"_a,
-             "transposed"_a);
+             "transposed"_a, "lower"_a = std::vector<Address>());
     nb::class_<Activation>(m, "Activation")
         .def("__init__",
              [](Activation* self, int curve, bool gated, bool interleaved, float slope, float limit, float offset) {
@@ -159,6 +110,7 @@ NB_MODULE(_native, m) {
         .def("add", &Layer::add, "up"_a, "down"_a, "up_bias"_a, "down_bias"_a, "bias_number"_a)
         .def("add_all", &Layer::add_all, "num"_a, "up"_a, "up_bytes"_a, "down"_a, "down_bytes"_a, "up_bias"_a,
              "up_bias_bytes"_a, "down_bias"_a, "down_bias_bytes"_a, "bias_number"_a);
+    bind_step(m);
     m.def("isas", &isa_names);
     m.def("linear", [](const Way& way, const Matrix& matrix, const Strided& bias, const Strided& x, std::int64_t num,
                        const Strided& out) {

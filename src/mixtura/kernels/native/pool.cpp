@@ -10,7 +10,7 @@ namespace mixtura {
 namespace {
 
 // Long enough to bridge what Python does between two layers, short enough not to be felt by others.
-constexpr auto spin_time = std::chrono::microseconds(60);
+constexpr auto spin_time = std::chrono::microseconds(200);
 constexpr int pauses_per_look_at_the_clock = 64;
 constexpr std::uint64_t open_bit = 1ull << 31;
 constexpr std::uint64_t joined_mask = open_bit - 1;

@@ -81,10 +81,11 @@ MIXTURA_INLINE Floats widen_bf16(Halves16 halves) {
 
 MIXTURA_INLINE float from_bf16(std::uint16_t half) { return same_bits<float>(std::uint32_t{half} << 16); }
 
+// Without a branch, so that loops over it become vectors.
 MIXTURA_INLINE std::uint16_t to_bf16(float value) {
     const auto bits = same_bits<std::uint32_t>(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+    return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 // e to the power of v: at most 2 units in the last place off; infinity and 0 beyond the range, NaN of NaN.

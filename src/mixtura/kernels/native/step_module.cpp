@@ -1,0 +1,114 @@
+// What Python sees of `step.hpp`.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include "records.hpp"
+#include "step.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace mixtura {
+namespace {
+
+Linear make_linear(const Matrix& matrix, const Strided& bias) { return {matrix, bias.rows()}; }
+
+Norm make_norm(const Strided& weight, std::int64_t width, float epsilon, float offset, bool rounds_once) {
+    return {weight.rows(), width, epsilon, offset, rounds_once};
+}
+
+Place make_place(const Strided& cosines, const Strided& sines, std::int64_t table_width,
+                 std::int64_t table_by_sequence, const Cached& keys, const Cached& values, std::int64_t past,
+                 const Mask& mask) {
+    return {cosines.rows(), sines.rows(), table_width, table_by_sequence, keys, values, past, mask};
+}
+
+Pass make_pass(const Way& way, int number, std::int64_t num_sequences, std::int64_t num, std::int64_t width,
+               Address x, Address out) {
+    return {way, static_cast<Number>(number), num_sequences, num, width, at<const void>(x), at<void>(out)};
+}
+
+void bind_records(nb::module_& m) {
+    nb::class_<Linear>(m, "Linear").def(nb::init<>()).def("__init__", [](Linear* self, const Matrix& matrix, const Strided& bias) {
+        new (self) Linear(make_linear(matrix, bias));
+    });
+    nb::class_<Norm>(m, "Norm").def(nb::init<>()).def("__init__", [](Norm* self, const Strided& weight, std::int64_t width, float epsilon, float offset, bool rounds_once) {
+        new (self) Norm(make_norm(weight, width, epsilon, offset, rounds_once));
+    });
+    nb::class_<Cached>(m, "Cached").def("__init__", [](Cached* self, Address data, std::int64_t by_sequence, std::int64_t by_head, std::int64_t by_token) {
+        new (self) Cached{at<void>(data), by_sequence, by_head, by_token};
+    });
+    nb::class_<Mask>(m, "Mask").def(nb::init<>()).def("__init__", [](Mask* self, Address data, bool is_bytes, int number, std::int64_t by_sequence, std::int64_t by_query, std::int64_t by_key) {
+        new (self) Mask{at<const void>(data), is_bytes, static_cast<Number>(number), by_sequence, by_query, by_key};
+    });
+    nb::class_<Place>(m, "Place").def("__init__", [](Place* self, const Strided& cosines, const Strided& sines, std::int64_t table_width, std::int64_t table_by_sequence, const Cached& keys, const Cached& values, std::int64_t past, const Mask& mask) {
+        new (self) Place(make_place(cosines, sines, table_width, table_by_sequence, keys, values, past, mask));
+    });
+    nb::class_<Pass>(m, "Pass").def("__init__", [](Pass* self, const Way& way, int number, std::int64_t num_sequences, std::int64_t num, std::int64_t width, Address x, Address out) {
+        new (self) Pass(make_pass(way, number, num_sequences, num, width, x, out));
+    });
+}
+
+void check(const Attention& attention, const Place& place) {
+    if (!fits(attention.rotation, place.table_width, attention.head)) {
+        throw std::invalid_argument("tables of cosines are wider than a head");
+    }
+}
+
+void bind_parts(nb::module_& m) {
+    nb::class_<Attention>(m, "Attention").def("__init__", [](Attention* self, const Norm& norm, const Norm& q_norm, const Norm& k_norm, const Linear& q, const Linear& k, const Linear& v, const Linear& o, std::int64_t head, float scaling, int rotation) {
+        new (self) Attention{norm, q_norm, k_norm, q, k, v, o, head, scaling, static_cast<Rotation>(rotation)};
+    });
+    nb::class_<Router>(m, "Router").def(nb::init<>()).def("__init__", [](Router* self, const Linear& gate, const Strided& correction, std::int64_t top_k, int scores, bool normed, float scale, bool rounds_logits, bool rounds_weights) {
+        if (top_k < 1 || top_k > gate.matrix.rows) throw std::invalid_argument("a router chooses some of its experts");
+        new (self) Router{gate, correction.rows(), top_k, static_cast<Scores>(scores), normed, scale, rounds_logits, rounds_weights};
+    });
+    nb::class_<Shared>(m, "Shared").def(nb::init<>()).def("__init__", [](Shared* self, const Linear& gate, const Linear& up, const Linear& down, const Linear& switched, const Activation& activation) {
+        new (self) Shared{gate, up, down, switched, activation};
+    });
+    nb::class_<Mixture>(m, "Mixture")
+        .def("__init__", [](Mixture* self, const Norm& norm, const Router& router, const Layer* experts, const Activation& activation, const Shared& shared) {
+            new (self) Mixture{norm, router, experts ? &experts->experts : nullptr, activation, shared};
+        }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::keep_alive<1, 4>());
+}
+
+}  // namespace
+
+void bind_step(nb::module_& m) {
+    bind_records(m);
+    bind_parts(m);
+    m.def("run_attention", [](const Pass& pass, const Attention& attention, const Place& place) {
+        check(attention, place);
+        nb::gil_scoped_release released;
+        run_attention(pass, attention, place);
+    });
+    m.def("run_projections", [](const Pass& pass, const Attention& attention, const Place& place, Address queries) {
+        check(attention, place);
+        nb::gil_scoped_release released;
+        run_projections(pass, attention, place, at<float>(queries));
+    });
+    m.def("run_attending", [](const Pass& pass, const Attention& attention, const Place& place, Address queries) {
+        check(attention, place);
+        nb::gil_scoped_release released;
+        run_attending(pass, attention, place, at<const float>(queries));
+    });
+    m.def("run_mixture", [](const Pass& pass, const Mixture& mixture) {
+        nb::gil_scoped_release released;
+        run_mixture(pass, mixture);
+    });
+    m.def("run_layers", [](const Pass& pass, const nb::list& given, const Norm& last) {
+        std::vector<Step> steps;
+        for (const nb::handle one : given) {
+            const Step step = {nb::cast<const Attention*>(one[0]), nb::cast<const Mixture*>(one[1]), nb::cast<const Place*>(one[2])};
+            check(*step.attention, *step.place);
+            steps.push_back(step);
+        }
+        nb::gil_scoped_release released;
+        run_layers(pass, steps, last);
+    });
+    m.def("choose", [](const Router& router, int number, Address logits, std::int64_t num, Address ids, Address weights) {
+        choose(router, static_cast<Number>(number), at<const float>(logits), num, at<std::int64_t>(ids), at<float>(weights));
+    });
+}
+
+}  // namespace mixtura
