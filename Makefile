@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-quick lint fix docs families bench sanitize specimen clean
+.PHONY: help demo test test-quick lint fix docs families bench sanitize aarch64 specimen clean
 
 help:
 	@echo "make demo        set up, then fit the specimen to half its memory (a few minutes)"
@@ -19,7 +19,8 @@ help:
 	@echo "make families    run every check on every transformers family and write its table"
 	@echo "make bench       time the kernels against transformers' own (be alone on the machine)"
 	@echo "make sanitize    run the compiled kernels under AddressSanitizer and UBSan"
-	@echo "make specimen    train the model that comes with mixtura (hours; resumable)"
+	@echo "make aarch64     run the portable kernels as 64-bit ARM in an emulator"
+	@echo "make specimen    train the model that comes with mixtura, with mixtura train (hours; resumable)"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -66,7 +67,20 @@ sanitize: $(VENV)/.ready
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 PYTHONPATH=tests/kernels \
 	MIXTURA_SANITIZED=$$(echo build/sanitize/_native*.so) \
-	$(BIN)/python -m pytest -q -p sanitized tests/kernels/test_native_products.py tests/kernels/test_native_experts.py
+	$(BIN)/python -m pytest -q -p sanitized \
+	  tests/kernels/test_native_products.py tests/kernels/test_native_experts.py tests/kernels/test_native_nested.py
+
+# Debian: apt install g++-aarch64-linux-gnu qemu-user. On such a machine itself: make aarch64 AARCH64= EMULATOR=
+AARCH64 ?= aarch64-linux-gnu-
+EMULATOR ?= qemu-aarch64
+NATIVE := src/mixtura/kernels/native
+
+aarch64:
+	mkdir -p build/aarch64
+	$(AARCH64)g++ -std=c++20 -O2 -static -pthread -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -I $(NATIVE) \
+	  -o build/aarch64/check tests/kernels/portable_check.cpp \
+	  $(filter-out %module.cpp $(NATIVE)/isa_avx%,$(wildcard $(NATIVE)/*.cpp))
+	$(EMULATOR) build/aarch64/check
 
 specimen: $(VENV)/.ready
 	$(BIN)/python -m mixtura.specimen.make
