@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -87,6 +88,13 @@ def test_killed_at_random_it_ends_with_the_same_bytes(
     kept: list[int] = []
     for attempt in range(60):
         process = start(source, out)
+        if not kept:
+            # However fast the machine is at this moment, the first is killed on its way.
+            wait_for(lambda: (tmp_path / "out.partial").exists())
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+            kept.append(len(list((tmp_path / "out.partial").glob("model/*.safetensors"))))
+            continue
         # Later attempts have longer, so that the last shard is reached however slow the machine is.
         process.join(timeout=chance.uniform(0.2, 1.0) * seconds * (1 + attempt / 10))
         if process.exitcode is not None:
@@ -287,8 +295,22 @@ def test_stopped_between_the_move_and_the_tidying_it_is_finished(source: Path, t
     assert one_thread(apply) == out
     assert not partial.exists()
     assert folder_digest(out) == digest
+    partial.mkdir()
+    (partial / "lock").touch()
     with pytest.raises(OutputError, match="exists and is never overwritten"):
         one_thread(apply)
+    assert not partial.exists()
+    assert folder_digest(out) == digest
+
+
+@pytest.mark.slow
+def test_stopped_while_it_was_given_up_it_begins_anew(
+    source: Path, undisturbed: tuple[str, float], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.rmtree(stopped(source, out) / "model")
+    one_thread(lambda: apply_plan(mixed_plan(source), source, out, shard_bytes=SHARD_BYTES, progress=False))
+    assert folder_digest(out) == undisturbed[0]
 
 
 @pytest.mark.slow

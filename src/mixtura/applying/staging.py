@@ -129,9 +129,16 @@ class Staging:
         return self.out
 
     def discard(self) -> None:
-        """Remove the partial directory with all that was written."""
+        """Remove the partial directory with all that was written.
+
+        The journal goes last: stopped on the way, what is left still says whose it is.
+        """
         self._release()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.model, ignore_errors=True)
+        with suppress(OSError):
+            for path in sorted(self.partial.iterdir(), key=lambda path: path.name == _JOURNAL):
+                path.unlink()
+            self.partial.rmdir()
 
     def drop_unfinished(self) -> None:
         """Give back the space of files that were not finished, and of all if none was."""
@@ -167,13 +174,18 @@ class Staging:
                     f"{self.partial} exists and holds {(foreign or [_MODEL])[0]}, which mixtura did not "
                     f"write; delete it or choose another output directory"
                 )
+            if _has_content(self.out):
+                self.discard()
+                raise _exists(self.out)
             # The folder first: a journal without it then means that the folder was moved to its place.
             self.model.mkdir(exist_ok=True)
             write_text(journal, json.dumps(asdict(self._terms), indent=1, sort_keys=True) + "\n")
             sync_folder(self.partial)
-        else:
-            self.check_terms()
-        if self.model.exists() and _has_content(self.out):
+            return
+        self.check_terms()
+        if not _has_content(self.out):
+            self.model.mkdir(exist_ok=True)
+        elif self.model.exists():
             raise _exists(self.out)
 
     def check_terms(self) -> None:
