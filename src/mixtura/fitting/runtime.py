@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import version
+from hashlib import sha256
+from importlib.metadata import distributions
+from pathlib import Path
 
 import torch
 
@@ -30,7 +32,14 @@ def known_runtime_bytes() -> int:
 
 
 def _installation() -> str:
-    """What the runtime's size depends on; transformers imports more where more is installed."""
-    parts = [f"{name} {version(name)}" for name in ("torch", "transformers", "numpy", "tokenizers")]
+    """What the runtime's size depends on.
+
+    All that is installed belongs to it, since transformers imports more where more is there; and
+    mixtura's own files, since their number of version stays while they are worked on.
+    """
+    installed = sorted(f"{found.name} {found.version}" for found in distributions())
+    package = Path(mixtura.__file__).parent
+    own = sorted(f"{file.relative_to(package)} {file.stat().st_size}" for file in package.rglob("*.py"))
+    digest = sha256("\n".join([*installed, *own]).encode()).hexdigest()[:16]
     python = f"python {platform.python_version()} {platform.machine()} in {sys.prefix}"
-    return ", ".join([f"mixtura {mixtura.__version__}", python, *parts, f"{torch.get_num_threads()} threads"])
+    return f"mixtura {mixtura.__version__}, {python}, installed {digest}, {torch.get_num_threads()} threads"
