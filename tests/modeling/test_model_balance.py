@@ -117,6 +117,8 @@ def _process(rank: int, folder: str) -> None:
     model.end_step()
     if rank == 0:
         torch.save(model.state_dict(), f"{folder}/state.pt")
+    # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -72,6 +72,8 @@ def run_trainer(rank: int, port: int, folder: str, adapters: bool = False) -> No
     }
     found = trained(Path(folder), ROWS // NUM_PROCESSES, adapters=adapters)
     save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
+    # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -95,5 +97,7 @@ def train(rank: int, family: str, folder: str) -> None:
         made.end_step()
         found = gradients(model) | {f"bias.{index}": bias for index, bias in made.biases().items()}
         save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
+        # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
+        dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -43,6 +43,8 @@ def _work(rank: int, kind: str, name: str, folder: str) -> None:
     try:
         made = _shard_result(rank, subject(kind, name), load_file(path / "whole"))
         save_file({key: value.contiguous() for key, value in made.items()}, path / str(rank))
+        # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
