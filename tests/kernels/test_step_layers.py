@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
+from family_sizes import SIZES
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -88,6 +89,17 @@ def test_a_quickened_family_gives_the_same(family: str) -> None:
         found = "".join(sorted(halves(quick)))
         assert HALVES[family] in found or HALVES[family] == "A"
         assert "A" in found or HALVES[family] in ("-M", "--")
+
+
+@pytest.mark.parametrize("family", ["dots1", "glm4_moe", "deepseek_v3"])
+def test_corrected_scores_choose_the_same_experts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("n_group", "topk_group"):
+        monkeypatch.setitem(SIZES, name, 1)
+    plain, quick = pair(family)
+    ids, mask = ids_of(2, 13), padded(2, 13)
+    found, expected = in_steps(quick, ids, mask, 9, "fast"), in_steps(plain, ids, mask, 9, "torch")
+    assert error(found, expected, mask) < 1e-5
+    assert not compiled or halves(quick) == {"-M" if family == "deepseek_v3" else "AM"}
 
 
 @pytest.mark.parametrize("isa", isas())
