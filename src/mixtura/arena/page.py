@@ -18,6 +18,7 @@ _COLUMNS = (
     ("specialisation", "specialisation", ".2f"),
     ("more µs a token", "overhead_us", "+.1f"),
     ("time / top-k", "time_ratio", ".2f"),
+    ("parameters", "num_parameters", ",.0f"),
 )
 
 
@@ -85,8 +86,9 @@ _LEGEND = (
     "mean, worst layer. **dead**: experts of a layer without a token. **fluctuation**: share of assignments "
     "that changed between checkpoints. **specialisation**: share of assignments that would have to move for "
     "two domains to use experts alike. **more µs a token** and **time / top-k**: a forward pass on one "
-    "thread beside plain top-k's. An asterisk marks methods whose routing looks ahead in evaluation: their "
-    "bits per byte are *leaking* later tokens and do not compare. Baselines are in italics."
+    "thread beside plain top-k's. **parameters**: of the whole model, embeddings included. An asterisk marks "
+    "methods whose routing looks ahead in evaluation: their bits per byte are *leaking* later tokens and do "
+    "not compare. Baselines are in italics."
 )
 
 
