@@ -116,7 +116,8 @@ def _how(entry: Entry, scale: Scale) -> str:
     plain = plain_layer(scale)
     told = {name: value for one in chosen for name, value in one.items() if name != "name"}
     told |= {name: value for name, value in moe.items() if plain.get(name) != value}
-    return f"- `{entry.name}`: " + ", ".join(f"{name} {_said(value)}" for name, value in told.items())
+    said = ", ".join(f"{name} {_said(value)}" for name, value in told.items())
+    return f"- `{entry.name}`: {said or 'its own defaults'}"
 
 
 def _said(value: Any) -> str:

@@ -88,6 +88,38 @@ private:
 
 inline constexpr std::int64_t bytes_ahead = 8 << 10;
 
+// The rows of a later tile. The processor's own look-ahead stops at a page's end and does not know where the next
+// matrix begins, and the next tile of narrow rows would come too soon for memory to answer.
+template <class F>
+struct Ahead {
+    Place<F> place;
+    const std::uint16_t* scales;
+    std::int64_t row_bytes, row_scales;
+
+    MIXTURA_INLINE Ahead of(const Matrix& m, std::int64_t row) {
+        return {place_of<F>(m, row * m.row_bytes), m.scales + row * m.row_scales, m.row_bytes, m.row_scales};
+    }
+
+    template <int num_rows>
+    MIXTURA_INLINE void ask_for_scales(const Ahead& self) {
+        constexpr std::int64_t per_line = 32;
+        for (int r = 0; r < num_rows; ++r) {
+            for (std::int64_t at = 0; at < self.row_scales; at += per_line) {
+                __builtin_prefetch(self.scales + r * self.row_scales + at, 0, 2);
+            }
+        }
+    }
+
+    template <int num_rows>
+    MIXTURA_INLINE void ask_for_block(const Ahead& self, std::int64_t block) {
+        for (int r = 0; r < num_rows; ++r) {
+            for (const unsigned char* plane : self.place.in) {
+                __builtin_prefetch(plane + r * self.row_bytes + block * F::block_bytes, 0, 2);
+            }
+        }
+    }
+};
+
 template <class F, Scaled scaled, int num_rows, int num_inputs>
 struct Tile {
     // Adds the products of one block of each row; `at` is where its inputs lie in every input vector.
@@ -140,22 +172,16 @@ struct Tile {
     }
 
     static void run(const Matrix& m, std::int64_t first, const unsigned char* const* x, float* out,
-                    std::int64_t out_stride, std::int64_t bytes) {
+                    std::int64_t out_stride, std::int64_t bytes, const Ahead<F>& ahead) {
         Floats sums[num_rows][num_inputs] = {};
         const Place<F> w = place_of<F>(m, first * m.row_bytes);
         const std::uint16_t* scales = m.scales + first * m.row_scales;
         const std::int64_t blocks = bytes / F::block_bytes, rest = bytes % F::block_bytes;
         LaneScales<F::weights> lanes;
         if constexpr (scaled == Scaled::by_lane) lanes = LaneScales<F::weights>::of(m);
-        // Rows of a later tile: the processor's own look-ahead stops at a page's end, and the next tile of
-        // narrow rows would come too soon for memory to answer.
-        const std::int64_t tile = num_rows * m.row_bytes, ahead = (bytes_ahead + tile - 1) / tile * tile;
+        if constexpr (scaled != Scaled::never) Ahead<F>::template ask_for_scales<num_rows>(ahead);
         for (std::int64_t block = 0; block < blocks; ++block) {
-            for (int r = 0; r < num_rows; ++r) {
-                for (const unsigned char* plane : w.in) {
-                    __builtin_prefetch(plane + r * m.row_bytes + ahead + block * F::block_bytes, 0, 2);
-                }
-            }
+            Ahead<F>::template ask_for_block<num_rows>(ahead, block);
             add(sums, m, later<F>(w, block * F::block_bytes), m.row_bytes, scales, lanes, block, 16, x);
         }
         if (rest > 0) {
@@ -192,28 +218,38 @@ constexpr int bits_per_weight() {
 
 template <class F, Scaled scaled, int num_rows, int num_inputs>
 static void all_rows(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
-                     float* out, std::int64_t out_stride) {
+                     float* out, std::int64_t out_stride, const Later& later) {
     const std::int64_t bytes = (m.cols * bits_per_weight<F>() + 7) / 8;
+    const std::int64_t tile = num_rows * m.row_bytes, rows_ahead = (bytes_ahead + tile - 1) / tile * num_rows;
+    const bool goes_on = later.matrix == nullptr || later.matrix->format != m.format;
+    const auto ahead_of = [&](std::int64_t r) {
+        if (goes_on || r + rows_ahead < count) return Ahead<F>::of(m, first + r + rows_ahead);
+        return Ahead<F>::of(*later.matrix, later.first + r + rows_ahead - count);
+    };
     std::int64_t r = 0;
     for (; r + num_rows <= count; r += num_rows) {
-        Tile<F, scaled, num_rows, num_inputs>::run(m, first + r, x, out + r, out_stride, bytes);
+        Tile<F, scaled, num_rows, num_inputs>::run(m, first + r, x, out + r, out_stride, bytes, ahead_of(r));
     }
     for (; r < count; ++r) {
-        Tile<F, scaled, 1, num_inputs>::run(m, first + r, x, out + r, out_stride, bytes);
+        Tile<F, scaled, 1, num_inputs>::run(m, first + r, x, out + r, out_stride, bytes, ahead_of(r));
     }
 }
 
 template <class F, Scaled scaled>
 static void dot(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
-                std::int64_t num, float* out, std::int64_t out_stride) {
+                std::int64_t num, float* out, std::int64_t out_stride, const Later& later) {
     std::int64_t i = 0;
-    const auto to = [&] { return out + i * out_stride; };
     // As many sums as registers hold: blocks with scales have a second one each.
     constexpr int rows = scaled == Scaled::by_block || scaled == Scaled::by_lane ? 1 : 2;
-    for (; i + 8 <= num; i += 8) all_rows<F, scaled, rows, 8>(m, first, count, x + i, to(), out_stride);
-    for (; i + 4 <= num; i += 4) all_rows<F, scaled, 2 * rows, 4>(m, first, count, x + i, to(), out_stride);
-    for (; i + 2 <= num; i += 2) all_rows<F, scaled, 4, 2>(m, first, count, x + i, to(), out_stride);
-    for (; i < num; ++i) all_rows<F, scaled, 4, 1>(m, first, count, x + i, to(), out_stride);
+    const auto some = [&]<int num_rows, int num_inputs>() {
+        for (; i + num_inputs <= num; i += num_inputs) {
+            all_rows<F, scaled, num_rows, num_inputs>(m, first, count, x + i, out + i * out_stride, out_stride, later);
+        }
+    };
+    some.template operator()<rows, 8>();
+    some.template operator()<2 * rows, 4>();
+    some.template operator()<4, 2>();
+    some.template operator()<4, 1>();
 }
 
 template <class F>

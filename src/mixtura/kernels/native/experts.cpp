@@ -72,11 +72,13 @@ public:
             for_vectors(piece.run, inputs, [&](const unsigned char* const* x_rows, std::int64_t start, std::int64_t num) {
                 const Kernel& kernel = inputs.kernel(up_kernels_[piece.run]);
                 const Matrix& m = expert.up;
+                const Later next = rows_of_next(pieces, p, apart ? 1 : rows_per_feature);
                 if (apart) {
-                    kernel.dot(m, piece.first, piece.count, x_rows, num, gate, piece.count);
-                    kernel.dot(m, features_ + piece.first, piece.count, x_rows, num, up, piece.count);
+                    const std::int64_t first = features_ + piece.first;
+                    kernel.dot(m, piece.first, piece.count, x_rows, num, gate, piece.count, {&m, first});
+                    kernel.dot(m, first, piece.count, x_rows, num, up, piece.count, next);
                 } else {
-                    kernel.dot(m, piece.first * rows_per_feature, rows, x_rows, num, gate, rows);
+                    kernel.dot(m, piece.first * rows_per_feature, rows, x_rows, num, gate, rows, next);
                 }
                 for (std::int64_t i = 0; i < num; ++i) {
                     float* mine = gate + i * (apart ? piece.count : rows);
@@ -109,7 +111,8 @@ public:
             const Expert& expert = *sorted_.runs[piece.run].expert;
             float* made = scratch().gate.of<float>(most_vectors * piece.count);
             for_vectors(piece.run, inputs, [&](const unsigned char* const* x_rows, std::int64_t start, std::int64_t num) {
-                inputs.kernel(up_kernels_[piece.run]).dot(expert.up, piece.first, piece.count, x_rows, num, made, piece.count);
+                const Later next = rows_of_next(pieces, p, 1);
+                inputs.kernel(up_kernels_[piece.run]).dot(expert.up, piece.first, piece.count, x_rows, num, made, piece.count, next);
                 for (std::int64_t i = 0; i < num; ++i) {
                     add_bias(expert.up_bias, piece.first, 1, piece.count, made + i * piece.count);
                     write_row(out, assignment(start + i), piece.first, piece.count, made + i * piece.count);
@@ -196,6 +199,14 @@ private:
         return pieces;
     }
 
+    // Where the piece after one begins.
+    Later rows_of_next(const std::vector<Piece>& pieces, std::int64_t p, std::int64_t rows_per_feature) const {
+        const auto next = static_cast<std::size_t>(p) + 1;
+        if (next == pieces.size()) return {};
+        const std::int64_t first = pieces[next].first * rows_per_feature;
+        return {&sorted_.runs[pieces[next].run].expert->up, first};
+    }
+
     // Calls body with the tokens of a run, a few at a time, as its first matrix wants them.
     template <class Body>
     void for_vectors(std::size_t r, const Prepared& inputs, const Body& body) const {
@@ -218,11 +229,13 @@ private:
         if (sums) std::fill(sums, sums + num_tokens * count, 0.0f);
         for (std::size_t r = 0; r < sorted_.runs.size(); ++r) {
             const Run& run = sorted_.runs[r];
+            const bool is_last = r + 1 == sorted_.runs.size();
+            const Later next = {&sorted_.runs[is_last ? 0 : r + 1].expert->down, is_last ? first + count : first};
             for (std::int64_t start = run.start; start < run.stop; start += most_vectors) {
                 const std::int64_t num = std::min(most_vectors, run.stop - start);
                 const unsigned char* rows[most_vectors];
                 for (std::int64_t i = 0; i < num; ++i) rows[i] = inputs.vector(kernels[r], start + i);
-                inputs.kernel(kernels[r]).dot(run.expert->down, first, count, rows, num, made, count);
+                inputs.kernel(kernels[r]).dot(run.expert->down, first, count, rows, num, made, count, next);
                 for (std::int64_t i = 0; i < num; ++i) {
                     float* mine = made + i * count;
                     add_bias(run.expert->down_bias, first, 1, count, mine);

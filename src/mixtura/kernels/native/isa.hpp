@@ -35,18 +35,19 @@ struct PackedCodes {
 // Groups that no lane holds whole: each row is decoded first.
 template <class Codes>
 static void dot_decoded(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
-                        std::int64_t num, float* out, std::int64_t out_stride) {
+                        std::int64_t num, float* out, std::int64_t out_stride, const Later&) {
     float* row = room_for_row(m.cols);
     Matrix decoded;
     decoded.data = reinterpret_cast<const unsigned char*>(row);
     decoded.cols = m.cols;
+    decoded.row_bytes = m.cols * static_cast<std::int64_t>(sizeof(float));
     for (std::int64_t r = 0; r < count; ++r) {
         const std::uint16_t* scales = m.scales + (first + r) * m.row_scales;
         for (std::int64_t c = 0; c < m.cols; ++c) {
             row[c] = Codes::level(m, first + r, c) * from_bf16(scales[c / m.group]);
         }
         for (std::int64_t i = 0; i < num; ++i) {
-            all_rows<FloatInputs<DecodeF32>, Scaled::never, 1, 1>(decoded, 0, 1, x + i, out + i * out_stride + r, 1);
+            all_rows<FloatInputs<DecodeF32>, Scaled::never, 1, 1>(decoded, 0, 1, x + i, out + i * out_stride + r, 1, {});
         }
     }
 }
@@ -113,7 +114,7 @@ static void strips(const Matrix& m, std::int64_t first, std::int64_t count, cons
 template <class T>
 static void dot_transposed(const Matrix& m, std::int64_t first, std::int64_t count,
                            const unsigned char* const* x, std::int64_t num, float* out,
-                           std::int64_t out_stride) {
+                           std::int64_t out_stride, const Later&) {
     std::int64_t i = 0;
     for (; i + 4 <= num; i += 4) strips<T, 4>(m, first, count, x + i, out + i * out_stride, out_stride);
     for (; i < num; ++i) strips<T, 1>(m, first, count, x + i, out + i * out_stride, out_stride);

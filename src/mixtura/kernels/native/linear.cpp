@@ -25,7 +25,7 @@ void linear(const Way& way, const Matrix& m, Rows bias, Rows x, std::int64_t num
             const std::int64_t some = std::min(most_vectors, num - start);
             const unsigned char* rows[most_vectors];
             for (std::int64_t i = 0; i < some; ++i) rows[i] = inputs.vector(0, start + i);
-            kernel.dot(m, first, count, rows, some, made, count);
+            kernel.dot(m, first, count, rows, some, made, count, {});
             for (std::int64_t i = 0; i < some; ++i) {
                 add_bias(bias, first, 1, count, made + i * count);
                 write_row(out, start + i, first, count, made + i * count);

@@ -31,6 +31,13 @@ struct Matrix {
     const unsigned char* lower[most_planes - 1] = {};
 };
 
+// Rows that the same thread reads after those of a call, so that memory is asked for them in time; none where
+// nobody knows.
+struct Later {
+    const Matrix* matrix = nullptr;
+    std::int64_t first = 0;
+};
+
 // A way to multiply: inputs are prepared once, then any rows of the matrix are multiplied with them.
 // For one row and one input vector the order of additions is the same in every call, however many
 // rows and vectors a call has.
@@ -39,7 +46,7 @@ struct Kernel {
     void (*prepare)(const float* x, std::int64_t cols, unsigned char* to);
     // out[i * out_stride + r] = dot(row `first + r`, x[i]), 0 <= r < count, 0 <= i < num
     void (*dot)(const Matrix& matrix, std::int64_t first, std::int64_t count, const unsigned char* const* x,
-                std::int64_t num, float* out, std::int64_t out_stride);
+                std::int64_t num, float* out, std::int64_t out_stride, const Later& later);
 };
 
 // What lies between the two matrices of an expert; the numbers are known to Python.

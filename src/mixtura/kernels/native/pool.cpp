@@ -15,6 +15,8 @@ constexpr int pauses_per_look_at_the_clock = 64;
 constexpr std::uint64_t open_bit = 1ull << 31;
 constexpr std::uint64_t joined_mask = open_bit - 1;
 constexpr std::uint64_t one_loop = 1ull << 32;
+constexpr int half_bits = 32;
+constexpr std::uint64_t half_mask = (1ull << half_bits) - 1;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -51,18 +53,23 @@ void Pool::run(std::int64_t num, int threads, Call call, const void* context) {
         return;
     }
     start(workers);
-    num_ = num;
+    num_stretches_ = workers + 1;
+    for (std::int64_t i = 0, begin = 0; i <= workers; ++i) {
+        const std::int64_t end = num * (i + 1) / (workers + 1);
+        const auto left = static_cast<std::uint64_t>(begin) << half_bits | static_cast<std::uint64_t>(end);
+        stretches_[static_cast<std::size_t>(i)].left.store(left, std::memory_order_relaxed);
+        begin = end;
+    }
     call_ = call;
     context_ = context;
     wanted_.store(workers, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
     const std::uint64_t number = (state_.load(std::memory_order_relaxed) & ~(one_loop - 1)) + one_loop;
     state_.store(number | open_bit, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
         wakings_.fetch_add(1, std::memory_order_release);
         wakings_.notify_all();
     }
-    take_items();
+    take_items(0);
     std::uint64_t state = state_.fetch_and(~open_bit, std::memory_order_acq_rel);
     for (int looks = 0; (state & joined_mask) != 0; ++looks) {
         // Whoever is waited for may need this very core.
@@ -73,6 +80,9 @@ void Pool::run(std::int64_t num, int threads, Call call, const void* context) {
 }
 
 void Pool::start(int workers) {
+    if (static_cast<int>(workers_.size()) < workers || !stretches_) {
+        stretches_ = std::make_unique<Stretch[]>(static_cast<std::size_t>(workers) + 1);
+    }
     while (static_cast<int>(workers_.size()) < workers) {
         const int number = static_cast<int>(workers_.size());
         workers_.emplace_back([this, number] { work(number); });
@@ -80,11 +90,25 @@ void Pool::start(int workers) {
     }
 }
 
-void Pool::take_items() {
+void Pool::take_items(int mine) {
+    std::int64_t item = 0;
+    while (take_one(mine, true, item)) call_(context_, item);
+    for (int other = 1; other < num_stretches_; ++other) {
+        while (take_one((mine + other) % num_stretches_, false, item)) call_(context_, item);
+    }
+}
+
+bool Pool::take_one(int owner, bool first, std::int64_t& item) {
+    auto& left = stretches_[static_cast<std::size_t>(owner)].left;
+    std::uint64_t seen = left.load(std::memory_order_relaxed);
     for (;;) {
-        const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-        if (i >= num_) return;
-        call_(context_, i);
+        const std::uint64_t begin = seen >> half_bits, end = seen & half_mask;
+        if (begin >= end) return false;
+        const std::uint64_t less = first ? (begin + 1) << half_bits | end : begin << half_bits | (end - 1);
+        if (left.compare_exchange_weak(seen, less, std::memory_order_relaxed)) {
+            item = static_cast<std::int64_t>(first ? begin : end - 1);
+            return true;
+        }
     }
 }
 
@@ -106,7 +130,7 @@ void Pool::work(int number) {
             last = state / one_loop;
             if (number < wanted_.load(std::memory_order_relaxed) && join(state)) {
                 // The loop joined may be a later one than the one seen.
-                take_items();
+                take_items(number + 1);
                 last = state_.fetch_sub(1, std::memory_order_acq_rel) / one_loop;
             }
             until = clock::now() + spin_time;

@@ -3,15 +3,17 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace mixtura {
 
-// Runs loops on several threads. Whoever is free takes the next item, so that a thread that the
-// system holds back does little instead of keeping the others; one that sleeps past the end of a loop
-// is not waited for. Between loops threads spin for a short while and then sleep.
+// Runs loops on several threads. Each has a stretch of neighbouring items, so that it reads on where it stopped; who
+// has done its own takes the last of another's, so that a thread that the system holds back does little instead of
+// keeping the others. One that sleeps past the end of a loop is not waited for. Between loops threads spin for a
+// short while and then sleep.
 class Pool {
 public:
     static Pool& shared();
@@ -32,18 +34,23 @@ private:
     void run(std::int64_t num, int threads, Call call, const void* context);
     void start(int workers);
     void work(int number);
-    void take_items();
+    void take_items(int mine);
+    bool take_one(int owner, bool first, std::int64_t& item);
     bool join(std::uint64_t seen);
 
     std::mutex held_;
     std::vector<std::thread> workers_;
+    // What is left of each thread's stretch, from its begin (upper half) to its end.
+    struct alignas(64) Stretch {
+        std::atomic<std::uint64_t> left{0};
+    };
+    std::unique_ptr<Stretch[]> stretches_;
     // The loop that runs: its number (upper half), whether it can be joined, and how many workers have.
     alignas(64) std::atomic<std::uint64_t> state_{0};
-    alignas(64) std::atomic<std::int64_t> next_{0};
     alignas(64) std::atomic<std::uint32_t> wakings_{0};
     std::atomic<int> sleeping_{0};
     std::atomic<int> wanted_{0};
-    std::int64_t num_ = 0;
+    int num_stretches_ = 0;
     Call call_ = nullptr;
     const void* context_ = nullptr;
 };

@@ -79,12 +79,17 @@ void multiply(const Pass& pass, const float* x, const std::vector<Product>& prod
         const Part& part = parts[static_cast<std::size_t>(at)];
         const Product& product = products[part.product];
         const Matrix& m = product.linear->matrix;
+        Later next;
+        if (at + 1 < num_parts) {
+            const Part& after = parts[static_cast<std::size_t>(at) + 1];
+            next = {&products[after.product].linear->matrix, after.first};
+        }
         for (std::int64_t start = 0; start < num; start += most_vectors) {
             const std::int64_t some = std::min(most_vectors, num - start);
             const unsigned char* rows[most_vectors];
             for (std::int64_t i = 0; i < some; ++i) rows[i] = inputs.vector(kernels[part.product], start + i);
             float* out = product.out + start * m.rows + part.first;
-            inputs.kernel(kernels[part.product]).dot(m, part.first, part.count, rows, some, out, m.rows);
+            inputs.kernel(kernels[part.product]).dot(m, part.first, part.count, rows, some, out, m.rows, next);
             for (std::int64_t i = 0; i < some; ++i) {
                 add_bias(product.linear->bias, part.first, 1, part.count, out + i * m.rows);
                 if (product.rounds) round_row(pass.number, out + i * m.rows, part.count);
@@ -111,7 +116,7 @@ struct Turn {
 
 Turn turn_of(const Pass& pass, const Place& place, Rotation rotation, std::int64_t token) {
     const std::int64_t width = place.table_width, row = token % pass.num + token / pass.num * place.table_by_sequence;
-    float* tables = rooms().weight.of<float>(2 * width);
+    float* tables = scratch().row.of<float>(2 * width);
     read_row(place.cosines, row, width, tables);
     read_row(place.sines, row, width, tables + width);
     const std::int64_t half = rotation == Rotation::halves_of_half_tables ? width : width / 2;
@@ -149,8 +154,13 @@ void normalize_heads(const Pass& pass, const Norm& norm, float* rows, std::int64
     if (norm.weight.data) normalize(pass, norm, rows, pass.tokens() * width / norm.width, rows);
 }
 
-void project(const Pass& pass, const Attention& attention, const Place& place, const float* x, float* queries) {
-    const std::int64_t num = pass.tokens(), head = attention.head;
+// Rows of queries, keys and values of all tokens, before they are turned.
+struct Projected {
+    float *queries, *keys, *values;
+};
+
+Projected project(const Pass& pass, const Attention& attention, const float* x, float* queries) {
+    const std::int64_t num = pass.tokens();
     const std::int64_t q_width = attention.q.matrix.rows, kv_width = attention.k.matrix.rows;
     float* normed = rooms().normed.of<float>(num * pass.width);
     normalize(pass, attention.norm, x, num, normed);
@@ -159,19 +169,30 @@ void project(const Pass& pass, const Attention& attention, const Place& place, c
     multiply(pass, normed, {{&attention.q, queries}, {&attention.k, keys}, {&attention.v, values}});
     normalize_heads(pass, attention.q_norm, queries, q_width);
     normalize_heads(pass, attention.k_norm, keys, kv_width);
-    for (std::int64_t t = 0; t < num; ++t) {
+    return {queries, keys, values};
+}
+
+// A head of keys and values of one sequence, and the queries that share it.
+struct Head {
+    std::int64_t sequence, number;
+};
+
+void turn_and_keep(const Pass& pass, const Attention& attention, const Place& place, const Projected& made, Head one) {
+    const std::int64_t width = attention.head, kv_width = attention.k.matrix.rows, q_width = attention.q.matrix.rows;
+    const std::int64_t group = q_width / kv_width;
+    for (std::int64_t i = 0; i < pass.num; ++i) {
+        const std::int64_t t = one.sequence * pass.num + i, at = place.past + i;
         const Turn turn = turn_of(pass, place, attention.rotation, t);
-        for (std::int64_t c = 0; c < q_width; c += head) turn_head(turn, queries + t * q_width + c);
-        const std::int64_t sequence = t / pass.num, at = place.past + t % pass.num;
-        for (std::int64_t h = 0; h < kv_width / head; ++h) {
-            float* key = keys + t * kv_width + h * head;
-            turn_head(turn, key);
-            const auto to = [&](const Cached& cached) {
-                return sequence * cached.by_sequence + h * cached.by_head + at * cached.by_token;
-            };
-            write_row({place.keys.data, pass.number, 0}, 0, to(place.keys), head, key);
-            write_row({place.values.data, pass.number, 0}, 0, to(place.values), head, values + t * kv_width + h * head);
-        }
+        float* queries = made.queries + t * q_width + one.number * group * width;
+        for (std::int64_t g = 0; g < group; ++g) turn_head(turn, queries + g * width);
+        float* key = made.keys + t * kv_width + one.number * width;
+        turn_head(turn, key);
+        const auto to = [&](const Cached& cached) {
+            return one.sequence * cached.by_sequence + one.number * cached.by_head + at * cached.by_token;
+        };
+        const float* value = made.values + t * kv_width + one.number * width;
+        write_row({place.keys.data, pass.number, 0}, 0, to(place.keys), width, key);
+        write_row({place.values.data, pass.number, 0}, 0, to(place.values), width, value);
     }
 }
 
@@ -199,45 +220,63 @@ const float* biases_of(const Pass& pass, const Place& place) {
     return biases;
 }
 
-void attend(const Pass& pass, const Attention& attention, const Place& place, const float* x, const float* queries) {
+void attend_head(const Pass& pass, const Attention& attention, const Place& place, const float* biases,
+                 const float* queries, Head item, float* attended) {
     const std::int64_t head = attention.head, q_width = attention.q.matrix.rows;
-    const std::int64_t kv_heads = attention.k.matrix.rows / head, group = q_width / attention.k.matrix.rows;
-    const std::int64_t total = place.past + pass.num, room = (total + 15) / 16 * 16;
-    const float* biases = biases_of(pass, place);
-    float* attended = rooms().attended.of<float>(pass.tokens() * q_width);
-    const std::int64_t bytes = 2 * number_bytes * pass.num_sequences * kv_heads * group * pass.num * total * head / 4;
-    Pool::shared().loop(pass.num_sequences * kv_heads, threads_for(pass.way, bytes), [&](std::int64_t item) {
-        const std::int64_t sequence = item / kv_heads, h = item % kv_heads;
-        const std::int64_t size = pass.number == Number::bf16 ? 2 : number_bytes;
-        const auto from = [&](const Cached& cached) {
-            return static_cast<const char*>(cached.data) + size * (sequence * cached.by_sequence + h * cached.by_head);
-        };
-        AttentionHead one;
-        one.keys = from(place.keys);
-        one.values = from(place.values);
-        one.key_stride = place.keys.by_token;
-        one.value_stride = place.values.by_token;
-        one.num_keys = total;
-        one.width = head;
-        one.scaling = attention.scaling;
-        one.is_bf16 = pass.number == Number::bf16;
-        one.score_stride = room;
-        one.scores = scratch().sums.of<float>(std::max(group, pass.num) * room);
-        // All heads of a single token, else all tokens of a head.
-        const bool by_head = pass.num == 1;
-        one.num_queries = by_head ? group : pass.num;
-        one.query_stride = one.out_stride = by_head ? head : q_width;
-        one.num_biases = by_head ? 1 : pass.num;
-        if (biases) one.biases = biases + sequence * pass.num * total;
-        for (std::int64_t g = 0; g < (by_head ? 1 : group); ++g) {
-            const std::int64_t first = sequence * pass.num * q_width + (h * group + g) * head;
-            one.queries = queries + first;
-            one.out = attended + first;
-            pass.way.isa->attend(one);
-            if (by_head) round_row(pass.number, one.out, group * head);
-        }
-    });
-    if (pass.num > 1) round_row(pass.number, attended, pass.tokens() * q_width);
+    const std::int64_t group = q_width / attention.k.matrix.rows, total = place.past + pass.num;
+    const std::int64_t size = pass.number == Number::bf16 ? 2 : number_bytes;
+    const auto from = [&](const Cached& cached) {
+        const std::int64_t at = item.sequence * cached.by_sequence + item.number * cached.by_head;
+        return static_cast<const char*>(cached.data) + size * at;
+    };
+    AttentionHead one;
+    one.keys = from(place.keys);
+    one.values = from(place.values);
+    one.key_stride = place.keys.by_token;
+    one.value_stride = place.values.by_token;
+    one.num_keys = total;
+    one.width = head;
+    one.scaling = attention.scaling;
+    one.is_bf16 = pass.number == Number::bf16;
+    one.score_stride = (total + 15) / 16 * 16;
+    one.scores = scratch().sums.of<float>(std::max(group, pass.num) * one.score_stride);
+    // All heads of a single token, else all tokens of a head.
+    const bool by_head = pass.num == 1;
+    one.num_queries = by_head ? group : pass.num;
+    one.query_stride = one.out_stride = by_head ? head : q_width;
+    one.num_biases = by_head ? 1 : pass.num;
+    if (biases) one.biases = biases + item.sequence * pass.num * total;
+    for (std::int64_t g = 0; g < (by_head ? 1 : group); ++g) {
+        const std::int64_t first = item.sequence * pass.num * q_width + (item.number * group + g) * head;
+        one.queries = queries + first;
+        one.out = attended + first;
+        pass.way.isa->attend(one);
+        if (by_head) round_row(pass.number, one.out, group * head);
+    }
+}
+
+// Calls body with each head of keys and values, on as many threads as so much work for a head is worth.
+template <class Body>
+void for_heads(const Pass& pass, const Attention& attention, std::int64_t numbers_of_head, const Body& body) {
+    const std::int64_t kv_heads = attention.k.matrix.rows / attention.head, num = pass.num_sequences * kv_heads;
+    Pool::shared().loop(num, threads_for(pass.way, num * numbers_of_head * number_bytes),
+                        [&](std::int64_t item) { body(Head{item / kv_heads, item % kv_heads}); });
+}
+
+std::int64_t numbers_turned(const Pass& pass, const Attention& attention) {
+    // A number that is turned, rounded and written costs what several cost that are only read.
+    constexpr std::int64_t worth = 8;
+    return worth * pass.num * attention.head * (attention.q.matrix.rows / attention.k.matrix.rows + 2);
+}
+
+std::int64_t numbers_attended(const Pass& pass, const Attention& attention, const Place& place) {
+    const std::int64_t queries = pass.num * attention.q.matrix.rows / attention.k.matrix.rows;
+    return 2 * (place.past + pass.num) * attention.head * std::max<std::int64_t>(1, queries / 4);
+}
+
+// out = x + what was attended, multiplied by the last of the four matrices
+void finish_attention(const Pass& pass, const Attention& attention, const float* x, float* attended) {
+    if (pass.num > 1) round_row(pass.number, attended, pass.tokens() * attention.q.matrix.rows);
     float* made = rooms().made.of<float>(pass.tokens() * pass.width);
     multiply(pass, attended, {{&attention.o, made}});
     add_and_write(pass, x, made);
@@ -279,10 +318,17 @@ bool fits(Rotation rotation, std::int64_t table_width, std::int64_t head) {
 namespace {
 
 void attend_held(const Pass& pass, const Attention& attention, const Place& place) {
-    float* queries = rooms().queries.of<float>(pass.tokens() * attention.q.matrix.rows);
+    const std::int64_t q_width = attention.q.matrix.rows;
     const float* x = read_x(pass);
-    project(pass, attention, place, x, queries);
-    attend(pass, attention, place, x, queries);
+    const Projected made = project(pass, attention, x, rooms().queries.of<float>(pass.tokens() * q_width));
+    const float* biases = biases_of(pass, place);
+    float* attended = rooms().attended.of<float>(pass.tokens() * q_width);
+    const std::int64_t numbers = numbers_turned(pass, attention) + numbers_attended(pass, attention, place);
+    for_heads(pass, attention, numbers, [&](Head head) {
+        turn_and_keep(pass, attention, place, made, head);
+        attend_head(pass, attention, place, biases, made.queries, head, attended);
+    });
+    finish_attention(pass, attention, x, attended);
 }
 
 void mix_held(const Pass& pass, const Mixture& mixture) {
@@ -335,12 +381,18 @@ void run_layers(const Pass& pass, const std::vector<Step>& steps, const Norm& la
 
 void run_projections(const Pass& pass, const Attention& attention, const Place& place, float* queries) {
     const auto hold = Pool::shared().hold();
-    project(pass, attention, place, read_x(pass), queries);
+    const Projected made = project(pass, attention, read_x(pass), queries);
+    for_heads(pass, attention, numbers_turned(pass, attention),
+              [&](Head head) { turn_and_keep(pass, attention, place, made, head); });
 }
 
 void run_attending(const Pass& pass, const Attention& attention, const Place& place, const float* queries) {
     const auto hold = Pool::shared().hold();
-    attend(pass, attention, place, read_x(pass), queries);
+    const float* biases = biases_of(pass, place);
+    float* attended = rooms().attended.of<float>(pass.tokens() * attention.q.matrix.rows);
+    for_heads(pass, attention, numbers_attended(pass, attention, place),
+              [&](Head head) { attend_head(pass, attention, place, biases, queries, head, attended); });
+    finish_attention(pass, attention, read_x(pass), attended);
 }
 
 }  // namespace mixtura
