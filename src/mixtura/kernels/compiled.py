@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -37,6 +37,12 @@ Mode = Literal["fast", "exact", "torch"]
 MODES: tuple[Mode, ...] = ("fast", "exact", "torch")
 # As the extension numbers them.
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
+# By names of their own: in a decode step, finding them in PyTorch's modules takes longer than using them.
+_ORDINARY: Final = (Tensor, torch.nn.Parameter)
+_STRIDED: Final = torch.strided
+is_wrapped: Final[Callable[[Tensor], bool]] = torch._C._functorch.is_functorch_wrapped_tensor
+_tracing_state: Final[Callable[[], object]] = torch._C._get_tracing_state
+_num_dispatching: Final[Callable[[], int]] = torch._C._len_torch_dispatch_stack
 _FLOAT_INPUTS, _BF16_INPUTS, _INT8_INPUTS = 0, 1, 2
 
 _logger = logging.getLogger("mixtura")
@@ -179,19 +185,21 @@ def processors() -> int:
 
 def is_recorded() -> bool:
     """Whether operations are being compiled, traced or watched, so that they must be PyTorch's own."""
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return tracing or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or _tracing_state() is not None or _num_dispatching() > 0
 
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether all are ordinary tensors in CPU memory whose numbers the kernels know, and nothing records."""
-    return not is_recorded() and all(
-        type(one) in (Tensor, torch.nn.Parameter)
-        and one.device.type == "cpu"
-        and one.dtype in NUMBERS
-        and one.layout == torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(one)
-        for one in tensors
+    return not is_recorded() and all(map(_is_ordinary, tensors))
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in _ORDINARY
+        and tensor.is_cpu
+        and tensor.dtype in NUMBERS
+        and tensor.layout == _STRIDED
+        and not is_wrapped(tensor)
     )
 
 

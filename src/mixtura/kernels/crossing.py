@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixtura.kept import keep, read_kept
-from mixtura.kernels.compiled import NUMBERS, isas, native, num_threads, options, rows_of, way_for
+from mixtura.kernels.compiled import NUMBERS, isas, native, num_threads, options, rows_of, way_for, with_rows
 from mixtura.kernels.matmul import linear
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
 from mixtura.method import create
@@ -93,13 +93,22 @@ def _contenders(
 
 
 def multiply(matrix: Matrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ matrix.T + bias`` by the compiled kernels, in the dtype of ``x``, whose rows are contiguous."""
-    out = x.new_empty(x.shape[0], matrix.rows)
+    """``x @ matrix.T + bias`` by the compiled kernels, in the dtype of ``x``, for rows of any axes."""
     extension = native()
     assert extension is not None
     assert x.dtype in NUMBERS
-    assert x.shape[1] == matrix.cols
-    extension.linear(way_for(x.dtype), matrix.record, rows_of(bias), rows_of(x), x.shape[0], rows_of(out))
+    assert x.shape[-1] == matrix.cols
+    rows = x if x.is_contiguous() else with_rows(x.reshape(-1, matrix.cols))
+    out = x.new_empty(*x.shape[:-1], matrix.rows)
+    number, stride = NUMBERS[x.dtype], matrix.cols if rows is x else rows.stride(0)
+    extension.linear(
+        way_for(x.dtype),
+        matrix.record,
+        rows_of(bias),
+        extension.Rows(rows.data_ptr(), number, stride),
+        out.numel() // matrix.rows,
+        extension.Rows(out.data_ptr(), number, matrix.rows),
+    )
     return out
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.kernels.compiled import is_plain, native, options, with_rows
+from mixtura.kernels.compiled import is_plain, native, options
 from mixtura.kernels.crossing import ALWAYS_FEW, few_rows, multiply
-from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
+from mixtura.kernels.matrices import KeptMatrix, Matrix, coded_matrix, dense_matrix
 from mixtura.kernels.steps import quicken_steps
 from mixtura.method import create
 from mixtura.quantizers import Encoded, Quantizer
@@ -46,7 +46,7 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if not are_few(x, 8 * weight.element_size()):
         return None
     matrix = dense_matrix(weight)
-    return None if matrix is None else multiply_rows(matrix, x, bias)
+    return None if matrix is None else multiply(matrix, x, bias)
 
 
 def are_few(x: Tensor, bits: int) -> bool:
@@ -58,12 +58,6 @@ def are_few(x: Tensor, bits: int) -> bool:
     if chosen.mode == "exact" or 0 < rows <= ALWAYS_FEW:
         return rows > 0
     return 0 < rows <= few_rows(bits, x.dtype)
-
-
-def multiply_rows(matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ matrix.T + bias`` by the compiled kernels, for rows of any axes."""
-    rows = with_rows(x.reshape(-1, x.shape[-1]))
-    return multiply(matrix, rows, bias).view(*x.shape[:-1], matrix.rows)
 
 
 def quicken(model: nn.Module) -> int:
@@ -122,6 +116,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._kept = KeptMatrix()
 
     @staticmethod
     def of(linear: nn.Linear, *, bits: int, group_size: int = 64) -> PackedLinear:
@@ -138,7 +133,7 @@ class PackedLinear(nn.Module):
         if not (torch.is_grad_enabled() and input.requires_grad) and is_plain(input, *biases):
             matrix = self.matrix()
             if matrix is not None and are_few(input, self.bits):
-                return multiply_rows(matrix, input, self.bias)
+                return multiply(matrix, input, self.bias)
         encoded = Encoded(
             {"codes": self.codes, "scales": self.scales},
             {"rows": self.out_features, "cols": self.in_features},
@@ -148,8 +143,14 @@ class PackedLinear(nn.Module):
 
     def matrix(self) -> Matrix | None:
         """The weight as the kernels read it; None where they cannot."""
-        group = self.in_features if self.bits == 8 else min(self.group_size, self.in_features)
-        return coded_matrix(self.codes, self.scales, cols=self.in_features, bits=self.bits, group=group)
+        codes, scales = self.codes, self.scales
+        cols, bits = self.in_features, self.bits
+        group = cols if bits == 8 else min(self.group_size, cols)
+        return self._kept.get(
+            (codes, scales),
+            (cols, bits, group),
+            lambda: coded_matrix(codes, scales, cols=cols, bits=bits, group=group),
+        )
 
     def extra_repr(self) -> str:
         """Sizes, as modules print them."""

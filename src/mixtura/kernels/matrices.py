@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -39,6 +39,32 @@ class Matrix:
     def num_bytes(self) -> int:
         """Bytes that one multiplication reads."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.holds)
+
+
+@final
+class KeptMatrix:
+    """A matrix that is made once, and anew where what it was made of changed.
+
+    Copies and pickles of it are empty: their tensors lie elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[object, ...], Matrix] | None = None
+
+    def get(
+        self, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], make: Callable[[], Matrix | None]
+    ) -> Matrix | None:
+        """What ``make`` gives for these tensors and sizes; the matrix holds the tensors."""
+        made_of = (*sizes, *[(id(one), one.data_ptr(), one.shape) for one in tensors])
+        kept = self._kept
+        if kept is not None and kept[0] == made_of:
+            return kept[1]
+        matrix = make()
+        self._kept = None if matrix is None else (made_of, matrix)
+        return matrix
+
+    def __reduce__(self) -> tuple[type[KeptMatrix], tuple[()]]:
+        return KeptMatrix, ()
 
 
 def dense_matrix(weight: Float[Tensor, "R C"]) -> Matrix | None:

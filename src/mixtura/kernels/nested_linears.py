@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError
 from mixtura.kernels.compiled import is_plain
-from mixtura.kernels.linears import are_few, multiply_rows, replace_linears
+from mixtura.kernels.crossing import multiply
+from mixtura.kernels.linears import are_few, replace_linears
 from mixtura.kernels.matrices import Matrix, nested_matrix
 from mixtura.method import create
 from mixtura.quantizers import Encoded, Quantizer
@@ -72,7 +73,7 @@ class NestedLinear(nn.Module):
         if not (torch.is_grad_enabled() and input.requires_grad) and is_plain(input, *biases):
             matrix = self.matrix()
             if matrix is not None and are_few(input, self._bits):
-                return multiply_rows(matrix, input, self.bias)
+                return multiply(matrix, input, self.bias)
         encoded = Encoded(self._read(), {"rows": self.out_features, "cols": self.in_features})
         return F.linear(input, _quantizer(self.group_size).decode(encoded, input.dtype), self.bias)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
-from jaxtyping import Float
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -12,6 +12,22 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 _LEAST_SPARE: Final = 128
 _SPARE_SHARE: Final = 4
 _NAME: Final = "mixtura_room"
+
+
+class Grown(NamedTuple):
+    """Where keys and values lie that new ones were given room behind.
+
+    Attributes:
+        keys: address of the first that the new tokens see.
+        values: the same.
+        strides: of both, in numbers: by sequence, head, token and along a head.
+        past: tokens that were there before.
+    """
+
+    keys: int
+    values: int
+    strides: tuple[int, ...]
+    past: int
 
 
 @final
@@ -24,16 +40,30 @@ class Room:
 
     def __init__(self, keys: Tensor, values: Tensor, spare: int) -> None:
         num_sequences, num_heads, self.stop, width = keys.shape
-        shape = (num_sequences, num_heads, self.stop + spare, width)
+        self.num_tokens = self.stop + spare
+        shape = (num_sequences, num_heads, self.num_tokens, width)
         self.start = 0
         self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
         self.keys[:, :, : self.stop] = keys
         self.values[:, :, : self.stop] = values
+        self.strides = self.keys.stride()
+        self._token_bytes = self.strides[2] * self.keys.element_size()
+        self._shape = (num_sequences, num_heads, width)
+
+    def addresses(self) -> tuple[int, int]:
+        """Where the first of the keys and of the values that are shown lie."""
+        # Not kept: the copy of a cache has copies of its rooms, elsewhere.
+        ahead = self.start * self._token_bytes
+        return self.keys.data_ptr() + ahead, self.values.data_ptr() + ahead
 
     def is_shown_by(self, keys: Tensor, values: Tensor) -> bool:
         """Whether these are all that was appended."""
-        return _is_part(keys, self.keys, self.start, self.stop) and _is_part(
-            values, self.values, self.start, self.stop
+        num_sequences, num_heads, width = self._shape
+        shape = (num_sequences, num_heads, self.stop - self.start, width)
+        return (
+            (keys.data_ptr(), values.data_ptr()) == self.addresses()
+            and keys.shape == values.shape == shape
+            and keys.stride() == values.stride() == self.strides
         )
 
     def shown(self) -> tuple[Tensor, Tensor]:
@@ -42,52 +72,45 @@ class Room:
         return self.keys.narrow(2, self.start, length), self.values.narrow(2, self.start, length)
 
 
-def _is_part(part: Tensor, whole: Tensor, start: int, stop: int) -> bool:
-    return (
-        part.data_ptr() == whole.data_ptr() + start * whole.stride(2) * whole.element_size()
-        and part.shape[2] == stop - start
-        and part.shape[:2] == whole.shape[:2]
-        and part.stride() == whole.stride()
-    )
-
-
 def growing_layer(cache: Cache, index: int, x: Tensor, num_heads: int, width: int) -> DynamicLayer | None:
     """The layer of a cache that a step may append to itself; None where ``cache.update`` must."""
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None
     layer: Any = cache.layers[index]
+    return layer if can_grow(layer, x.shape[0], num_heads, width, x.dtype) else None
+
+
+def can_grow(layer: Any, num_sequences: int, num_heads: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a layer of a cache holds tokens of these sizes, and nothing but appending makes it longer."""
     if type(layer) is DynamicSlidingWindowLayer:
         if layer.record_past:
-            return None
+            return False
     elif type(layer) is not DynamicLayer:
-        return None
-    if not layer.is_initialized or layer.keys.ndim != 4 or not layer.keys.shape[2]:
-        return None
-    expected = (x.shape[0], num_heads, layer.keys.shape[2], width)
-    if layer.keys.shape != expected or layer.values.shape != expected:
-        return None
-    return layer if layer.keys.dtype == layer.values.dtype == x.dtype else None
+        return False
+    if not layer.is_initialized or layer.keys.ndim != 4:
+        return False
+    keys, values = layer.keys, layer.values
+    shape = keys.shape
+    fits: bool = shape == values.shape == (num_sequences, num_heads, shape[2], width) and shape[2] > 0
+    return fits and bool(keys.dtype == values.dtype == dtype)
 
 
-def grow(
-    layer: Any, num_tokens: int
-) -> tuple[Float[Tensor, "S heads total width"], Float[Tensor, "S heads total width"]]:
-    """Make a layer longer by some tokens, whose keys and values the caller writes; gives all of them."""
+def grow(layer: Any, num_tokens: int) -> Grown:
+    """Make a layer longer by some tokens, whose keys and values the caller writes."""
     room = layer.__dict__.get(_NAME)
     if (
         room is None
+        or room.stop + num_tokens > room.num_tokens
         or not room.is_shown_by(layer.keys, layer.values)
-        or room.stop + num_tokens > room.keys.shape[2]
     ):
         spare = max(_LEAST_SPARE, layer.keys.shape[2] // _SPARE_SHARE) + num_tokens
         room = Room(layer.keys, layer.values, spare)
         setattr(layer, _NAME, room)
+    keys, values = room.addresses()
+    grown = Grown(keys, values, room.strides, room.stop - room.start)
     room.stop += num_tokens
-    keys, values = room.shown()
     if type(layer) is DynamicSlidingWindowLayer:
         layer.cumulative_length += num_tokens
         room.start = max(room.start, room.stop - (layer.sliding_window - 1))
-        layer.keys, layer.values = room.shown()
-    else:
-        layer.keys, layer.values = keys, values
-    return keys, values
+    layer.keys, layer.values = room.shown()
+    return grown

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.kernels.compiled import NUMBERS, native, rows_of, way_for
-from mixtura.kernels.step_cache import grow, growing_layer
+from mixtura.kernels.compiled import NUMBERS, native, way_for
+from mixtura.kernels.step_cache import Grown, grow, growing_layer
 from mixtura.kernels.step_parts import AttentionShape
 
 
@@ -37,23 +37,23 @@ def run_attention(x: Float[Tensor, "S Q D"], record: Any, shape: AttentionShape,
     one = _pass(x, out)
     num_sequences, num, _ = x.shape
     cache = around.cache
+    turns, mask = turns_of(around.tables), mask_of(around.mask)
     layer = (
         None
         if cache is None
         else growing_layer(cache, around.layer_index, x, shape.num_kv_heads, shape.width)
     )
     if layer is not None:
-        keys, values = grow(layer, num)
-        extension.run_attention(one, record, place_of(around, keys, values, num))
+        extension.run_attention(one, record, grown_place(turns, grow(layer, num), mask))
         return out
     keys, values = (x.new_empty(num_sequences, shape.num_kv_heads, num, shape.width) for _ in range(2))
     if cache is None:
-        extension.run_attention(one, record, place_of(around, keys, values, num))
+        extension.run_attention(one, record, _place(turns, keys, values, mask, num))
         return out
     queries = torch.empty(num_sequences * num, shape.num_heads * shape.width)
-    extension.run_projections(one, record, place_of(around, keys, values, num), queries.data_ptr())
+    extension.run_projections(one, record, _place(turns, keys, values, mask, num), queries.data_ptr())
     keys, values = (_by_number(tensor) for tensor in cache.update(keys, values, around.layer_index))
-    extension.run_attending(one, record, place_of(around, keys, values, num), queries.data_ptr())
+    extension.run_attending(one, record, _place(turns, keys, values, mask, num), queries.data_ptr())
     return out
 
 
@@ -76,25 +76,49 @@ def _by_number(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def place_of(around: Around, keys: Tensor, values: Tensor, num: int) -> Any:
-    """The extension's record of where ``num`` tokens stand; theirs are the last of the keys and values."""
+class Turns(NamedTuple):
+    """`Tables` as the extension's records of rows; ``by_sequence`` is 0 where all sequences share them."""
+
+    cosines: Any
+    sines: Any
+    width: int
+    by_sequence: int
+
+
+def turns_of(tables: Tables, first: int = 0) -> Turns:
+    """The tables from one of their tokens on, as the extension reads them."""
     extension = native()
     assert extension is not None
-    cosines, sines = around.tables
-    by_sequence = cosines.stride(0) // cosines.stride(1) if cosines.shape[0] > 1 else 0
-    return extension.Place(
-        rows_of(cosines[0]),
-        rows_of(sines[0]),
+    cosines, sines = tables
+    by_token = cosines.stride(1)
+    ahead, number = first * by_token * cosines.element_size(), NUMBERS[cosines.dtype]
+    return Turns(
+        extension.Rows(cosines.data_ptr() + ahead, number, by_token),
+        extension.Rows(sines.data_ptr() + ahead, number, by_token),
         cosines.shape[2],
-        by_sequence,
-        extension.Cached(keys.data_ptr(), *keys.stride()[:3]),
-        extension.Cached(values.data_ptr(), *values.stride()[:3]),
-        keys.shape[2] - num,
-        _mask(around.mask),
+        cosines.stride(0) // by_token if cosines.shape[0] > 1 else 0,
     )
 
 
-def _mask(mask: Tensor | None) -> Any:
+def grown_place(turns: Turns, grown: Grown, mask: Any) -> Any:
+    """The extension's record of where tokens stand that a cache was given room for."""
+    extension = native()
+    assert extension is not None
+    strides = grown.strides[:3]
+    keys, values = extension.Cached(grown.keys, *strides), extension.Cached(grown.values, *strides)
+    return extension.Place(*turns, keys, values, grown.past, mask)
+
+
+def _place(turns: Turns, keys: Tensor, values: Tensor, mask: Any, num: int) -> Any:
+    """The same of ``num`` tokens whose keys and values are the last of these."""
+    extension = native()
+    assert extension is not None
+    cached = (extension.Cached(part.data_ptr(), *part.stride()[:3]) for part in (keys, values))
+    return extension.Place(*turns, *cached, keys.shape[2] - num, mask)
+
+
+def mask_of(mask: Tensor | None) -> Any:
+    """The extension's record of a mask; an empty one of none."""
     extension = native()
     assert extension is not None
     if mask is None:

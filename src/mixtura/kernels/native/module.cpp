@@ -111,6 +111,7 @@ NB_MODULE(_native, m) {
         .def("add_all", &Layer::add_all, "num"_a, "up"_a, "up_bytes"_a, "down"_a, "down_bytes"_a, "up_bias"_a,
              "up_bias_bytes"_a, "down_bias"_a, "down_bias_bytes"_a, "bias_number"_a);
     bind_step(m);
+    bind_watch(m);
     m.def("isas", &isa_names);
     m.def("linear", [](const Way& way, const Matrix& matrix, const Strided& bias, const Strided& x, std::int64_t num,
                        const Strided& out) {

@@ -69,4 +69,7 @@ struct Strided {
 // Adds the records and calls of `step.hpp` to the module.
 void bind_step(nanobind::module_& m);
 
+// Adds what `watch.cpp` has.
+void bind_watch(nanobind::module_& m);
+
 }  // namespace mixtura

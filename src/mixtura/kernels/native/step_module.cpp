@@ -2,6 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "records.hpp"
 #include "step.hpp"
 
@@ -47,6 +50,17 @@ void bind_records(nb::module_& m) {
     nb::class_<Pass>(m, "Pass").def("__init__", [](Pass* self, const Way& way, int number, std::int64_t num_sequences, std::int64_t num, std::int64_t width, Address x, Address out) {
         new (self) Pass(make_pass(way, number, num_sequences, num, width, x, out));
     });
+}
+
+// Copies the rows of a table that ids name; false, and nothing done, where one names none.
+bool look_up(Address table, std::int64_t row_bytes, std::int64_t num_rows, Address ids, std::int64_t num, Address out) {
+    const std::int64_t* const first = at<const std::int64_t>(ids);
+    if (std::any_of(first, first + num, [&](std::int64_t id) { return id < 0 || id >= num_rows; })) return false;
+    for (std::int64_t i = 0; i < num; ++i) {
+        std::memcpy(at<char>(out) + i * row_bytes, at<const char>(table) + first[i] * row_bytes,
+                    static_cast<std::size_t>(row_bytes));
+    }
+    return true;
 }
 
 void check(const Attention& attention, const Place& place) {
@@ -106,6 +120,7 @@ void bind_step(nb::module_& m) {
         nb::gil_scoped_release released;
         run_layers(pass, steps, last);
     });
+    m.def("look_up", &look_up, "table"_a, "row_bytes"_a, "num_rows"_a, "ids"_a, "num"_a, "out"_a);
     m.def("choose", [](const Router& router, int number, Address logits, std::int64_t num, Address ids, Address weights) {
         choose(router, static_cast<Number>(number), at<const float>(logits), num, at<std::int64_t>(ids), at<float>(weights));
     });
