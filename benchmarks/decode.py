@@ -381,39 +381,47 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     for num_tokens in args.tokens:
         # It copies every chosen expert's weights for every token: gigabytes for several, and never the best.
         rivals = [one for one in everybody if num_tokens == 1 or "batched_mm" not in one.name]
-        taken: dict[str, list[float]] = {one.name: [] for one in rivals}
-        rates: list[float] = []
+        taken: dict[str, list[tuple[float, float]]] = {one.name: [] for one in rivals}
         for one in rivals:
             if not one.name.startswith("llama"):
                 one.run(num_tokens)
         for turn in range(args.rounds):
             for one in rivals[turn % len(rivals) :] + rivals[: turn % len(rivals)]:
-                rates.append(bytes_per_second(array))
-                taken[one.name].append(one.run(num_tokens))
-        rows += [row(shape, num_tokens, one, taken, rates) for one in rivals]
+                before = bytes_per_second(array)
+                seconds = one.run(num_tokens)
+                taken[one.name].append((seconds, (before + bytes_per_second(array)) / 2))
+        rows += [row(shape, num_tokens, one, taken) for one in rivals]
         print("\n".join(line(one) for one in rows[-len(rivals) :]), flush=True)
     return rows
 
 
 def row(
-    shape: Shape, num_tokens: int, one: Contender, taken: dict[str, list[float]], rates: list[float]
+    shape: Shape, num_tokens: int, one: Contender, taken: dict[str, list[tuple[float, float]]]
 ) -> dict[str, Any]:
-    """One contender's numbers."""
-    seconds, rate = taken[one.name], statistics.median(rates)
+    """One contender's numbers.
+
+    What others do on the machine changes the rate of memory from one second to the next. So each time is
+    also given as it would be at the median rate, from the rate just before and after it.
+    """
+    rate = statistics.median(r for pairs in taken.values() for _, r in pairs)
+    seconds = [s for s, _ in taken[one.name]]
+    scaled = [s * r / rate for s, r in taken[one.name]]
     made: dict[str, Any] = {
         "model": shape.name,
         "num_layers": shape.config.num_hidden_layers,
         "num_tokens": num_tokens,
         "name": one.name,
+        "rounds": len(seconds),
         "ms": spread([1e3 * s for s in seconds]),
+        "ms_at_median_rate": spread([1e3 * s for s in scaled]),
         "tokens_per_s": round(num_tokens / statistics.median(seconds), 2),
-        "read_gb_per_s": spread([r / 1e9 for r in rates]),
+        "read_gb_per_s": spread([r / 1e9 for pairs in taken.values() for _, r in pairs]),
         "load_average": round(os.getloadavg()[0], 2),
     }
     if one.bytes_per_token is not None and num_tokens == 1:
         made["bytes_per_token"] = one.bytes_per_token
         made["gb_per_s"] = round(one.bytes_per_token / statistics.median(seconds) / 1e9, 2)
-        made["share_of_read_rate"] = round(one.bytes_per_token / rate / statistics.median(seconds), 3)
+        made["share_of_read_rate"] = round(one.bytes_per_token / rate / statistics.median(scaled), 3)
     return made
 
 
@@ -424,7 +432,7 @@ def line(one: dict[str, Any]) -> str:
         share = f"{one['share_of_read_rate']:.0%} of {one['read_gb_per_s']['median']:.1f} GB/s"
     return (
         f"{one['model']:14} T={one['num_tokens']:<3} {one['name']:26} {one['ms']['median']:9.2f} ms "
-        f"{one['tokens_per_s']:8.1f} tokens/s  {share}"
+        f"{one['ms_at_median_rate']['median']:9.2f} ms at the median rate  {share}"
     )
 
 
@@ -436,7 +444,6 @@ def join(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     record = {
         "benchmark": "decode",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rounds": args.rounds,
         "hardware": machine(),
         "versions": {
             "torch": torch.__version__,
