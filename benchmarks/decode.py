@@ -1,8 +1,9 @@
 """Time whole forward steps in memory: mixtura by width, transformers and llama.cpp, beside the memory's rate.
 
 Models of three well-known shapes, a few layers of each, with random weights. One token is a decode step
-after a short context; several are one sequence's new tokens at once. All contenders take turns, round
-after round, and the rate at which this machine reads memory is measured in the same rounds.
+after a short context; several are a sequence's tokens at once, random ones, over many batches. All
+contenders take turns, round after round, and the rate at which this machine reads memory is measured in
+the same rounds.
 
     python benchmarks/decode.py --models OLMoE --llama path/to/llama.cpp/bin --work folder
 
@@ -40,9 +41,11 @@ from mixtura.kernels.linears import FewRowsLinear
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 NUM_TOKENS = (1, 4, 16, 64)
-CONTEXT, STEPS = 16, 12
+CONTEXT, STEPS, BATCHES = 16, 12, 16
 GROUP = 64
 READ_BYTES = 512 << 20
+# Memory's rate stayed the same where it changed by at most this share of it; samples of which there must be.
+STEADY, LEAST_STEADY = 0.1, 3
 BITS_PER_WEIGHT = {
     "int8": 8, "int4": 4 + 16 / GROUP, "int2": 2 + 16 / GROUP, "Q8_0": 8.5, "Q4_0": 4.5, "Q2_K": 2.625,
 }  # fmt: skip
@@ -199,18 +202,33 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module.__class__ = FewRowsLinear
 
 
+def logits_of_last(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of the last token.
+
+    With ``logits_to_keep=1`` the head gets one row of several, for whose strides PyTorch 2.13 has no fast
+    product in bfloat16: over a second for a vocabulary of 50,000 on two cores, which is not what is
+    measured here. So everybody's head gets a copy.
+    """
+    last = model.model(ids).last_hidden_state[:, -1]
+    row: Tensor = model.lm_head(torch.empty_like(last[0]).copy_(last[0])[None, None])
+    return row
+
+
 def seconds_of_forward(model: nn.Module, num_tokens: int, vocab: int) -> float:
-    """Median over a few steps: one token after a context with its cache, or a sequence of new tokens."""
+    """Of one token after a context, the median of a few; of several tokens at once, the mean of batches.
+
+    How many experts several tokens need differs from batch to batch.
+    """
     generator = torch.Generator().manual_seed(num_tokens)
-    ids = torch.randint(0, vocab, (1, CONTEXT + STEPS + num_tokens), generator=generator)
     times = []
     with torch.inference_mode():
         if num_tokens > 1:
-            for step in range(3):
+            for ids in torch.randint(0, vocab, (BATCHES, 1, num_tokens), generator=generator):
                 start = time.perf_counter()
-                model(ids[:, step : step + num_tokens], logits_to_keep=1)
+                logits_of_last(model, ids)
                 times.append(time.perf_counter() - start)
-            return statistics.median(times)
+            return statistics.fmean(times)
+        ids = torch.randint(0, vocab, (1, CONTEXT + STEPS + 1), generator=generator)
         cache = model(ids[:, :CONTEXT], logits_to_keep=1, use_cache=True).past_key_values
         for step in range(CONTEXT, CONTEXT + STEPS):
             start = time.perf_counter()
@@ -280,10 +298,12 @@ class Llama:
     def _runner(self, path: Path) -> Callable[[int], float]:
         def run(num_tokens: int) -> float:
             kind = ["-p", "0", "-n", str(STEPS)] if num_tokens == 1 else ["-p", str(num_tokens), "-n", "0"]
-            command = [self._folder / "llama-bench", "-m", path, "-r", "3", "-o", "json", *kind]
+            repeats = str(3 if num_tokens == 1 else BATCHES)
+            command = [self._folder / "llama-bench", "-m", path, "-r", repeats, "-o", "json", *kind]
             command += ["-t", str(num_threads())]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            return num_tokens / statistics.median(json.loads(done.stdout)[0]["samples_ts"])
+            seconds = [num_tokens / rate for rate in json.loads(done.stdout)[0]["samples_ts"]]
+            return statistics.median(seconds) if num_tokens == 1 else statistics.fmean(seconds)
 
         return run
 
@@ -381,7 +401,7 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     for num_tokens in args.tokens:
         # It copies every chosen expert's weights for every token: gigabytes for several, and never the best.
         rivals = [one for one in everybody if num_tokens == 1 or "batched_mm" not in one.name]
-        taken: dict[str, list[tuple[float, float]]] = {one.name: [] for one in rivals}
+        taken: dict[str, list[Sample]] = {one.name: [] for one in rivals}
         for one in rivals:
             if not one.name.startswith("llama"):
                 one.run(num_tokens)
@@ -389,33 +409,55 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
             for one in rivals[turn % len(rivals) :] + rivals[: turn % len(rivals)]:
                 before = bytes_per_second(array)
                 seconds = one.run(num_tokens)
-                taken[one.name].append((seconds, (before + bytes_per_second(array)) / 2))
+                taken[one.name].append(Sample(seconds, before, bytes_per_second(array)))
         rows += [row(shape, num_tokens, one, taken) for one in rivals]
         print("\n".join(line(one) for one in rows[-len(rivals) :]), flush=True)
     return rows
 
 
-def row(
-    shape: Shape, num_tokens: int, one: Contender, taken: dict[str, list[tuple[float, float]]]
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Seconds that something took, and the rates at which memory was read just before and after it."""
+
+    seconds: float
+    before: float
+    after: float
+
+    @property
+    def rate(self) -> float:
+        """The rate meanwhile."""
+        return (self.before + self.after) / 2
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the rate stayed as it was."""
+        return abs(self.after - self.before) <= STEADY * self.rate
+
+
+def row(shape: Shape, num_tokens: int, one: Contender, taken: dict[str, list[Sample]]) -> dict[str, Any]:
     """One contender's numbers.
 
     What others do on the machine changes the rate of memory from one second to the next. So each time is
-    also given as it would be at the median rate, from the rate just before and after it.
+    also given as it would be at the median rate, from the samples during which the rate stayed the same.
     """
-    rate = statistics.median(r for pairs in taken.values() for _, r in pairs)
-    seconds = [s for s, _ in taken[one.name]]
-    scaled = [s * r / rate for s, r in taken[one.name]]
+    rate = statistics.median(sample.rate for samples in taken.values() for sample in samples)
+    samples = taken[one.name]
+    steady = [sample for sample in samples if sample.is_steady]
+    if len(steady) < LEAST_STEADY:
+        steady = samples
+    seconds = [sample.seconds for sample in samples]
+    scaled = [sample.seconds * sample.rate / rate for sample in steady]
     made: dict[str, Any] = {
         "model": shape.name,
         "num_layers": shape.config.num_hidden_layers,
         "num_tokens": num_tokens,
         "name": one.name,
         "rounds": len(seconds),
+        "steady_rounds": len(steady),
         "ms": spread([1e3 * s for s in seconds]),
         "ms_at_median_rate": spread([1e3 * s for s in scaled]),
         "tokens_per_s": round(num_tokens / statistics.median(seconds), 2),
-        "read_gb_per_s": spread([r / 1e9 for pairs in taken.values() for _, r in pairs]),
+        "read_gb_per_s": spread([s.rate / 1e9 for samples in taken.values() for s in samples]),
         "load_average": round(os.getloadavg()[0], 2),
     }
     if one.bytes_per_token is not None and num_tokens == 1:
