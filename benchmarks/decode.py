@@ -1,14 +1,13 @@
 """Time whole forward steps in memory: mixtura by width, transformers and llama.cpp, beside the memory's rate.
 
-Models of three well-known shapes, a few layers of each, with random weights. One token is a decode step
-after a short context; several are a sequence's tokens at once, random ones, over many batches. All
-contenders take turns, round after round, and the rate at which this machine reads memory is measured in
-the same rounds.
+Models of three well-known shapes, a few layers of each, with random weights: decode steps after a short
+context, of one sequence or of several at once, a new token of each with all its logits. All contenders take
+turns, round after round, and the rate at which this machine reads memory is measured in the same rounds.
 
     python benchmarks/decode.py --models OLMoE --llama path/to/llama.cpp/bin --work folder
 
-Without ``--llama`` (a folder with ``llama-bench`` and ``llama-quantize``) llama.cpp is left out. Each call
-measures one or more models and joins its results to those kept.
+Without ``--llama`` (a folder with ``llama-batched-bench`` and ``llama-quantize``) llama.cpp is left out. Each
+call measures one or more models and joins its results to those kept.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ from mixtura.kernels.linears import FewRowsLinear
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 NUM_TOKENS = (1, 4, 16, 64)
-CONTEXT, STEPS, BATCHES = 16, 12, 16
+CONTEXT, STEPS, ATTEMPTS = 16, 12, 5
 GROUP = 64
 READ_BYTES = 512 << 20
-# Memory's rate stayed the same where it changed by at most this share of it; samples of which there must be.
-STEADY, LEAST_STEADY = 0.1, 3
+# Rates of memory are the same where they differ by at most this share; samples at the usual one at least.
+STEADY, LEAST_USUAL = 0.1, 2
 BITS_PER_WEIGHT = {
     "int8": 8, "int4": 4 + 16 / GROUP, "int2": 2 + 16 / GROUP, "Q8_0": 8.5, "Q4_0": 4.5, "Q2_K": 2.625,
 }  # fmt: skip
@@ -202,39 +201,20 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module.__class__ = FewRowsLinear
 
 
-def logits_of_last(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of the last token.
-
-    With ``logits_to_keep=1`` the head gets one row of several, for whose strides PyTorch 2.13 has no fast
-    product in bfloat16: over a second for a vocabulary of 50,000 on two cores, which is not what is
-    measured here. So everybody's head gets a copy.
-    """
-    last = model.model(ids).last_hidden_state[:, -1]
-    row: Tensor = model.lm_head(torch.empty_like(last[0]).copy_(last[0])[None, None])
-    return row
-
-
-def seconds_of_forward(model: nn.Module, num_tokens: int, vocab: int) -> float:
-    """Of one token after a context, the median of a few; of several tokens at once, the mean of batches.
-
-    How many experts several tokens need differs from batch to batch.
-    """
-    generator = torch.Generator().manual_seed(num_tokens)
-    times = []
+def seconds_of_step(model: nn.Module, num_sequences: int, vocab: int) -> float:
+    """Mean over some steps: which experts are needed, and how many, differs from one to the next."""
+    generator = torch.Generator().manual_seed(num_sequences)
+    ids = torch.randint(0, vocab, (num_sequences, CONTEXT + STEPS), generator=generator)
     with torch.inference_mode():
-        if num_tokens > 1:
-            for ids in torch.randint(0, vocab, (BATCHES, 1, num_tokens), generator=generator):
-                start = time.perf_counter()
-                logits_of_last(model, ids)
-                times.append(time.perf_counter() - start)
-            return statistics.fmean(times)
-        ids = torch.randint(0, vocab, (1, CONTEXT + STEPS + 1), generator=generator)
-        cache = model(ids[:, :CONTEXT], logits_to_keep=1, use_cache=True).past_key_values
+        cache = None
+        for place in range(CONTEXT):
+            # Token by token: codes without a way to decode them serve few tokens at a time.
+            made = model.model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            cache = made.past_key_values
+        start = time.perf_counter()
         for step in range(CONTEXT, CONTEXT + STEPS):
-            start = time.perf_counter()
             model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        return (time.perf_counter() - start) / STEPS
 
 
 def contenders(shape: Shape, model: nn.Module) -> list[Contender]:
@@ -246,7 +226,7 @@ def contenders(shape: Shape, model: nn.Module) -> list[Contender]:
     def ours(which: nn.Module) -> Callable[[int], float]:
         def run(num_tokens: int) -> float:
             which.config._experts_implementation = "mixtura"
-            return seconds_of_forward(which, num_tokens, vocab)
+            return seconds_of_step(which, num_tokens, vocab)
 
         return run
 
@@ -261,7 +241,7 @@ def contenders(shape: Shape, model: nn.Module) -> list[Contender]:
         def run(num_tokens: int) -> float:
             model.config._experts_implementation = name
             with as_it_was(model), using("torch"):
-                return seconds_of_forward(model, num_tokens, vocab)
+                return seconds_of_step(model, num_tokens, vocab)
 
         return run
 
@@ -297,13 +277,17 @@ class Llama:
 
     def _runner(self, path: Path) -> Callable[[int], float]:
         def run(num_tokens: int) -> float:
-            kind = ["-p", "0", "-n", str(STEPS)] if num_tokens == 1 else ["-p", str(num_tokens), "-n", "0"]
-            repeats = str(3 if num_tokens == 1 else BATCHES)
-            command = [self._folder / "llama-bench", "-m", path, "-r", repeats, "-o", "json", *kind]
-            command += ["-t", str(num_threads())]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            seconds = [num_tokens / rate for rate in json.loads(done.stdout)[0]["samples_ts"]]
-            return statistics.median(seconds) if num_tokens == 1 else statistics.fmean(seconds)
+            command = [self._folder / "llama-batched-bench", "-m", path, "--output-format", "jsonl"]
+            command += ["-npp", str(CONTEXT), "-ntg", str(STEPS), "-npl", str(num_tokens)]
+            command += ["-c", str(num_tokens * 2 * (CONTEXT + STEPS) + 512)]
+            command += ["-t", str(num_threads()), "-tb", str(num_threads())]
+            # Its log is written by a thread that it does not always wait for.
+            for _ in range(ATTEMPTS):
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+                if told:
+                    return float(json.loads(told[0])["t_tg"]) / STEPS
+            raise RuntimeError(f"llama-batched-bench says no times, only: {done.stderr[-400:]}")
 
         return run
 
@@ -437,27 +421,32 @@ class Sample:
 def row(shape: Shape, num_tokens: int, one: Contender, taken: dict[str, list[Sample]]) -> dict[str, Any]:
     """One contender's numbers.
 
-    What others do on the machine changes the rate of memory from one second to the next. So each time is
-    also given as it would be at the median rate, from the samples during which the rate stayed the same.
+    What others do on the machine changes the rate of memory, from a third less to all of it, for seconds at
+    a time. So each time is also given as it is at the usual rate, from the samples during which it was that.
     """
-    rate = statistics.median(sample.rate for samples in taken.values() for sample in samples)
+    everything = [sample for samples in taken.values() for sample in samples]
+    rate = statistics.median(sample.rate for sample in everything if sample.is_steady)
     samples = taken[one.name]
-    steady = [sample for sample in samples if sample.is_steady]
-    if len(steady) < LEAST_STEADY:
-        steady = samples
+    usual = [s for s in samples if s.is_steady and abs(s.rate - rate) <= STEADY * rate]
+    if len(usual) < LEAST_USUAL:
+        usual = samples
     seconds = [sample.seconds for sample in samples]
-    scaled = [sample.seconds * sample.rate / rate for sample in steady]
+    scaled = [sample.seconds * sample.rate / rate for sample in usual]
     made: dict[str, Any] = {
         "model": shape.name,
         "num_layers": shape.config.num_hidden_layers,
         "num_tokens": num_tokens,
         "name": one.name,
         "rounds": len(seconds),
-        "steady_rounds": len(steady),
+        "rounds_at_usual_rate": len(usual),
         "ms": spread([1e3 * s for s in seconds]),
-        "ms_at_median_rate": spread([1e3 * s for s in scaled]),
+        "ms_at_usual_rate": spread([1e3 * s for s in scaled]),
         "tokens_per_s": round(num_tokens / statistics.median(seconds), 2),
-        "read_gb_per_s": spread([s.rate / 1e9 for samples in taken.values() for s in samples]),
+        "read_gb_per_s": spread([sample.rate / 1e9 for sample in everything]),
+        "usual_read_gb_per_s": round(rate / 1e9, 2),
+        "samples_ms_gb_per_s": [
+            [round(v, 3) for v in (1e3 * s.seconds, s.before / 1e9, s.after / 1e9)] for s in samples
+        ],
         "load_average": round(os.getloadavg()[0], 2),
     }
     if one.bytes_per_token is not None and num_tokens == 1:
@@ -471,10 +460,10 @@ def line(one: dict[str, Any]) -> str:
     """A row for people."""
     share = ""
     if "gb_per_s" in one:
-        share = f"{one['share_of_read_rate']:.0%} of {one['read_gb_per_s']['median']:.1f} GB/s"
+        share = f"{one['share_of_read_rate']:.0%} of {one['usual_read_gb_per_s']:.1f} GB/s"
     return (
         f"{one['model']:14} T={one['num_tokens']:<3} {one['name']:26} {one['ms']['median']:9.2f} ms "
-        f"{one['ms_at_median_rate']['median']:9.2f} ms at the median rate  {share}"
+        f"{one['ms_at_usual_rate']['median']:9.2f} ms at the usual rate  {share}"
     )
 
 
