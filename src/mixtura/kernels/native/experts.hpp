@@ -68,5 +68,8 @@ void run_down(const Way& way, const std::vector<Expert>& experts, const Assignme
 
 // Reads `bytes` bytes on `threads` threads as fast as the machine can; gives their sum by words.
 std::uint64_t read_all(const unsigned char* data, std::int64_t bytes, int threads);
+// Drops memory from the processor's caches, so that the next reading is from memory; where that is not known
+// how, it does nothing.
+void evict(const unsigned char* data, std::int64_t bytes);
 
 }  // namespace mixtura

@@ -57,4 +57,15 @@ std::uint64_t read_all(const unsigned char* data, std::int64_t bytes, int thread
     return total;
 }
 
+void evict(const unsigned char* data, std::int64_t bytes) {
+#if defined(__x86_64__)
+    constexpr std::int64_t line = 64;
+    for (std::int64_t at = 0; at < bytes; at += line) __builtin_ia32_clflush(data + at);
+    __builtin_ia32_mfence();
+#else
+    static_cast<void>(data);
+    static_cast<void>(bytes);
+#endif
+}
+
 }  // namespace mixtura

@@ -137,4 +137,5 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release released;
         return read_all(at<const unsigned char>(data), bytes, threads);
     });
+    m.def("evict", [](Address data, std::int64_t bytes) { evict(at<const unsigned char>(data), bytes); });
 }
