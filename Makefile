@@ -80,7 +80,7 @@ aarch64:
 	mkdir -p build/aarch64
 	$(AARCH64)g++ -std=c++20 -O2 -static -pthread -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -I $(NATIVE) \
 	  -o build/aarch64/check tests/kernels/portable_check.cpp \
-	  $(filter-out %module.cpp $(NATIVE)/isa_avx%,$(wildcard $(NATIVE)/*.cpp))
+	  $(filter-out %module.cpp %watch.cpp $(NATIVE)/isa_avx%,$(wildcard $(NATIVE)/*.cpp))
 	$(EMULATOR) build/aarch64/check
 
 specimen: $(VENV)/.ready

@@ -124,10 +124,10 @@ import json
 from mixtura.memory.process import KERNEL_CACHE_BYTES, resident_bytes, settle
 settle()
 import torch
-weight, rows = torch.ones(256, 256, dtype=torch.bfloat16), torch.ones(200, 256, dtype=torch.bfloat16)
+weight, rows = torch.ones(256, 256, dtype=torch.bfloat16), torch.ones(400, 256, dtype=torch.bfloat16)
 rows @ weight
 before = resident_bytes()
-for count in range(2, 201):
+for count in range(2, 401):
     rows[:count] @ weight
 print(json.dumps([resident_bytes() - before, KERNEL_CACHE_BYTES]))
 """
@@ -137,4 +137,4 @@ print(json.dumps([resident_bytes() - before, KERNEL_CACHE_BYTES]))
 def test_compiled_kernels_are_kept_for_a_few_shapes_only() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True)
     grown, bound = json.loads(done.stdout)
-    assert grown < bound + 4 * MIB
+    assert grown < bound + 8 * MIB  # kept for every shape, the kernels would take some 240 MiB
