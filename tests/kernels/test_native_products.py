@@ -190,6 +190,15 @@ def test_the_crossing_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pyt
     crossing._few_rows.cache_clear()
 
 
+def test_one_disturbed_measurement_does_not_move_the_crossing() -> None:
+    from mixtura.kernels import crossing
+
+    sizes = (crossing.ALWAYS_FEW, *crossing._ROWS)
+    assert crossing._best_split([0.5, 0.4, -0.2, 0.3, -0.1, -0.4, -0.5]) == sizes[4]
+    assert crossing._best_split([0.1] * len(crossing._ROWS)) == sizes[-1]
+    assert crossing._best_split([-0.1] * len(crossing._ROWS)) == crossing.ALWAYS_FEW
+
+
 MISSING = """
 import logging, sys
 sys.modules["mixtura.kernels._native"] = None

@@ -57,7 +57,7 @@ class Options:
         mode: ``fast`` takes the compiled kernels or PyTorch's, whichever is the faster for the number
             of rows; ``exact`` always the compiled ones, so that a row's result does not depend on what
             else is in the batch nor on the number of threads; ``torch`` always PyTorch's.
-        int8_inputs: round inputs to 8 bits with a scale for every 64 to 256 of them where weights are
+        int8_inputs: round inputs to 8 bits with a scale for every 128 or 256 of them where weights are
             codes. Faster where arithmetic is what takes the time; adds an error of 0.6 to 0.7 % of the
             norm of each product.
         isa: instruction set to use, one of `isas`; by default the best that this processor has.

@@ -2,11 +2,14 @@
 
 The compiled kernels read weights as fast as memory gives them; PyTorch's compute faster. Where the one
 overtakes the other depends on the processor, the number of threads and the width of the weights, so
-each pair is timed when it is first asked for and the answer kept for this machine.
+each pair is timed when it is first asked for and the answer kept for this machine and these kernels.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -27,8 +30,9 @@ from mixtura.quantizers import Encoded
 # Up to so many rows reading is what takes the time, whatever the machine.
 ALWAYS_FEW: Final = 2
 _ROWS: Final = (4, 8, 16, 32, 64, 128, 256)
-_OUTPUTS, _INPUTS, _GROUP = 1024, 2048, 64
+_OUTPUTS, _INPUTS, _GROUP = 2048, 2048, 64
 _REPEATS = 5
+_ASLEEP_SECONDS = 0.02
 _FILE = "kernels"
 
 
@@ -42,7 +46,7 @@ def few_rows(bits: int, dtype: torch.dtype) -> int:
 
 @cache
 def _few_rows(bits: int, dtype: torch.dtype, threads: int, int8: bool, isa: str) -> int:
-    key = f"{_machine()}, {isa or isas()[-1]}, {threads} threads, weights from memory"
+    key = f"{_machine()}, kernels {_kernels()}, {isa or isas()[-1]}, {threads} threads"
     inputs = "int8" if int8 else str(dtype).removeprefix("torch.")
     name = f"{bits} bits, {inputs}"
     known = read_kept(_FILE)
@@ -59,17 +63,35 @@ def _machine() -> str:
     return f"{model or platform.processor() or platform.machine()}, torch {torch.__version__}"
 
 
+@cache
+def _kernels() -> str:
+    """Names the build of the extension: another one crosses elsewhere."""
+    extension = native()
+    assert extension is not None
+    return hashlib.blake2b(Path(extension.__file__).read_bytes(), digest_size=6).hexdigest()
+
+
 @torch.no_grad()
 def _measure(bits: int, dtype: torch.dtype) -> int:
     ours, theirs, weights = _contenders(bits, dtype)
     generator = torch.Generator().manual_seed(0)
-    best = ALWAYS_FEW
+    gains = []
     for rows in _ROWS:
         x = torch.randn(rows, _INPUTS, generator=generator).to(dtype)
-        if _seconds(partial(ours, x), weights) > _seconds(partial(theirs, x), weights):
-            break
-        best = rows
-    return best
+        # PyTorch's threads spin for some milliseconds after their last work, and would do so beside ours.
+        time.sleep(_ASLEEP_SECONDS)
+        mine, other = _seconds(partial(ours, x), weights), _seconds(partial(theirs, x), weights)
+        gains.append(math.log(other / mine))
+    return _best_split(gains)
+
+
+def _best_split(gains: list[float]) -> int:
+    """The rows up to which the gains (logarithms, one for each of `_ROWS`) add up to the most.
+
+    So that one disturbed measurement does not decide.
+    """
+    sums = [0.0, *itertools.accumulate(gains)]
+    return (ALWAYS_FEW, *_ROWS)[max(range(len(sums)), key=sums.__getitem__)]
 
 
 def _contenders(

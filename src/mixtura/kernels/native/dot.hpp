@@ -87,6 +87,13 @@ private:
 };
 
 inline constexpr std::int64_t bytes_ahead = 8 << 10;
+inline constexpr int bytes_of_line = 64;
+
+// Which of several readings of the same rows this is: each has other inputs. `rows` are those of its widest tiles.
+struct Pass {
+    std::int64_t number, passes;
+    int rows;
+};
 
 // The rows of a later tile. The processor's own look-ahead stops at a page's end and does not know where the next
 // matrix begins, and the next tile of narrow rows would come too soon for memory to answer.
@@ -94,27 +101,43 @@ template <class F>
 struct Ahead {
     Place<F> place;
     const std::uint16_t* scales;
-    std::int64_t row_bytes, row_scales;
+    std::int64_t row_scales;
+    // From a tile's row to the next and to the one after that; 0 asks for the same row again.
+    std::int64_t one_row, two_rows, scales_of_one, scales_of_two;
 
-    MIXTURA_INLINE Ahead of(const Matrix& m, std::int64_t row) {
-        return {place_of<F>(m, row * m.row_bytes), m.scales + row * m.row_scales, m.row_bytes, m.row_scales};
+    // Of several passes each asks for a share of the rows, so that memory works while the later ones compute.
+    template <int num_rows>
+    MIXTURA_INLINE Ahead of(const Matrix& m, std::int64_t row, const Pass& pass) {
+        std::int64_t one = 1, two = 2;
+        if (pass.passes > 1 && pass.rows == 2) {
+            one = num_rows == 4 ? 2 : 0, two = 0;
+            row += at_most(pass.number, at_most(1, num_rows - 1));
+        } else if (pass.passes > 1) {
+            const bool by_twos = num_rows == 4 && pass.passes < 4;
+            one = by_twos ? 1 : 0, two = 0;
+            row += at_most(by_twos ? 2 * pass.number : pass.number, num_rows - 1);
+        }
+        return {place_of<F>(m, row * m.row_bytes), m.scales + row * m.row_scales, m.row_scales,
+                one * m.row_bytes, two * m.row_bytes, one * m.row_scales, two * m.row_scales};
     }
 
     template <int num_rows>
     MIXTURA_INLINE void ask_for_scales(const Ahead& self) {
         constexpr std::int64_t per_line = 32;
         for (int r = 0; r < num_rows; ++r) {
-            for (std::int64_t at = 0; at < self.row_scales; at += per_line) {
-                __builtin_prefetch(self.scales + r * self.row_scales + at, 0, 2);
-            }
+            const std::uint16_t* row = self.scales + r % 2 * self.scales_of_one + r / 2 * self.scales_of_two;
+            for (std::int64_t at = 0; at < self.row_scales; at += per_line) __builtin_prefetch(row + at, 0, 2);
         }
     }
 
     template <int num_rows>
     MIXTURA_INLINE void ask_for_block(const Ahead& self, std::int64_t block) {
         for (int r = 0; r < num_rows; ++r) {
+            const std::int64_t row = r % 2 * self.one_row + r / 2 * self.two_rows;
             for (const unsigned char* plane : self.place.in) {
-                __builtin_prefetch(plane + r * self.row_bytes + block * F::block_bytes, 0, 2);
+                for (int line = 0; line < F::block_bytes; line += bytes_of_line) {
+                    __builtin_prefetch(plane + row + block * F::block_bytes + line, 0, 2);
+                }
             }
         }
     }
@@ -218,13 +241,16 @@ constexpr int bits_per_weight() {
 
 template <class F, Scaled scaled, int num_rows, int num_inputs>
 static void all_rows(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
-                     float* out, std::int64_t out_stride, const Later& later) {
+                     float* out, std::int64_t out_stride, const Pass& pass, const Later& later) {
     const std::int64_t bytes = (m.cols * bits_per_weight<F>() + 7) / 8;
-    const std::int64_t tile = num_rows * m.row_bytes, rows_ahead = (bytes_ahead + tile - 1) / tile * num_rows;
+    const std::int64_t tile = num_rows * m.row_bytes, near = (bytes_ahead + tile - 1) / tile * num_rows;
+    const std::int64_t rows_ahead = pass.passes > 1 ? count : near;
     const bool goes_on = later.matrix == nullptr || later.matrix->format != m.format;
     const auto ahead_of = [&](std::int64_t r) {
-        if (goes_on || r + rows_ahead < count) return Ahead<F>::of(m, first + r + rows_ahead);
-        return Ahead<F>::of(*later.matrix, later.first + r + rows_ahead - count);
+        if (goes_on || r + rows_ahead < count) {
+            return Ahead<F>::template of<num_rows>(m, first + r + rows_ahead, pass);
+        }
+        return Ahead<F>::template of<num_rows>(*later.matrix, later.first + r + rows_ahead - count, pass);
     };
     std::int64_t r = 0;
     for (; r + num_rows <= count; r += num_rows) {
@@ -238,18 +264,28 @@ static void all_rows(const Matrix& m, std::int64_t first, std::int64_t count, co
 template <class F, Scaled scaled>
 static void dot(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
                 std::int64_t num, float* out, std::int64_t out_stride, const Later& later) {
-    std::int64_t i = 0;
-    // As many sums as registers hold: blocks with scales have a second one each.
-    constexpr int rows = scaled == Scaled::by_block || scaled == Scaled::by_lane ? 1 : 2;
+    // Tiles that registers and the nearest cache hold: blocks with scales have a second sum each, and what is decoded
+    // needs registers of its own. Wider ones would decode less often, but were slower in every format.
+    constexpr bool sums_of_blocks = scaled == Scaled::by_block || scaled == Scaled::by_lane;
+    constexpr int rows = sums_of_blocks ? 2 : 4, most = sums_of_blocks ? 3 : scaled == Scaled::never ? 6 : 4;
+    Pass pass = {0, (num + most - 1) / most, rows};
     const auto some = [&]<int num_rows, int num_inputs>() {
-        for (; i + num_inputs <= num; i += num_inputs) {
-            all_rows<F, scaled, num_rows, num_inputs>(m, first, count, x + i, out + i * out_stride, out_stride, later);
-        }
+        all_rows<F, scaled, num_rows, num_inputs>(m, first, count, x, out, out_stride, pass, later);
     };
-    some.template operator()<rows, 8>();
-    some.template operator()<2 * rows, 4>();
-    some.template operator()<4, 2>();
-    some.template operator()<4, 1>();
+    for (; pass.number < pass.passes; ++pass.number) {
+        const std::int64_t now = (num + pass.passes - pass.number - 1) / (pass.passes - pass.number);
+        if constexpr (most == 6) {
+            if (now == 6) some.template operator()<rows, 6>();
+            if (now == 5) some.template operator()<rows, 5>();
+        }
+        if constexpr (most >= 4) {
+            if (now == 4) some.template operator()<rows, 4>();
+        }
+        if (now == 3) some.template operator()<rows, 3>();
+        if (now == 2) some.template operator()<4, 2>();
+        if (now == 1) some.template operator()<4, 1>();
+        x += now, out += now * out_stride, num -= now;
+    }
 }
 
 template <class F>

@@ -62,7 +62,7 @@ public:
         const std::int64_t rows_per_feature = activation.gated ? 2 : 1;
         hidden_ = hidden_room().of<float>(static_cast<std::int64_t>(sorted_.order.size()) * features_);
         const auto pieces = cut(features_, rows_per_feature);
-        Pool::shared().loop(static_cast<std::int64_t>(pieces.size()), threads_for(way_, up_bytes()), [&](std::int64_t p) {
+        Pool::shared().loop(static_cast<std::int64_t>(pieces.size()), threads_for(way_, up_bytes_by_input()), [&](std::int64_t p) {
             const Piece& piece = pieces[static_cast<std::size_t>(p)];
             const Expert& expert = *sorted_.runs[piece.run].expert;
             const std::int64_t rows = piece.count * rows_per_feature;
@@ -106,7 +106,7 @@ public:
         Prepared inputs = tokens(x);
         features_ = sorted_.runs[0].expert->up.rows;
         const auto pieces = cut(features_, 1);
-        Pool::shared().loop(static_cast<std::int64_t>(pieces.size()), threads_for(way_, up_bytes()), [&](std::int64_t p) {
+        Pool::shared().loop(static_cast<std::int64_t>(pieces.size()), threads_for(way_, up_bytes_by_input()), [&](std::int64_t p) {
             const Piece& piece = pieces[static_cast<std::size_t>(p)];
             const Expert& expert = *sorted_.runs[piece.run].expert;
             float* made = scratch().gate.of<float>(most_vectors * piece.count);
@@ -138,14 +138,17 @@ public:
             }
             inputs.prepare(i, values);
         });
-        std::int64_t bytes = 0;
-        for (const Run& run : sorted_.runs) bytes += bytes_of_row(run.expert->down) * some.rows;
+        std::int64_t bytes = 0, bytes_by_input = 0;
+        for (const Run& run : sorted_.runs) {
+            bytes += bytes_of_row(run.expert->down) * some.rows;
+            bytes_by_input += (run.stop - run.start) * bytes_of_row(run.expert->down) * some.rows;
+        }
         const auto num_runs = static_cast<std::int64_t>(sorted_.runs.size());
         // A piece reads each expert in turn: its share of each should be more than a glimpse.
         const std::int64_t each = std::max<std::int64_t>(1, bytes / num_runs / some.rows);
         const std::int64_t rows = rows_of_piece(some, some.rows, each, way_.threads, 1);
         const std::int64_t num = (some.rows + rows - 1) / rows;
-        Pool::shared().loop(num, threads_for(way_, bytes), [&](std::int64_t p) {
+        Pool::shared().loop(num, threads_for(way_, bytes_by_input), [&](std::int64_t p) {
             const std::int64_t first = p * rows, count = std::min(rows, some.rows - first);
             down_piece(inputs, kernels, first, count, weights, out);
         });
@@ -179,9 +182,11 @@ private:
         return inputs;
     }
 
-    std::int64_t up_bytes() const {
+    std::int64_t up_bytes_by_input() const {
         std::int64_t bytes = 0;
-        for (const Run& run : sorted_.runs) bytes += run.expert->up.rows * bytes_of_row(run.expert->up);
+        for (const Run& run : sorted_.runs) {
+            bytes += (run.stop - run.start) * run.expert->up.rows * bytes_of_row(run.expert->up);
+        }
         return bytes;
     }
 

@@ -47,7 +47,8 @@ static void dot_decoded(const Matrix& m, std::int64_t first, std::int64_t count,
             row[c] = Codes::level(m, first + r, c) * from_bf16(scales[c / m.group]);
         }
         for (std::int64_t i = 0; i < num; ++i) {
-            all_rows<FloatInputs<DecodeF32>, Scaled::never, 1, 1>(decoded, 0, 1, x + i, out + i * out_stride + r, 1, {});
+            all_rows<FloatInputs<DecodeF32>, Scaled::never, 1, 1>(decoded, 0, 1, x + i, out + i * out_stride + r, 1,
+                                                                  {0, 1, 1}, {});
         }
     }
 }

@@ -142,19 +142,30 @@ struct PairInputs : Decode {
     }
 };
 
-// The codes of `bits` bits that vector j has a byte each for: of the weights i * steps + j.
+// The codes of `bits` bits that vector j has a byte each for; byte i is that of the weight `place(j, i)`.
 template <int bits>
 struct BytesOf {
     static constexpr int steps = 8 / bits, block_bytes = 64, weights = 64 * steps;
     static constexpr float half = ((1 << bits) - 1) / 2.0f;
     using Raw = __m512i;
+    static constexpr int place(int j, int i) { return i * steps + j; }
 
     MIXTURA_INLINE Raw raw(const unsigned char* from) { return load<__m512i>(from); }
     MIXTURA_INLINE __m512i vector(const Raw& raw, int j) {
-        if constexpr (bits == 8) return raw;
         const __m512i moved = j == 0 ? raw : _mm512_srli_epi16(raw, bits * j);
         return _mm512_and_si512(moved, _mm512_set1_epi8((1 << bits) - 1));
     }
+};
+
+// Codes of 8 bits as they lie.
+struct WholeBytes {
+    static constexpr int steps = 4, block_bytes = 64 * steps, weights = block_bytes;
+    static constexpr float half = 127.5f;
+    using Raw = const unsigned char*;
+    static constexpr int place(int j, int i) { return 64 * j + i; }
+
+    MIXTURA_INLINE Raw raw(const unsigned char* from) { return from; }
+    MIXTURA_INLINE __m512i vector(const Raw& raw, int j) { return load<__m512i>(raw + 64 * j); }
 };
 
 template <int bits>
@@ -162,6 +173,7 @@ struct BytesNested {
     static constexpr int planes = nested_planes(bits), steps = 4, block_bytes = 64, weights = 64 * steps;
     static constexpr float half = ((1 << bits) - 1) / 2.0f;
     using Raw = NestedWords<bits>;
+    static constexpr int place(int j, int i) { return i * steps + j; }
 
     MIXTURA_INLINE Raw raw(const unsigned char* const* planes, std::int64_t at) {
         return nested_words<bits>(planes, at);
@@ -197,29 +209,38 @@ struct ByteInputs : Codes {
     }
 
     static void prepare_block(const float* x, std::int64_t left, unsigned char* to) {
-        float most = 0.0f;
-        bool finite = true;
-        for (int at = 0; at < at_most(left, weights); ++at) {
-            const float size = __builtin_fabsf(x[at]);
-            finite = finite && size < __builtin_inff();
-            most = size > most ? size : most;
+        alignas(64) float values[weights] = {};
+        std::memcpy(values, x, static_cast<std::size_t>(at_most(left, weights)) * sizeof(float));
+        const float most = largest_size(values);
+        const bool finite = most < __builtin_inff();
+        const __m512 steps_per_unit = _mm512_set1_ps(finite && most > 0.0f ? 127.0f / most : 0.0f);
+        alignas(64) std::int8_t in_order[weights], codes[weights];
+        for (int at = 0; at < weights; at += 16) {
+            const __m512 some = finite ? _mm512_load_ps(values + at) : _mm512_setzero_ps();
+            const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(some, steps_per_unit));
+            _mm_store_si128(reinterpret_cast<__m128i*>(in_order + at), _mm512_cvtepi32_epi8(whole));
         }
-        const float scale = finite ? most / 127.0f : __builtin_nanf("");
-        const float steps_per_unit = finite && most > 0.0f ? 127.0f / most : 0.0f;
-        std::int8_t codes[steps * 64];
-        float sums[16] = {}, scales[16];
         for (int j = 0; j < steps; ++j) {
-            for (int i = 0; i < 64; ++i) {
-                const int at = i * steps + j;
-                const float value = finite && at < left ? x[at] * steps_per_unit : 0.0f;
-                codes[64 * j + i] = static_cast<std::int8_t>(__builtin_lrintf(value));
-                sums[i / 4] += half * codes[64 * j + i];
-            }
+            for (int i = 0; i < 64; ++i) codes[64 * j + i] = in_order[Codes::place(j, i)];
         }
-        for (float& one : scales) one = scale;
+        __m512i sums = _mm512_setzero_si512();
+        for (int j = 0; j < steps; ++j) {
+            sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(codes + 64 * j));
+        }
         std::memcpy(to, codes, sizeof codes);
-        std::memcpy(to + sizeof codes, sums, sizeof sums);
-        std::memcpy(to + sizeof codes + 64, scales, sizeof scales);
+        _mm512_storeu_ps(to + sizeof codes, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(half)));
+        _mm512_storeu_ps(to + sizeof codes + 64, _mm512_set1_ps(finite ? most / 127.0f : __builtin_nanf("")));
+    }
+
+private:
+    // Not less than infinity where one value is not finite: as whole numbers, sizes and NaN are in order.
+    MIXTURA_INLINE float largest_size(const float* values) {
+        __m512i most = _mm512_setzero_si512();
+        for (int at = 0; at < weights; at += 16) {
+            const __m512i bits = _mm512_and_si512(_mm512_load_si512(values + at), _mm512_set1_epi32(0x7fffffff));
+            most = _mm512_max_epi32(most, bits);
+        }
+        return __builtin_bit_cast(float, _mm512_reduce_max_epi32(most));
     }
 };
 
@@ -263,7 +284,7 @@ const Kernel* find_bf16(const Matrix& m) {
 
 const Kernel* find_int8(const Matrix& m) {
     switch (m.format) {
-        case Format::q8: return m.group >= m.cols ? &kernel_of<ByteInputs<BytesOf<8>>, Scaled::by_row> : nullptr;
+        case Format::q8: return m.group >= m.cols ? &kernel_of<ByteInputs<WholeBytes>, Scaled::by_row> : nullptr;
         case Format::q4: return find_grouped<ByteInputs<BytesOf<4>>>(m);
         case Format::q2: return find_grouped<ByteInputs<BytesOf<2>>>(m);
         case Format::n8: return find_by_block<ByteInputs<BytesNested<8>>>(m);

@@ -18,7 +18,7 @@ void linear(const Way& way, const Matrix& m, Rows bias, Rows x, std::int64_t num
         inputs.prepare(i, row);
     });
     const std::int64_t step = rows_of_piece(m, m.rows, bytes_of_row(m), way.threads, 1);
-    Pool::shared().loop((m.rows + step - 1) / step, threads_for(way, m.rows * bytes_of_row(m)), [&](std::int64_t p) {
+    Pool::shared().loop((m.rows + step - 1) / step, threads_for(way, num * m.rows * bytes_of_row(m)), [&](std::int64_t p) {
         const std::int64_t first = p * step, count = std::min(step, m.rows - first);
         float* made = scratch().gate.of<float>(most_vectors * count);
         for (std::int64_t start = 0; start < num; start += most_vectors) {

@@ -75,7 +75,7 @@ void multiply(const Pass& pass, const float* x, const std::vector<Product>& prod
         }
     }
     const auto num_parts = static_cast<std::int64_t>(parts.size());
-    Pool::shared().loop(num_parts, threads_for(pass.way, bytes), [&](std::int64_t at) {
+    Pool::shared().loop(num_parts, threads_for(pass.way, num * bytes), [&](std::int64_t at) {
         const Part& part = parts[static_cast<std::size_t>(at)];
         const Product& product = products[part.product];
         const Matrix& m = product.linear->matrix;

@@ -14,8 +14,8 @@ namespace mixtura {
 // out evenly.
 inline constexpr std::int64_t piece_bytes = 48 << 10;
 inline constexpr std::int64_t least_pieces_per_thread = 16;
-// Less than this is done before another thread has begun, and a thread that the system holds back while it
-// has a piece would keep the caller waiting for milliseconds.
+// Less than this, counted once for each input that it is multiplied with, is done before another thread has begun,
+// and a thread that the system holds back while it has a piece would keep the caller waiting for milliseconds.
 inline constexpr std::int64_t least_shared_bytes = 128 << 10;
 inline constexpr std::int64_t number_bytes = sizeof(float);
 // Input vectors that are multiplied with a piece before the next ones are.
