@@ -88,7 +88,7 @@ def _measure(bits: int, dtype: torch.dtype) -> int:
 def _best_split(gains: list[float]) -> int:
     """The rows up to which the gains (logarithms, one for each of `_ROWS`) add up to the most.
 
-    So that one disturbed measurement does not decide.
+    One disturbed measurement does not decide that.
     """
     sums = [0.0, *itertools.accumulate(gains)]
     return (ALWAYS_FEW, *_ROWS)[max(range(len(sums)), key=sums.__getitem__)]

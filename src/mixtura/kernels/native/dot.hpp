@@ -110,6 +110,7 @@ struct Ahead {
     MIXTURA_INLINE Ahead of(const Matrix& m, std::int64_t row, const Pass& pass) {
         std::int64_t one = 1, two = 2;
         if (pass.passes > 1 && pass.rows == 2) {
+            // Tiles of four rows, for the last inputs, lie beside ones of two: every second row.
             one = num_rows == 4 ? 2 : 0, two = 0;
             row += at_most(pass.number, at_most(1, num_rows - 1));
         } else if (pass.passes > 1) {
