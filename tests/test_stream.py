@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixtura import create, observe
 from mixtura.data.tokens import TokenBatch
 from mixtura.errors import SettingError, UserError
-from mixtura.kernels import ExpertTensors
+from mixtura.kernels import ExpertTensors, using
 from mixtura.loading import load
 from mixtura.skeleton import open_checkpoint
 from mixtura.stream import Streamed
@@ -64,18 +64,30 @@ OTHERS = [
 ]
 
 
+# One set of kernels: which of them run in memory, where linear layers have theirs, depends on the machine.
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", *OTHERS])
 def test_it_computes_what_the_model_in_memory_does(family: str, tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", family)
-    streamed, loaded = Streamed(open_checkpoint(source)), load(source)
-    expected = logits_of(loaded)
     valid = MASK.bool()
-    torch.testing.assert_close(logits_of(streamed.model)[valid], expected[valid], rtol=1e-5, atol=1e-6)
-    assert resident(streamed.model) == []
-    logits, places = ran(streamed, logits_bytes=4 * 64 * 7)
+    with using("torch"):
+        streamed, expected = Streamed(open_checkpoint(source)), logits_of(load(source))
+        torch.testing.assert_close(logits_of(streamed.model)[valid], expected[valid], rtol=1e-5, atol=1e-6)
+        assert resident(streamed.model) == []
+        logits, places = ran(streamed, logits_bytes=4 * 64 * 7)
     assert torch.equal(places, valid.flatten().nonzero().squeeze(1))
     torch.testing.assert_close(logits, expected[valid], rtol=1e-5, atol=1e-6)
     assert resident(streamed.model) == []
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma4"])
+def test_compiled_kernels_round_otherwise_and_no_more(family: str, mode: str, tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", family)
+    valid = MASK.bool()
+    with using(mode):
+        expected = logits_of(load(source))[valid]
+        logits = logits_of(Streamed(open_checkpoint(source)).model)[valid]
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_batches_keep_their_bound_and_change_nothing(tmp_path: Path) -> None:
