@@ -266,7 +266,7 @@ template <class F, Scaled scaled>
 static void dot(const Matrix& m, std::int64_t first, std::int64_t count, const unsigned char* const* x,
                 std::int64_t num, float* out, std::int64_t out_stride, const Later& later) {
     // Tiles that registers and the nearest cache hold: blocks with scales have a second sum each, and what is decoded
-    // needs registers of its own. Wider ones would decode less often, but were slower in every format.
+    // needs registers of its own. Wider ones decode less often, but were slower where timed (AVX-512 with bfloat16).
     constexpr bool sums_of_blocks = scaled == Scaled::by_block || scaled == Scaled::by_lane;
     constexpr int rows = sums_of_blocks ? 2 : 4, most = sums_of_blocks ? 3 : scaled == Scaled::never ? 6 : 4;
     Pass pass = {0, (num + most - 1) / most, rows};
