@@ -50,7 +50,7 @@ fix: $(VENV)/.ready
 	$(BIN)/ruff format src tests benchmarks
 
 docs: $(VENV)/.ready
-	$(BIN)/python -m mixtura.docs
+	$(BIN)/python -m mixtura.authoring.docs
 
 families: $(VENV)/.ready
 	$(BIN)/python tests/families_table.py
@@ -84,7 +84,7 @@ aarch64:
 	$(EMULATOR) build/aarch64/check
 
 specimen: $(VENV)/.ready
-	$(BIN)/python -m mixtura.specimen.make
+	$(BIN)/python -m mixtura.train.specimen.make
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -30,9 +30,9 @@ from mixtura.kernels import ExpertMath, ExpertMatrices, Matrix, NativeLayer, nes
 from mixtura.kernels.activations import Activation
 from mixtura.kernels.compiled import native, num_threads
 from mixtura.kernels.few import run_few
-from mixtura.quantizers import Encoded
-from mixtura.quantizers.nested import Nested
-from mixtura.quantizers.round_to_nearest import RoundToNearest
+from mixtura.methods.quantizers import Encoded
+from mixtura.methods.quantizers.nested import Nested
+from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
 
 RESULTS = Path(__file__).parent / "results" / "nested.json"
 D_MODEL, D_EXPERT, NUM_EXPERTS, TOP_K = 2048, 1024, 64, 8
@@ -159,7 +159,7 @@ def rounded(bits: int) -> Callable[[Tensor], Tensor]:
 
 def measure_errors() -> list[dict[str, Any]]:
     """Nested and plain codes on normal weights and on a trained model's."""
-    from mixtura.resolve import resolve_model
+    from mixtura.running.resolve import resolve_model
 
     layers = mixtura.open_model(resolve_model(None).path).layers
     trained = [getattr(layer.expert(0), name).float() for layer in layers for name in ("gate", "up", "down")]

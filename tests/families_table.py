@@ -18,8 +18,8 @@ import torch
 import transformers
 from families import FAMILIES, model_class, tiny_model
 
-from mixtura.view import open_model
-from mixtura.viewing.refusals import OUTSIDE_CONTRACT
+from mixtura.checkpoints.view import open_model
+from mixtura.checkpoints.viewing.refusals import OUTSIDE_CONTRACT
 
 DOCS = Path(__file__).parent.parent / "docs"
 COLUMNS = {

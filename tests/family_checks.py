@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixtura.checkpoints.view import ExpertLayout, MemoryView, ModelView, drop_experts, masked, open_model
+from mixtura.checkpoints.viewing.edits import TensorEdit
 from mixtura.kernels import register_backend
-from mixtura.view import ExpertLayout, MemoryView, ModelView, drop_experts, masked, open_model
-from mixtura.viewing.edits import TensorEdit
 
 TOLERANCE = 1e-5
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from families import tiny_model
 
-from mixtura.apply import apply_plan
-from mixtura.digest import checkpoint_digest
+from mixtura.checkpoints.apply import apply_plan
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.view import open_model
 from mixtura.types import Action, Drop, Plan, Quantize
-from mixtura.view import open_model
 
 WIDTHS = (8, 4, 2, None)
 

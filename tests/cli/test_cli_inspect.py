@@ -10,9 +10,9 @@ import pytest
 from families import tiny_model
 from tiny_checkpoints import run_mixtura, save_tiny
 
-from mixtura.skeleton import open_checkpoint
-from mixtura.summary import summarize
-from mixtura.view import open_model
+from mixtura.checkpoints.skeleton import open_checkpoint
+from mixtura.checkpoints.summary import summarize
+from mixtura.checkpoints.view import open_model
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "mixtral"])

@@ -11,14 +11,14 @@ from families import tiny_model
 from report_pages import assert_self_contained
 from tiny_checkpoints import run_mixtura, save_tiny, tiny_tokenizer
 
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.data import text as data_text
 from mixtura.data.tokens import encode_documents
-from mixtura.digest import checkpoint_digest
 from mixtura.errors import CheckpointError
-from mixtura.observing import observe
-from mixtura.observing.checkpoint import load_tokenizer, observe_checkpoint, read_text
-from mixtura.skeleton import open_checkpoint
-from mixtura.trace import Trace
+from mixtura.running.observing import observe
+from mixtura.running.observing.checkpoint import load_tokenizer, observe_checkpoint, read_text
+from mixtura.types.trace import Trace
 
 WORDS = "the quick brown fox jumps over the lazy dog. " * 20
 

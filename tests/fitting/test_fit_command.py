@@ -11,8 +11,8 @@ import torch
 from families import tiny_model
 from tiny_checkpoints import run_mixtura, save_tiny
 
-from mixtura.loading import load
-from mixtura.memory import account
+from mixtura.running.loading import load
+from mixtura.running.memory import account
 from mixtura.types import Plan
 
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix
-from mixtura.quantizers import Encoded
-from mixtura.quantizers.nested import Nested
-from mixtura.quantizers.round_to_nearest import RoundToNearest
+from mixtura.methods.quantizers import Encoded
+from mixtura.methods.quantizers.nested import Nested
+from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
 
 # Bits of a weight -> name, as tests are called by it.
 FORMATS = {32: "float32", 16: "bfloat16", 8: "int8", 4: "int4", 2: "int2"}

@@ -15,8 +15,8 @@ from mixtura.kernels.activations import Activation
 from mixtura.kernels.crossing import multiply
 from mixtura.kernels.few import run_few
 from mixtura.kernels.matrices import nested_matrix
-from mixtura.quantizers.nested import Nested
-from mixtura.quantizers.round_to_nearest import RoundToNearest
+from mixtura.methods.quantizers.nested import Nested
+from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
 
 WIDTHS = (8, 4, 2)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from mixtura.errors import SettingError
 from mixtura.kernels import NestedLinear, nest_linears, using
-from mixtura.quantizers import Encoded
-from mixtura.quantizers.nested import Nested
+from mixtura.methods.quantizers import Encoded
+from mixtura.methods.quantizers.nested import Nested
 
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from modeling.tiny_models import some_ids, tiny_model
 from torch import Tensor
 
-from mixtura.model import MixturaForCausalLM
+from mixtura.modeling.family import MixturaForCausalLM
 
 BIASED = {"balancers": ["loss_free", {"name": "switch_loss", "coefficient": 1.0}]}
 

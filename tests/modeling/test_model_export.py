@@ -12,9 +12,9 @@ import torch
 from modeling.tiny_models import some_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
+from mixtura.checkpoints.view import open_model
 from mixtura.errors import OutputError, UnsupportedModelError
-from mixtura.model import export
-from mixtura.view import open_model
+from mixtura.modeling.family import export
 
 DEEPSEEK = {"name": "deepseek_v3", "top_k": 2, "num_groups": 2, "top_groups": 1, "scaling": 1.5}
 CASES: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ from modeling.tiny_models import some_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mixtura.errors import SettingError, UserError
-from mixtura.method import header, names
-from mixtura.model import MixturaConfig, MixturaForCausalLM
+from mixtura.methods import header, names
+from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM
 
 LABELS = {
     name: torch.zeros(2, dtype=torch.long)

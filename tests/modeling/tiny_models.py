@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtura.model import MixturaConfig, MixturaForCausalLM
+from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM
 
 
 def tiny_config(moe: dict[str, Any] | None = None, **fields: Any) -> MixturaConfig:

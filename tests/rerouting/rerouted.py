@@ -8,7 +8,7 @@ import torch
 from families import tiny_model
 from torch import Tensor
 
-from mixtura.view import open_model
+from mixtura.checkpoints.view import open_model
 
 PAD = 0
 

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import mixtura
-from mixtura.balancers._shared import violation
+from mixtura.checkpoints.view import open_model
 from mixtura.errors import SettingError, UnknownNameError, UnsupportedModelError, UserError
-from mixtura.view import open_model
+from mixtura.methods.balancers._shared import violation
 
 BATCH = with_labels(left_padded(texts(4, 10), [10, 7, 9, 4]))
 

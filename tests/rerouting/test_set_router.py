@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import mixtura
 from mixtura.errors import CheckpointError, SettingError, UnknownNameError, UnsupportedModelError, UserError
-from mixtura.layer import Experts, MoELayer
-from mixtura.model import MixturaConfig, MixturaForCausalLM
+from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM
+from mixtura.modeling.layer import Experts, MoELayer
 from mixtura.types import RouterInput
 
 # Families whose own rule is that of one of our routers, with its settings taken from the model.

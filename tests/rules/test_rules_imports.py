@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtura.method import PACKAGE_DIR, kinds
+from mixtura.methods import METHODS_DIR, PACKAGE_DIR, kinds
 
 KINDS = {kind.name for kind in kinds()}
 
@@ -66,7 +66,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_no_method_imports_another(kind: str) -> None:
-    for path in (PACKAGE_DIR / kind).glob("*.py"):
+    for path in (METHODS_DIR / kind).glob("*.py"):
         for name in imports_of(path):
             parts = name.split(".")
             if parts[1] in KINDS and len(parts) > 2:
@@ -76,7 +76,7 @@ def test_no_method_imports_another(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["mixtura", "mixtura.errors", "mixtura.settings", "mixtura.method", "mixtura.cli"]
+    "module", ["mixtura", "mixtura.errors", "mixtura.methods.settings", "mixtura.methods", "mixtura.cli"]
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = (

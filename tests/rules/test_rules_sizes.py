@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtura.method import PACKAGE_DIR, header, kinds, own_names
+from mixtura.methods import PACKAGE_DIR, header, kinds, own_names
 
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 50  # its docstring aside

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mixtura import specimen
+from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.errors import SettingError, UnknownNameError, UserError
-from mixtura.tokenizer import load_tokenizer
 from mixtura.train.config import build_config, differences
 from mixtura.train.stages import Stage, StagedSequences, stage_of
 from mixtura.train.text import collate

@@ -30,8 +30,8 @@ def arena(
     """
     import torch
 
-    from mixtura.arena.run import Contest, hold
-    from mixtura.arena.scale import Scale
+    from mixtura.train.arena.run import Contest, hold
+    from mixtura.train.arena.scale import Scale
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ def check(
 
         mixtura check pruner ./my_pruner.py
     """
-    from mixtura.contracts import run
+    from mixtura.authoring.contracts import run
 
     outcomes = run(kind, name)
     if as_json:

@@ -42,14 +42,14 @@ def fit(
 
     Example: `mixtura fit ./OLMoE-1B-7B --memory 8GiB --context 2048 --out OLMoE-8GiB`
     """
-    from mixtura.memory.process import settle
+    from mixtura.running.memory.process import settle
 
     # Before PyTorch is first used: a fit streams a large model through little memory.
     settle(_MMAP_BYTES)
     from mixtura.errors import SettingError
     from mixtura.fitting import Request
-    from mixtura.resolve import resolve_model
-    from mixtura.units import parse_bytes, parse_seconds
+    from mixtura.report.units import parse_bytes, parse_seconds
+    from mixtura.running.resolve import resolve_model
 
     if memory is not None and model_memory is not None:
         raise SettingError("--memory and --model-memory are two ways to say one thing; give only one of them")

@@ -12,7 +12,7 @@ import typer
 from mixtura.errors import UserError
 
 if TYPE_CHECKING:
-    from mixtura.generation import Generated
+    from mixtura.running.generation import Generated
 
 
 def generate(
@@ -38,16 +38,16 @@ def generate(
     """
     model, text = _arguments(model_or_prompt, prompt)
     # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
-    from mixtura.memory.process import peak_resident_bytes, settle
+    from mixtura.running.memory.process import peak_resident_bytes, settle
 
     settle()
-    from mixtura.resolve import resolve_model
-    from mixtura.tokenizer import load_tokenizer
+    from mixtura.checkpoints.tokenizer import load_tokenizer
+    from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
     tokenizer = load_tokenizer(resolved.path)
-    from mixtura.generation import generate as generate_text
-    from mixtura.loading import load
+    from mixtura.running.generation import generate as generate_text
+    from mixtura.running.loading import load
 
     made = generate_text(
         load(resolved.path, bits=bits),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from mixtura.summary import LayerSummary, ModelSummary
+    from mixtura.checkpoints.summary import LayerSummary, ModelSummary
 
 
 def inspect(
@@ -24,9 +24,9 @@ def inspect(
 
     Example: `mixtura inspect ./OLMoE-1B-7B --json`
     """
-    from mixtura.resolve import resolve_model
-    from mixtura.skeleton import open_checkpoint
-    from mixtura.summary import summarize
+    from mixtura.checkpoints.skeleton import open_checkpoint
+    from mixtura.checkpoints.summary import summarize
+    from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
     summary = summarize(open_checkpoint(resolved.path))
@@ -41,7 +41,7 @@ def _print(name: str, summary: ModelSummary) -> None:
     from rich.table import Table
 
     from mixtura.report import counted, human_count, human_percent
-    from mixtura.units import format_bytes
+    from mixtura.report.units import format_bytes
 
     console = Console()
     console.print(name, style="bold", highlight=False)
@@ -86,7 +86,7 @@ def _runs(layers: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:
 
 
 def _cells(run: list[LayerSummary]) -> list[str]:
-    from mixtura.units import format_bytes
+    from mixtura.report.units import format_bytes
 
     layer = run[0]
     limited = layer.num_groups > 1

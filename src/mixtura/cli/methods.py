@@ -23,8 +23,8 @@ def methods(
 
         mixtura methods --json          with kind, name, paper, title, summary and tags
     """
-    from mixtura.method import header, kinds, names
-    from mixtura.method import kind as find_kind
+    from mixtura.methods import header, kinds, names
+    from mixtura.methods import kind as find_kind
 
     shown = [find_kind(kind)] if kind else kinds()
     headers = [header(family.name, name) for family in shown for name in names(family.name)]

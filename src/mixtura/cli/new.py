@@ -20,9 +20,9 @@ def new(
 
         mixtura new router my_router && mixtura check router my_router.py
     """
-    from mixtura.method import PACKAGE_DIR
-    from mixtura.method import kind as find_kind
-    from mixtura.scaffold import new_method
+    from mixtura.authoring.scaffold import new_method
+    from mixtura.methods import PACKAGE_DIR
+    from mixtura.methods import kind as find_kind
 
     written = new_method(kind, name, out)
     for path in written:
@@ -31,4 +31,4 @@ def new(
     installed = written[0].resolve().is_relative_to(PACKAGE_DIR)
     typer.echo(f"next: mixtura check {singular} {name if installed else written[0]}", err=True)
     if installed:
-        typer.echo("then: python -m mixtura.docs writes its page", err=True)
+        typer.echo("then: python -m mixtura.authoring.docs writes its page", err=True)

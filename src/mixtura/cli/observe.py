@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from mixtura.errors import OutputError
-from mixtura.method import header
+from mixtura.methods import header
 
 _SHOWN_SPECIALISTS = 10
 
 if TYPE_CHECKING:
-    from mixtura.observing.describe import Description
+    from mixtura.running.observing.describe import Description
 
 
 def observe(
@@ -43,11 +43,11 @@ def observe(
     """
     _check_writable(save, report)
     _check_known(statistics)
-    from mixtura.observing.checkpoint import observe_checkpoint, read_text
-    from mixtura.observing.describe import describe
-    from mixtura.observing.report import observation_page
-    from mixtura.resolve import resolve_model
-    from mixtura.skeleton import open_checkpoint
+    from mixtura.checkpoints.skeleton import open_checkpoint
+    from mixtura.running.observing.checkpoint import observe_checkpoint, read_text
+    from mixtura.running.observing.describe import describe
+    from mixtura.running.observing.report import observation_page
+    from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
     view = open_checkpoint(resolved.path)
@@ -91,14 +91,14 @@ def _check_known(statistics: list[str]) -> None:
 def _print(name: str, description: Description) -> None:
     from rich.console import Console
 
-    from mixtura.observing.report import (
+    from mixtura.report import counted
+    from mixtura.running.observing.report import (
         EXPLANATION,
         domain_rows,
         layer_by_domain_rows,
         layer_rows,
         specialist_rows,
     )
-    from mixtura.report import counted
 
     console = Console()
     trace = description.trace

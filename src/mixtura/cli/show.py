@@ -19,7 +19,7 @@ def show(
 
         mixtura show balancers/switch_loss
     """
-    from mixtura.method import kind, locate
+    from mixtura.methods import kind, locate
 
     found = locate(name)
     if as_json:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.checkpoints.summary import summarize
 from mixtura.errors import BudgetError
 from mixtura.fitting.records import Request
 from mixtura.fitting.result import BudgetKind
 from mixtura.fitting.runtime import known_runtime_bytes
-from mixtura.memory import MemoryAccount, account
-from mixtura.skeleton import CheckpointView
-from mixtura.summary import summarize
-from mixtura.units import format_bytes
+from mixtura.report.units import format_bytes
+from mixtura.running.memory import MemoryAccount, account
 
 
 @final

@@ -15,7 +15,7 @@ import mixtura
 from mixtura.data.text import comparability_warning
 from mixtura.fitting.records import Request
 from mixtura.fitting.texts import Texts
-from mixtura.units import format_seconds
+from mixtura.report.units import format_seconds
 
 
 def processor() -> str:

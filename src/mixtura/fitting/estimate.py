@@ -9,14 +9,14 @@ from typing import Any, final
 import numpy as np
 import psutil
 
+from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
+from mixtura.checkpoints.summary import ModelSummary, summarize
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
 from mixtura.fitting.machine import Machine, measure_machine
 from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import DROP, KEEP, OPTIONS, WIDTHS, Candidate, Prices, Request
-from mixtura.skeleton import CheckpointView, open_checkpoint
-from mixtura.stream import DEFAULT_WORKING_BYTES
-from mixtura.summary import ModelSummary, summarize
+from mixtura.running.stream import DEFAULT_WORKING_BYTES
 
 # Candidates of a search besides one per block of layers and the widths: mixtures, drops, improvements.
 _OTHER_CANDIDATES = 12

@@ -14,6 +14,7 @@ from numpy import ndarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.candidates import choice_bytes
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.pricing import requantized, width_quantizers
@@ -21,8 +22,7 @@ from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summaris
 from mixtura.fitting.records import DROP, KEEP, WIDTHS, Candidate, Measured, Prices, Quality
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.kernels import ExpertTensors
-from mixtura.skeleton import CheckpointView
-from mixtura.stream import Streamed
+from mixtura.running.stream import Streamed
 
 _REFERENCE = "reference.safetensors"
 # Only of models so small that this is less than PyTorch itself takes are rounded experts kept.

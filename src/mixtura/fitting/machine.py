@@ -13,7 +13,7 @@ from typing import final
 import torch
 
 from mixtura.fitting.records import QUANTIZER, WIDTHS
-from mixtura.method import create
+from mixtura.methods import create
 
 _MATRIX = 1024
 _READ_BYTES = 64 * 2**20

@@ -10,19 +10,19 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.checkpoints.view import LayerView
 from mixtura.data.tokens import TokenBatch
-from mixtura.digest import checkpoint_digest
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.pricing import LayerPricer, collect_prices, load_prices, save_prices
 from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Prices
 from mixtura.fitting.texts import Texts
 from mixtura.kernels.backend import math_of
-from mixtura.observing import observe
-from mixtura.skeleton import CheckpointView
-from mixtura.stream import DEFAULT_WORKING_BYTES, Streamed
-from mixtura.trace import Trace
-from mixtura.view import LayerView
+from mixtura.running.observing import observe
+from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
+from mixtura.types.trace import Trace
 
 _STATISTIC = "weighted_output_norm"
 _TRACE, _PRICES = "trace.safetensors", "prices.safetensors"

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from mixtura.checkpoints.view import LayerView
+from mixtura.checkpoints.viewing.droppable import least_kept
 from mixtura.fitting.records import DROP, KEEP, OPTIONS, QUANTIZER, WIDTHS, Experts, Prices
 from mixtura.kernels import ExpertMath, ExpertTensors
 from mixtura.kernels.matmul import linear
-from mixtura.method import create
-from mixtura.quantizers import Quantizer
-from mixtura.view import LayerView
-from mixtura.viewing.droppable import least_kept
+from mixtura.methods import create
+from mixtura.methods.quantizers import Quantizer
 
 _ALIGNMENT = 64
 

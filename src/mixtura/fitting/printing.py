@@ -12,7 +12,7 @@ from rich.table import Table
 from mixtura.fitting.estimate import Estimate
 from mixtura.fitting.report import domain_rows, table_rows
 from mixtura.fitting.result import Fitted
-from mixtura.units import format_bytes, format_seconds
+from mixtura.report.units import format_bytes, format_seconds
 
 _MOST_COLUMNS = 7
 

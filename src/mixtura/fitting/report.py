@@ -24,7 +24,7 @@ from mixtura.report import (
     side_by_side,
     table_html,
 )
-from mixtura.units import format_bytes, format_seconds
+from mixtura.report.units import format_bytes, format_seconds
 
 _MIB = 2.0**20
 _ABSENT = "–"

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 import mixtura
-from mixtura.apply import apply_plan
-from mixtura.digest import checkpoint_digest
+from mixtura.checkpoints.apply import apply_plan
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
+from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.errors import BudgetError, OutputError
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import smallest
@@ -31,11 +33,9 @@ from mixtura.fitting.result import Fitted, Row, Sample
 from mixtura.fitting.search import Found, Search
 from mixtura.fitting.texts import Texts, load_texts
 from mixtura.fitting.verifying import Verified, sample_answers, verify
-from mixtura.skeleton import CheckpointView, open_checkpoint
-from mixtura.tokenizer import load_tokenizer
-from mixtura.trace import Trace
+from mixtura.report.units import format_bytes
 from mixtura.types import Plan
-from mixtura.units import format_bytes
+from mixtura.types.trace import Trace
 
 Notify = Callable[[str], None]
 

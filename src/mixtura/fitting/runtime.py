@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import mixtura
-from mixtura.kept import keep, read_kept
-from mixtura.memory import runtime_bytes
+from mixtura.machine.kept import keep, read_kept
+from mixtura.running.memory import runtime_bytes
 
 _FILE = "runtime"
 

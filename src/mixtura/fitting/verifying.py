@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.result import Sample
 from mixtura.fitting.texts import Texts
-from mixtura.generation import generate
-from mixtura.loading import load
-from mixtura.memory import account, measure_generating
-from mixtura.memory.available import available_bytes
-from mixtura.memory.process import release
-from mixtura.skeleton import CheckpointView, open_checkpoint
-from mixtura.units import format_bytes
+from mixtura.report.units import format_bytes
+from mixtura.running.generation import generate
+from mixtura.running.loading import load
+from mixtura.running.memory import account, measure_generating
+from mixtura.running.memory.available import available_bytes
+from mixtura.running.memory.process import release
 
 _MEASURED_TOKENS = 32
 _NUM_SAMPLES = 3

@@ -19,8 +19,8 @@ from typing import Any, Final, Literal, final
 import torch
 from torch import Tensor
 
-from mixtura.control_groups import processor_quota
 from mixtura.errors import UnknownNameError
+from mixtura.machine.control_groups import processor_quota
 
 
 def _load() -> tuple[Any | None, str]:

@@ -20,12 +20,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mixtura.kept import keep, read_kept
 from mixtura.kernels.compiled import NUMBERS, isas, native, num_threads, options, rows_of, way_for, with_rows
 from mixtura.kernels.matmul import linear
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
-from mixtura.method import create
-from mixtura.quantizers import Encoded
+from mixtura.machine.kept import keep, read_kept
+from mixtura.methods import create
+from mixtura.methods.quantizers import Encoded
 
 # Up to so many rows reading is what takes the time, whatever the machine.
 ALWAYS_FEW: Final = 2

@@ -19,8 +19,8 @@ from mixtura.kernels.compiled import is_plain, native, options
 from mixtura.kernels.crossing import ALWAYS_FEW, few_rows, multiply
 from mixtura.kernels.matrices import KeptMatrix, Matrix, coded_matrix, dense_matrix
 from mixtura.kernels.steps import quicken_steps
-from mixtura.method import create
-from mixtura.quantizers import Encoded, Quantizer
+from mixtura.methods import create
+from mixtura.methods.quantizers import Encoded, Quantizer
 
 
 @final

@@ -16,8 +16,8 @@ from mixtura.kernels.compiled import is_plain
 from mixtura.kernels.crossing import multiply
 from mixtura.kernels.linears import are_few, replace_linears
 from mixtura.kernels.matrices import Matrix, nested_matrix
-from mixtura.method import create
-from mixtura.quantizers import Encoded, Quantizer
+from mixtura.methods import create
+from mixtura.methods.quantizers import Encoded, Quantizer
 
 
 @final

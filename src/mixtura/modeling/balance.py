@@ -16,9 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mixtura.balancers import Balancer
-from mixtura.layer import ExpertPool, Experts, MoELayer
-from mixtura.method import declared_tags
+from mixtura.methods import declared_tags
+from mixtura.methods.balancers import Balancer
+from mixtura.modeling.layer import ExpertPool, Experts, MoELayer
 from mixtura.types import BalancerInput, LayerShape, Routing
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from mixtura.methods.routers import Router
 from mixtura.modeling.balance import Counts
 from mixtura.modeling.config import MixturaConfig
 from mixtura.modeling.decoder import (
@@ -26,7 +27,6 @@ from mixtura.modeling.decoder import (
 )
 from mixtura.modeling.parts import tags_of
 from mixtura.modeling.tokens import IGNORED
-from mixtura.routers import Router
 from mixtura.types import Routing
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mixtura.errors import SettingError, UnknownNameError, check_range
+from mixtura.methods.settings import fits
 from mixtura.modeling.plan import MoEPlan, read_layers
-from mixtura.settings import fits
 
 _LARGEST = 1 << 40
 # Fields with their types and ranges; None is left to the checks that follow where it is allowed.

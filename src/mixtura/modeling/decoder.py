@@ -22,12 +22,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from mixtura.errors import UserError
-from mixtura.layer import MoELayer
-from mixtura.method import header
+from mixtura.methods import header
 from mixtura.modeling.attention import MixturaAttention, MixturaRotaryEmbedding, RMSNorm
 from mixtura.modeling.balance import LayerBalance, ModelBalance
 from mixtura.modeling.cache import recall, remember
 from mixtura.modeling.config import MixturaConfig
+from mixtura.modeling.layer import MoELayer
 from mixtura.modeling.parts import make_balancers, make_layers, tags_of
 from mixtura.modeling.tokens import Tokens, describe
 from mixtura.types import RouterInput, Routing

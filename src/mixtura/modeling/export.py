@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from mixtura.errors import OutputError, UnsupportedModelError
-from mixtura.layer import Experts, SharedExpert
 from mixtura.modeling.causal import MixturaForCausalLM
 from mixtura.modeling.decoder import MixturaDecoderLayer
+from mixtura.modeling.layer import Experts, SharedExpert
 from mixtura.modeling.plan import MoEPlan
 
 _COMMON = (

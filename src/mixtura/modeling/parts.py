@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from mixtura.balancers import Balancer
 from mixtura.errors import UserError
-from mixtura.layer import ExpertPool, Experts, MoELayer, SharedExpert
-from mixtura.method import create, declared_tags, header
-from mixtura.mixers import Mixer
+from mixtura.methods import create, declared_tags, header
+from mixtura.methods.balancers import Balancer
+from mixtura.methods.mixers import Mixer
+from mixtura.methods.routers import Router
+from mixtura.modeling.layer import ExpertPool, Experts, MoELayer, SharedExpert
 from mixtura.modeling.plan import Choice, MoEPlan
-from mixtura.routers import Router
 from mixtura.types import LayerShape
 
 # What seeds of parts are counted from, so that no two parts of a model draw the same numbers.

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, final, get_args, get_type_hints
 
 from mixtura.errors import SettingError, check_range, suggest
-from mixtura.layer import Capacity
-from mixtura.method import load_method
-from mixtura.settings import fits, settings
+from mixtura.methods import load_method
+from mixtura.methods.settings import fits, settings
+from mixtura.modeling.layer import Capacity
 from mixtura.types import LayerShape
 
 _LARGEST = 1 << 30

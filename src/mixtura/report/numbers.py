@@ -1,4 +1,4 @@
-"""Counts, shares and measures as people read them; sizes and times are in `mixtura.units`."""
+"""Counts, shares and measures as people read them; sizes and times are in `mixtura.report.units`."""
 
 from __future__ import annotations
 

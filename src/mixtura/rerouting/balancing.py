@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mixtura.balancers import Balancer
 from mixtura.errors import UserError
-from mixtura.method import create, declared_tags, load_method
+from mixtura.methods import create, declared_tags, load_method
+from mixtura.methods.balancers import Balancer
 from mixtura.modeling.balance import Counts, LayerBalance
 from mixtura.rerouting.core import Rerouting
 from mixtura.rerouting.passes import Pass

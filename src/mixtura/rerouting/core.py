@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mixtura.checkpoints.view import MemoryView
 from mixtura.errors import UserError
 from mixtura.rerouting.passes import Pass, Passes
 from mixtura.rerouting.seats import Clock, Seat
 from mixtura.rerouting.side_files import Note, Swap, read_note, read_tensors, write_side_files
 from mixtura.rerouting.watching import routings_of
 from mixtura.types import Routing
-from mixtura.view import MemoryView
 
 _ATTRIBUTE = "mixtura_rerouting"
 _IGNORED = -100

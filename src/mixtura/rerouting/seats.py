@@ -12,16 +12,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mixtura.checkpoints.view import MemoryLayer
+from mixtura.checkpoints.viewing.sites import submodule
 from mixtura.errors import UnsupportedModelError, UserError
-from mixtura.layer import ExpertMatrices, require_decodable
-from mixtura.method import declared_tags
+from mixtura.methods import declared_tags
+from mixtura.methods.routers import Router
 from mixtura.modeling.balance import LayerBalance
+from mixtura.modeling.layer import ExpertMatrices, require_decodable
 from mixtura.rerouting.inside import Inside, Outline, Steering
 from mixtura.rerouting.passes import Pass, Passes, Seen
-from mixtura.routers import Router
 from mixtura.types import RouterInput, Routing
-from mixtura.view import MemoryLayer
-from mixtura.viewing.sites import submodule
 
 ROUTER = "mixtura_router"
 BALANCE = "mixtura_balance"

@@ -11,13 +11,13 @@ from torch import nn
 
 from mixtura.errors import UserError
 from mixtura.kernels import register_backend
-from mixtura.method import create, declared_tags, load_method
+from mixtura.methods import create, declared_tags, load_method
+from mixtura.methods.routers import Router
+from mixtura.methods.settings import settings as settings_of
 from mixtura.rerouting.core import Rerouting, require_layers
 from mixtura.rerouting.saving import begin_saving
 from mixtura.rerouting.seats import ROUTER, Seat
 from mixtura.rerouting.side_files import Swap
-from mixtura.routers import Router
-from mixtura.settings import settings as settings_of
 
 _BACKEND = "mixtura"
 _NOT_GIVEN = {

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import UserError
+from mixtura.methods.routers._shared import exact, softmax
 from mixtura.rerouting.passes import Pass, Seen
 from mixtura.rerouting.seats import Seat
-from mixtura.routers._shared import exact, softmax
 from mixtura.types import Routing
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, final, get_args, get_type_hints
 
 from mixtura.data.text import DOMAINS
 from mixtura.errors import SettingError, UnknownNameError, UserError, check_range, suggest
-from mixtura.settings import fits
+from mixtura.methods.settings import fits
 from mixtura.train.stages import Stage, check_stages
 
 Record = TypeVar("Record")
@@ -110,7 +110,7 @@ class StepConfig:
 class TrainConfig:
     """A training: the model's configuration, its text and its steps.
 
-    ``model`` holds fields of `mixtura.model.MixturaConfig`; sizes that follow from the tokenizer are
+    ``model`` holds fields of `mixtura.modeling.family.MixturaConfig`; sizes that follow from the tokenizer are
     filled in.
     """
 

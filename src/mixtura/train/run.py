@@ -55,7 +55,7 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
         OutputError: it holds something else, or cannot be written.
     """
     _require_installed(config)
-    from mixtura.model import MixturaForCausalLM
+    from mixtura.modeling.family import MixturaForCausalLM
     from mixtura.train.text import digest
     from mixtura.train.trainer import checkpoints
 
@@ -142,7 +142,7 @@ def _try(model: Any, data: Any) -> None:
 
 def _tokenizer(name: str) -> Any:
     from mixtura import specimen
-    from mixtura.tokenizer import load_tokenizer
+    from mixtura.checkpoints.tokenizer import load_tokenizer
 
     if name == "specimen":
         return load_tokenizer(specimen.path())
@@ -152,7 +152,7 @@ def _tokenizer(name: str) -> Any:
 
 
 def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
-    from mixtura.model import MixturaConfig
+    from mixtura.modeling.family import MixturaConfig
 
     follows = {
         "vocab_size": len(tokenizer),

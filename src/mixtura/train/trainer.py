@@ -15,9 +15,9 @@ from typing import Any, final
 import torch
 from transformers import Trainer, TrainerCallback
 
-from mixtura.balancers import Balancer
 from mixtura.errors import CheckpointError
-from mixtura.model import MixturaForCausalLM
+from mixtura.methods.balancers import Balancer
+from mixtura.modeling.family import MixturaForCausalLM
 from mixtura.train.metrics import RoutingMeter
 from mixtura.train.text import collate
 

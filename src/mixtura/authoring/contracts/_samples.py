@@ -1,0 +1,133 @@
+"""Small made-up routings and traces that contracts, doctests and tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from zlib import crc32
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixtura.methods import names
+from mixtura.types import LayerShape, Routing
+from mixtura.types.trace import LayerTrace, Trace
+
+DOMAINS = ("prose", "code")
+
+
+def sample_routing(
+    seed: int = 0, *, num_tokens: int = 64, num_experts: int = 8, top_k: int = 2, hot: float = 0.0
+) -> Routing:
+    """A softmax top-k routing of made-up tokens; the last eighth of them is padding.
+
+    Args:
+        seed: of the logits.
+        num_tokens: T.
+        num_experts: E.
+        top_k: K.
+        hot: what is added to the logits of expert 0; 0 is about balanced.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_tokens, num_experts, generator=generator)
+    logits[:, 0] += hot
+    logits.requires_grad_()
+    scores = logits.softmax(-1)
+    weights, chosen = scores.topk(top_k)
+    valid = torch.arange(num_tokens) < num_tokens - num_tokens // 8
+    return Routing.from_choices(chosen, weights, scores=scores, logits=logits, valid=valid)
+
+
+def sample_trace(
+    seed: int = 0,
+    *,
+    num_layers: int = 2,
+    num_experts: int = 8,
+    top_k: int = 2,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    num_tokens: int = 240,
+) -> Trace:
+    """A trace of made-up text in two domains, with every statistic there is.
+
+    Experts differ in how often they are chosen; counts, co-activation, transitions and choices are
+    of the same made-up tokens. An expert takes 1000 bytes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    domain = torch.arange(num_tokens) % len(DOMAINS)
+    chosen = []
+    for _ in range(num_layers):
+        liking = torch.randn(len(DOMAINS), num_experts, generator=generator)
+        noise = torch.randn(num_tokens, num_experts, generator=generator)
+        chosen.append((liking[domain] + noise).topk(top_k).indices)
+    layers = []
+    for index, choices in enumerate(chosen):
+        following = chosen[index + 1] if index + 1 < num_layers else None
+        counts = torch.stack([_counts(choices[domain == d], num_experts) for d in range(len(DOMAINS))])
+        drawn = torch.rand(len(DOMAINS), num_experts, generator=generator)
+        layers.append(
+            LayerTrace(
+                index=index,
+                shape=LayerShape(16, 32, num_experts),
+                top_k=top_k,
+                num_groups=num_groups,
+                top_groups=top_groups,
+                expert_num_bytes=1000,
+                counts=counts,
+                weight_sums=counts * (0.2 + 0.6 * drawn),
+                statistics={name: _statistic(name, seed + index, counts) for name in names("statistics")},
+                coactivation=_pairs(choices, choices, num_experts).fill_diagonal_(0),
+                transitions=None if following is None else _pairs(choices, following, num_experts),
+                choices=choices,
+            )
+        )
+    num_per_domain = tuple(torch.bincount(domain, minlength=len(DOMAINS)).tolist())
+    return Trace(
+        source_digest=f"sample:{seed}",
+        model_type="sample",
+        domains=DOMAINS,
+        num_tokens=num_per_domain,
+        layers=tuple(layers),
+    )
+
+
+def relabelled(trace: Trace, orders: Sequence[Int[Tensor, " E"]]) -> Trace:
+    """The trace of the same model with each layer's experts in another order.
+
+    Args:
+        trace: of a model without expert groups.
+        orders: per layer, the old number of the expert at each new place.
+    """
+    layers = []
+    for number, (layer, order) in enumerate(zip(trace.layers, orders, strict=True)):
+        changed: dict[str, Any] = {
+            "counts": layer.counts[:, order],
+            "weight_sums": layer.weight_sums[:, order],
+            "statistics": {name: values[:, order] for name, values in layer.statistics.items()},
+        }
+        if layer.coactivation is not None:
+            changed["coactivation"] = layer.coactivation[order][:, order]
+        if layer.transitions is not None:
+            changed["transitions"] = layer.transitions[order][:, orders[number + 1]]
+        if layer.choices is not None:
+            changed["choices"] = order.argsort()[layer.choices]
+        layers.append(replace(layer, **changed))
+    return replace(trace, layers=tuple(layers))
+
+
+def _counts(choices: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, " E"]:
+    return torch.bincount(choices.flatten(), minlength=num_experts)
+
+
+def _pairs(here: Int[Tensor, "T K"], there: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "E E"]:
+    """How often a token chose expert i here and expert j there."""
+    both = here[:, :, None] * num_experts + there[:, None, :]
+    return torch.bincount(both.flatten(), minlength=num_experts**2).view(num_experts, num_experts)
+
+
+def _statistic(name: str, seed: int, counts: Int[Tensor, "M E"]) -> Float[Tensor, "M E"]:
+    """Made-up values per expert and domain, the same whatever other statistics there are."""
+    generator = torch.Generator().manual_seed(crc32(name.encode()) + seed)
+    return torch.rand(counts.shape, generator=generator) * (counts > 0)

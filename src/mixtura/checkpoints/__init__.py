@@ -1,0 +1,1 @@
+"""Any transformers MoE checkpoint, as routers and experts: found, read expert by expert, and written anew."""

@@ -1,0 +1,265 @@
+"""Applying a plan to a checkpoint directory: a new checkpoint directory, the source untouched.
+
+One shard is written at a time and no more than one expert, or a piece of one tensor, is in memory, so
+a checkpoint of any size is changed on any machine. The result is there whole or not at all; stopped
+work is continued by the same call, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+import mixtura
+from mixtura.checkpoints.applying.blueprint import Blueprint, blueprint
+from mixtura.checkpoints.applying.card import CardFacts, model_card, name_of_source
+from mixtura.checkpoints.applying.checking import check_plan
+from mixtura.checkpoints.applying.config import config_json
+from mixtura.checkpoints.applying.shards import INDEX_FILE, Shard, index_json, pack_shards, write_text
+from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
+from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json, is_packed
+from mixtura.checkpoints.viewing.disk import DiskView
+from mixtura.checkpoints.viewing.packed import PackedView
+from mixtura.errors import MixturaError, OutputError, SettingError, UnsupportedModelError, UserError
+from mixtura.types import Plan
+
+__all__ = ["apply_plan", "check_plan", "planned_num_bytes"]
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def apply_plan(
+    plan: Plan,
+    source: Path,
+    out: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+    workers: int = 1,
+    source_name: str | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write the checkpoint that `plan` makes of the one in `source`, to `out`.
+
+    Where every layer drops the same number of experts and none is quantized, the result is an
+    ordinary checkpoint of its family that plain transformers loads; otherwise it is of the mixtura
+    format (`mixtura.checkpoints.packed`) and `mixtura.load` loads it. Tokenizer, generation config, chat
+    templates, licence and other small files go along; a model card and ``plan.json`` are written.
+
+    Work is done in ``<out>.partial`` and moved to `out` in one step. If it is stopped, by Ctrl-C, a
+    full disk or a kill, the partial directory keeps the finished shards and the same call continues;
+    the bytes are those of a run that was never stopped. If the source turns out to be damaged the
+    partial directory is removed.
+
+    Args:
+        plan: what to do; made for this source (its ``source_digest`` must be the source's).
+        source: a checkpoint directory; only read.
+        out: the new directory; must not exist or be empty.
+        shard_bytes: largest size of a weights file.
+        progress: whether to show a progress bar on standard error.
+        workers: shards written at the same time, each with an expert in memory; the bytes do not
+            depend on it.
+        source_name: what the model card calls the source (default: the hub's name or the folder's).
+        name: what the model card calls the result (default: the folder's name).
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: the source is damaged: a missing or truncated file, NaN in a router or expert.
+        UnsupportedModelError: the source is not a model this can be done to.
+        UserError: the plan was made for another checkpoint or does not fit the model.
+        OutputError: `out` exists, is in the source, cannot be written, is too small for the result,
+            or stopped work there was begun with another plan, source or settings.
+    """
+    source, out = Path(source), Path(out)
+    if shard_bytes < 1 or workers < 1:
+        raise SettingError(f"shard_bytes and workers must be at least 1, got {shard_bytes} and {workers}")
+    check_place(out, source)
+    if is_packed(source):
+        raise UnsupportedModelError(
+            f"{source} is already in the mixtura format; apply one plan with all changes to the original"
+        )
+    view = DiskView(source)
+    names = (source_name or name_of_source(source), name or out.absolute().name)
+    terms = _terms(plan, source, shard_bytes, names)
+    staging = Staging(out, terms)
+    staging.check_terms()
+    made = _Made(view, plan, blueprint(view, plan), terms)
+    shards = pack_shards(made.blueprint.units, shard_bytes)
+    with staging:
+        if not staging.was_published:
+            with _failures_handled(staging):
+                small = side_files(source)
+                room = sum((source / path).stat().st_size for path in small)
+                _write_shards(staging, shards, room, progress=progress, workers=workers)
+                copy_side_files(source, small, staging.model)
+                _write_own_files(staging.model, shards, made)
+        return staging.publish()
+
+
+def planned_num_bytes(plan: Plan, source: Path) -> int:
+    """Bytes of all tensors that applying a plan would write, exactly, without writing.
+
+    Raises:
+        UserError: the plan does not fit the model.
+    """
+    return blueprint(DiskView(source), plan).num_bytes
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the small files tell of."""
+
+    view: DiskView
+    plan: Plan
+    blueprint: Blueprint
+    terms: Terms
+
+
+def _terms(plan: Plan, source: Path, shard_bytes: int, names: tuple[str, str]) -> Terms:
+    """What must be the same for stopped work to be continued.
+
+    Raises:
+        UserError: the plan was made for another checkpoint.
+    """
+    digest = checkpoint_digest(source)
+    if plan.source_digest != digest:
+        raise UserError(
+            f"the plan was made for a checkpoint with digest {plan.source_digest}, but {source} has "
+            f"{digest}; give the checkpoint it was made for or make a new plan"
+        )
+    return Terms(
+        plan=sha256(plan.to_json().encode()).hexdigest(),
+        source=digest,
+        source_name=names[0],
+        name=names[1],
+        shard_bytes=shard_bytes,
+        threads=torch.get_num_threads(),
+        mixtura=mixtura.__version__,
+    )
+
+
+def _check_opens(written: Path, *, ordinary: bool) -> None:
+    """What was written must open as what its config says before it is called finished."""
+    try:
+        if ordinary:
+            DiskView(written)
+        else:
+            PackedView(written)
+    except UserError as error:
+        raise MixturaError(f"what was written to {written} does not open: {error}") from error
+
+
+@contextmanager
+def _failures_handled(staging: Staging) -> Iterator[None]:
+    """Leave behind what can be continued, and say how; remove what cannot."""
+    try:
+        yield
+    except OutputError:
+        staging.drop_unfinished()
+        raise
+    except UserError:
+        staging.discard()
+        raise
+    except OSError as error:
+        failure = staging.failure(error)
+        staging.drop_unfinished()
+        raise failure from None
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(staging.how_to_continue())
+        raise
+
+
+def _write_shards(
+    staging: Staging, shards: tuple[Shard, ...], room: int, *, progress: bool, workers: int
+) -> None:
+    """Write the shards that are not there yet, if there is room for them and `room` bytes more."""
+    finished = staging.finished(shards)
+    names = {shard.name for shard in finished}
+    waiting = [shard for shard in shards if shard.name not in names]
+    staging.check_space(sum(shard.num_bytes for shard in waiting) + room)
+    total = sum(shard.num_bytes for shard in shards)
+    with _progress_bar(staging.out.name, total, shown=progress) as advance:
+        advance(sum(shard.num_bytes for shard in finished))
+        if workers == 1:
+            for shard in waiting:
+                shard.write(staging.model, advance)
+            return
+        _write_at_once(waiting, staging.model, advance, workers)
+
+
+def _write_at_once(shards: list[Shard], folder: Path, advance: Callable[[int], None], workers: int) -> None:
+    """Write several shards at a time; the first error or an interrupt stops them all."""
+    stopped = threading.Event()
+
+    def advance_or_stop(num_bytes: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        advance(num_bytes)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(shard.write, folder, advance_or_stop) for shard in shards]
+        try:
+            wait(futures, return_when="FIRST_EXCEPTION")
+        finally:
+            stopped.set()
+            for future in futures:
+                future.cancel()
+    for future in futures:
+        if future.done() and not future.cancelled() and not isinstance(future.exception(), _StoppedError):
+            future.result()
+
+
+class _StoppedError(Exception):
+    """Another shard failed, so this one is not finished."""
+
+
+def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> None:
+    """The small files that are not the source's."""
+    view, plan = made.view, made.plan
+    write_text(folder / "config.json", config_json(view, made.blueprint))
+    write_text(folder / PLAN_FILE, plan.to_json())
+    if len(shards) > 1:
+        write_text(folder / INDEX_FILE, index_json(shards))
+    if not made.blueprint.ordinary:
+        write_text(folder / EXPERTS_FILE, experts_to_json(made.blueprint.layers))
+    facts = CardFacts(
+        name=made.terms.name,
+        source=view.path,
+        source_name=made.terms.source_name,
+        plan=plan,
+        num_experts={layer.index: layer.num_experts for layer in view.layers},
+        num_bytes_before=view.num_bytes,
+        num_bytes_after=made.blueprint.num_bytes,
+        ordinary=made.blueprint.ordinary,
+    )
+    write_text(folder / "README.md", model_card(facts))
+    _check_opens(folder, ordinary=made.blueprint.ordinary)
+
+
+@contextmanager
+def _progress_bar(name: str, total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; what is yielded moves it on by so many bytes."""
+    size = DownloadColumn(binary_units=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), size, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(f"writing {name}", total=total_bytes)
+
+        def advance(num_bytes: int) -> None:
+            bar.advance(task, num_bytes)
+
+        yield advance

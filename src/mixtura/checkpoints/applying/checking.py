@@ -1,0 +1,83 @@
+"""Does a plan fit a model? Found out before anything is read or written."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mixtura.checkpoints.viewing.base import LayerView, ModelView
+from mixtura.errors import UserError
+from mixtura.methods import create
+from mixtura.types import Drop, Plan, Quantize
+
+
+def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:
+    """The experts each MoE layer keeps, ascending, by the layer's number.
+
+    Raises:
+        UserError: an action is of a kind that is not applied, names a layer or expert that is not
+            there, drops and quantizes the same expert, or leaves a router too few experts.
+        SettingError: a quantizer's setting is unknown or out of range.
+        UnknownNameError: there is no quantizer of that name.
+    """
+    for action in plan.actions:
+        if isinstance(action, Drop):
+            for expert in action.experts:
+                _check_expert(view.layer(action.layer), expert)
+        elif isinstance(action, Quantize):
+            _check_expert(view.layer(action.layer), action.expert)
+        else:
+            raise UserError(f"a plan's action {action.kind!r} is not applied yet; there are: drop, quantize")
+    distinct = {(a.quantizer, repr(sorted(a.settings.items()))): a for a in plan.quantized().values()}
+    for action in distinct.values():
+        create("quantizers", action.quantizer, **action.settings)
+    dropped = plan.dropped()
+    for index, expert in plan.quantized():
+        if expert in dropped.get(index, ()):
+            raise UserError(
+                f"the plan both drops and quantizes expert {expert} of layer {index}; do one of them"
+            )
+    kept = {}
+    for layer in view.layers:
+        gone = set(dropped.get(layer.index, ()))
+        kept[layer.index] = tuple(e for e in range(layer.num_experts) if e not in gone)
+        if gone:
+            _check_drop(layer, kept[layer.index])
+    return kept
+
+
+def _check_expert(layer: LayerView, expert: int) -> None:
+    if not 0 <= expert < layer.num_experts:
+        raise UserError(
+            f"the plan names expert {expert} of layer {layer.index}, which has 0 to {layer.num_experts - 1}; "
+            f"is it a plan for another model?"
+        )
+
+
+def _check_drop(layer: LayerView, kept: tuple[int, ...]) -> None:
+    """Raise `UserError` where the router could not work with the experts that are left."""
+    if layer.hash_routed:
+        raise UserError(
+            f"a table, not a score, chooses the experts of layer {layer.index}, so none of them can be "
+            f"dropped; quantize them instead"
+        )
+    if len(kept) < layer.top_k:
+        raise UserError(
+            f"the plan leaves layer {layer.index} {len(kept)} experts, but its router chooses {layer.top_k} "
+            f"for each token; drop at most {layer.num_experts - layer.top_k} there"
+        )
+    if layer.num_groups == 1:
+        return
+    size = layer.num_experts // layer.num_groups
+    left = Counter(expert // size for expert in kept)
+    if len(left) < layer.num_groups or len(set(left.values())) > 1:
+        raise UserError(
+            f"the router of layer {layer.index} chooses among {layer.num_groups} groups of {size} experts; "
+            f"drop the same number in each group"
+        )
+    # Routers score a group by its best two experts, and must find top_k experts in the groups they take.
+    needed = max(2, -(-layer.top_k // layer.top_groups))
+    if left[0] < needed:
+        raise UserError(
+            f"the plan leaves each group of layer {layer.index} {left[0]} experts, but its router needs "
+            f"{needed}; drop at most {size - needed} in each group"
+        )

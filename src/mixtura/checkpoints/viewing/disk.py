@@ -1,0 +1,255 @@
+"""A checkpoint on disk as layers of a router and experts, without loading it.
+
+Opening reads ``config.json`` and the headers of the safetensors files and builds the model's shape on
+the meta device. Reading an expert reads the bytes of that expert.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.checkpoints.viewing.base import LayerView, ModelView
+from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
+from mixtura.checkpoints.viewing.droppable import Drops, check_drops
+from mixtura.checkpoints.viewing.edits import TensorEdit, pruned_config, tensor_edits
+from mixtura.checkpoints.viewing.formats import Decoder, StoredTensor, stored_tensors
+from mixtura.checkpoints.viewing.headers import TensorFiles
+from mixtura.checkpoints.viewing.mapping import ShapeModel, Source, add_tied, map_sources
+from mixtura.checkpoints.viewing.meta import build_from_config, named_tensors
+from mixtura.checkpoints.viewing.opening import no_collection, open_files
+from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
+from mixtura.checkpoints.viewing.records import Site
+from mixtura.checkpoints.viewing.refusals import refuse_without_experts
+from mixtura.checkpoints.viewing.sites import experts_modules, find_sites
+from mixtura.errors import suggest
+from mixtura.kernels import ExpertTensors
+
+
+@final
+class CheckpointReader:
+    """Reads parameters of a model from wherever a checkpoint keeps them."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        stored: Mapping[str, StoredTensor],
+        sources: Mapping[str, Source],
+        shapes: Mapping[str, tuple[int, ...]],
+        config: Any,
+    ) -> None:
+        self.decoder = decoder
+        self.stored = stored
+        self.sources = sources
+        self._shapes = shapes
+        self._config = config
+
+    def parameter(self, name: str) -> Tensor:
+        """One whole parameter under the model's own name. Raises `LookupError` for a name it has not."""
+        source = self.source(name)
+        tensors = {
+            pattern: [self.decoder.read(self.stored[part]) for part in parts]
+            for pattern, parts in source.parts.items()
+        }
+        return source.convert(tensors, ShapeModel(self._shapes.__getitem__), self._config)[name]
+
+    def expert_slice(self, name: str, expert: int, num_experts: int) -> Tensor:
+        """Entry ``expert`` of a parameter that stacks experts, reading nothing of the others."""
+        source = self.source(name)
+        tensors = {
+            pattern: [
+                self.decoder.read(self.stored[part], None if "*" in pattern else slice(expert, expert + 1))
+                for part in parts
+            ]
+            for pattern, parts in source.expert_names(expert, num_experts).items()
+        }
+        one = ShapeModel(lambda parameter: (1, *self._shapes[parameter][1:]))
+        return source.convert(tensors, one, self._config)[name][0]
+
+    def source(self, name: str) -> Source:
+        """Where a parameter comes from. Raises `LookupError` for a name the model has not."""
+        try:
+            return self.sources[name]
+        except KeyError:
+            raise LookupError(f"the checkpoint has nothing for {name!r}") from None
+
+
+@final
+class DiskLayer(LayerView):
+    """One MoE layer of a checkpoint. Every call reads from disk; nothing is kept."""
+
+    def __init__(self, site: Site, reader: CheckpointReader) -> None:
+        super().__init__(site)
+        self._reader = reader
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter under the model's own name. Raises `LookupError` for a name it has not."""
+        return self._reader.parameter(name)
+
+    def native_expert(self, expert: int) -> ExpertTensors:
+        """Expert ``expert`` in its family's own layout; FP8 and MXFP4 are decoded."""
+        self._check_expert(expert)
+        read = self._reader.expert_slice
+        up, down, *biases = (read(name, expert, self.num_experts) for name in self.expert_parameters)
+        return ExpertTensors(up, down, *(biases or (None, None)))
+
+    def expert_tensor_names(self, expert: int) -> tuple[str, ...]:
+        """The names on disk that hold this expert alone; empty where experts are stored fused."""
+        self._check_expert(expert)
+        names: dict[str, None] = {}
+        for parameter in self.expert_parameters:
+            for pattern, parts in self._reader.source(parameter).own_parts(parameter).items():
+                if "*" in pattern:
+                    names.update(dict.fromkeys(self._reader.stored[parts[expert]].parts))
+        return tuple(names)
+
+    def fused_tensor_names(self) -> tuple[str, ...]:
+        """The names on disk that hold all experts of the layer, one after the other along axis 0."""
+        names: dict[str, None] = {}
+        for parameter in self.expert_parameters:
+            for pattern, parts in self._reader.source(parameter).parts.items():
+                if "*" not in pattern:
+                    for part in parts:
+                        names.update(dict.fromkeys(self._reader.stored[part].parts))
+        return tuple(names)
+
+    @property
+    def expert_num_bytes(self) -> int:
+        """Bytes one expert takes on disk, scales included."""
+        total = 0
+        for parameter in self.expert_parameters:
+            source = self._reader.source(parameter)
+            for parts in source.own_parts(parameter).values():
+                total += sum(self._reader.stored[part].num_bytes for part in parts)
+        return total // self.num_experts
+
+
+@final
+class DiskView(ModelView):
+    """A checkpoint directory, opened from its headers alone.
+
+    Raises `CheckpointError` for one that is missing, incomplete or damaged, and
+    `UnsupportedModelError` for a dense model, an unknown family or a format that is not read.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        opened = open_files(path)
+        self.path: Path = opened.path
+        self.files: tuple[Path, ...] = opened.files
+        self.raw_config = opened.raw_config
+        self.entries = opened.entries
+        self._config = opened.config
+        self._meta = build_from_config(self._config)
+        if next(experts_modules(self._meta), None) is None:
+            refuse_without_experts(self.model_type)
+        with no_collection():
+            self.stored = stored_tensors(opened.entries)
+            self.sources, self.unused_names = map_sources(self._meta, self.stored)
+        add_tied(self.sources, self._meta)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._meta).items()}
+        self._files = TensorFiles(opened.entries)
+        self._reader = CheckpointReader(
+            Decoder(self._files, compute_dtype(self._config), fp8_block(opened.raw_config)),
+            self.stored,
+            self.sources,
+            self._shapes,
+            self._config,
+        )
+        check_present(self.path, self._meta, self.sources, self.stored, self._probe.expert_axes.keys())
+        self.layers  # noqa: B018  # finding the layers checks their shapes: say so on opening
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self._config
+
+    @property
+    def meta_model(self) -> nn.Module:
+        """The model on the meta device: every shape, no weights. Do not change it."""
+        return self._meta
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return probe(self._meta, self._config)
+
+    @cached_property
+    def layers(self) -> tuple[DiskLayer, ...]:
+        """The MoE layers, in order."""
+        uneven = UNEVEN_KEY in self.raw_config
+        found = find_sites(self._meta, dict(self._probe.expert_axes))
+        sites = [checked_site(site, self.sources, self.stored, self._shapes, uneven) for site in found]
+        return tuple(DiskLayer(site, self._reader) for site in sites)
+
+    @property
+    def count_fields(self) -> Mapping[str, CountField]:
+        """For each stack of MoE layers, the config field that sets its number of experts."""
+        return self._probe.fields
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Every name stored on disk, parts of scaled formats included."""
+        return tuple(self.entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its name on disk, as it is stored. Raises `LookupError` for an unknown name."""
+        if name not in self.entries:
+            raise LookupError(f"{self.path} holds no tensor {name!r}; {suggest(name, self.entries)}")
+        return self._files.read(name)
+
+    def edits(self, drops: Drops) -> dict[str, TensorEdit]:
+        """What dropping experts does to each stored tensor; those not named stay as they are.
+
+        Raises `UserError` where experts cannot go (see `mixtura.checkpoints.viewing.droppable.check_drops`).
+        """
+        kept = check_drops(self.layers, drops)
+        sites = [layer.site for layer in self.layers]
+        return tensor_edits(sites, self.sources, self.stored, kept, self._config)
+
+    def pruned_config(self, drops: Drops) -> dict[str, Any]:
+        """``config.json`` of the checkpoint without these experts.
+
+        Raises `UserError` where experts cannot go or layers would keep different numbers of them.
+        """
+        kept = check_drops(self.layers, drops)
+        sites = [layer.site for layer in self.layers]
+        return pruned_config(self.raw_config, self._config, sites, self.count_fields, kept)
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter by the model's own name, converted and decoded."""
+        return self._reader.parameter(name)
+
+    @cached_property
+    def stored_dtype(self) -> str:
+        """How most bytes of the experts are stored: ``bfloat16``, ``float32``, ``fp8``, ``mxfp4``, ..."""
+        sizes: Counter[str] = Counter()
+        for layer in self.layers:
+            for parameter in layer.expert_parameters:
+                for name in self.sources[parameter].names:
+                    sizes[self.stored[name].kind] += self.stored[name].num_bytes
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+
+def compute_dtype(config: Any) -> torch.dtype:
+    """What scaled formats are decoded to: the dtype the config names, else bfloat16."""
+    for owner in (config, config.get_text_config()):
+        if isinstance(owner.dtype, torch.dtype):
+            return owner.dtype
+    return torch.bfloat16
+
+
+def fp8_block(raw: dict[str, Any]) -> tuple[int, int] | None:
+    """The block size that a raw config states for FP8 weights; `None` where it states none."""
+    block = (raw.get("quantization_config") or {}).get("weight_block_size")
+    return (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None

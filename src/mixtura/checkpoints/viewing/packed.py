@@ -1,0 +1,236 @@
+"""A checkpoint of the mixtura format as layers of a router and experts, without loading it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from mixtura.checkpoints.nesting import Widths, check_named, layer_at
+from mixtura.checkpoints.packed import (
+    EXPERTS_FILE,
+    QUANT_METHOD,
+    LayerRecord,
+    PackedExpert,
+    read_expert,
+    read_experts_file,
+)
+from mixtura.checkpoints.viewing.base import LayerView, ModelView
+from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
+from mixtura.checkpoints.viewing.disk import CheckpointReader, DiskLayer, compute_dtype, fp8_block
+from mixtura.checkpoints.viewing.formats import Decoder, stored_tensors
+from mixtura.checkpoints.viewing.headers import TensorFiles
+from mixtura.checkpoints.viewing.mapping import Source, map_sources
+from mixtura.checkpoints.viewing.meta import build_meta, model_class, named_tensors
+from mixtura.checkpoints.viewing.opening import no_collection, open_files
+from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
+from mixtura.checkpoints.viewing.records import Site
+from mixtura.checkpoints.viewing.sites import find_sites
+from mixtura.errors import CheckpointError, suggest
+from mixtura.kernels import ExpertTensors
+from mixtura.types import LayerShape
+
+# What the format adds to config.json beside its quantization_config.
+_OWN_KEYS = (UNEVEN_KEY, "transformers_weights")
+
+
+@final
+class PackedLayer(LayerView):
+    """One MoE layer whose experts are stored in fewer bits. Every call reads from disk."""
+
+    def __init__(self, site: Site, reader: CheckpointReader, files: TensorFiles, record: LayerRecord) -> None:
+        super().__init__(site)
+        self._reader = reader
+        self._files = files
+        self.record = record
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter under the model's own name. Raises `LookupError` for a name it has not."""
+        return self._reader.parameter(name)
+
+    def native_expert(self, expert: int) -> ExpertTensors:
+        """Expert ``expert`` decoded, in its family's own layout and its source's dtype."""
+        self._check_expert(expert)
+        assert self.record.experts is not None
+        dtype = self.record.experts[expert].up.torch_dtype
+        return self.packed_expert(expert).native(dtype, transposed=self.layout.transposed)
+
+    def packed_expert(self, expert: int) -> PackedExpert:
+        """Expert ``expert`` as it is stored."""
+        self._check_expert(expert)
+        return read_expert(self.record, expert, self._files.read)
+
+    def expert_tensor_names(self, expert: int) -> tuple[str, ...]:
+        """The names on disk that hold this expert alone."""
+        self._check_expert(expert)
+        assert self.record.experts is not None
+        return self.record.experts[expert].tensor_names(self.name, expert)
+
+    def fused_tensor_names(self) -> tuple[str, ...]:
+        """The names on disk that hold all experts of the layer: none."""
+        return ()
+
+    @property
+    def expert_num_bytes(self) -> int:
+        """Bytes one expert takes on disk, the mean over the layer."""
+        names = (name for expert in range(self.num_experts) for name in self.expert_tensor_names(expert))
+        return sum(self._files.entries[name].num_bytes for name in names) // max(self.num_experts, 1)
+
+
+@final
+class PackedView(ModelView):
+    """A directory that `mixtura.checkpoints.apply` wrote in the mixtura format, opened from its headers alone.
+
+    Layers that the plan left whole are `DiskLayer`, the others `PackedLayer`. ``bits`` says at how many
+    experts are read that hold several widths in one copy: for all of them, or by decoder layer and
+    expert; by default at the widest.
+
+    Raises `CheckpointError` for a directory that is missing, incomplete or damaged, and `UserError` for
+    bits that are not there.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, bits: Widths | None = None) -> None:
+        opened = open_files(path, restore=_restored)
+        self.path: Path = opened.path
+        self.files: tuple[Path, ...] = opened.files
+        self.raw_config = opened.raw_config
+        self.entries = opened.entries
+        self.records = {record.name: record for record in read_experts_file(opened.path)}
+        self._config = opened.config
+        self._config.name_or_path = str(opened.path)
+        self._meta = build_meta(model_class(self._config), self._config)
+        packed = self._check_records()
+        check_named(tuple(self.records.values()), bits)
+        self.records = {name: layer_at(record, bits) for name, record in self.records.items()}
+        with no_collection():
+            own = {name: entry for name, entry in opened.entries.items() if name not in packed}
+            self.stored = stored_tensors(own)
+            self.sources, self.unused_names = map_sources(self._meta, self.stored)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._meta).items()}
+        self._files = TensorFiles(opened.entries)
+        decoder = Decoder(self._files, compute_dtype(self._config), fp8_block(opened.raw_config))
+        self._reader = CheckpointReader(decoder, self.stored, self.sources, self._shapes, self._config)
+        self._add_tied()
+        self._check_present()
+        self.layers  # noqa: B018  # finding the layers checks their shapes: say so on opening
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, as the source's was."""
+        return self._config
+
+    @property
+    def meta_model(self) -> nn.Module:
+        """The model on the meta device, with as many experts as the config says. Do not change it."""
+        return self._meta
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return probe(self._meta, self._config)
+
+    @cached_property
+    def layers(self) -> tuple[DiskLayer | PackedLayer, ...]:
+        """The MoE layers, in order."""
+        found = find_sites(self._meta, dict(self._probe.expert_axes))
+        return tuple(self._layer(site) for site in found)
+
+    def _layer(self, site: Site) -> DiskLayer | PackedLayer:
+        if site.name not in self.records:
+            raise CheckpointError(
+                f"{self.path / EXPERTS_FILE} says nothing of {site.name}; write the model again"
+            )
+        record = self.records[site.name]
+        if record.experts is None:
+            return DiskLayer(checked_site(site, self.sources, self.stored, self._shapes, True), self._reader)
+        shape = LayerShape(site.shape.d_model, site.shape.d_expert, record.num_experts)
+        return PackedLayer(replace(site, shape=shape), self._reader, self._files, record)
+
+    @property
+    def count_fields(self) -> Mapping[str, CountField]:
+        """For each stack of MoE layers, the config field that sets its number of experts."""
+        return self._probe.fields
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Every name stored on disk."""
+        return tuple(self.entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its name on disk, as it is stored. Raises `LookupError` for an unknown name."""
+        if name not in self.entries:
+            raise LookupError(f"{self.path} holds no tensor {name!r}; {suggest(name, self.entries)}")
+        return self._files.read(name)
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter outside packed experts by the model's own name, converted and decoded."""
+        return self._reader.parameter(name)
+
+    @cached_property
+    def stored_dtype(self) -> str:
+        """How most bytes of the experts are stored: ``round_to_nearest``, ``bfloat16``, ..."""
+        sizes: Counter[str] = Counter()
+        for layer in self.layers:
+            if isinstance(layer, DiskLayer):
+                for parameter in layer.expert_parameters:
+                    for name in self.sources[parameter].names:
+                        sizes[self.stored[name].kind] += self.stored[name].num_bytes
+                continue
+            for number, expert in enumerate(layer.record.experts or ()):
+                kind = expert.up.quantizer or expert.up.meta.get("stored") or expert.up.dtype
+                names = layer.expert_tensor_names(number)
+                sizes[str(kind)] += sum(self.entries[name].num_bytes for name in names)
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    def _check_records(self) -> set[str]:
+        """On-disk names of everything in packed layers. Raises `CheckpointError` where one is missing."""
+        names: set[str] = set()
+        for record in self.records.values():
+            for number, expert in enumerate(record.experts or ()):
+                names.update(expert.tensor_names(record.name, number))
+        missing = sorted(names - self.entries.keys())
+        if missing:
+            raise CheckpointError(
+                f"{self.path} lacks {len(missing)} tensors that its {EXPERTS_FILE} names, the first "
+                f"{missing[0]}; a weight file is missing, write the model again"
+            )
+        return names
+
+    def _add_tied(self) -> None:
+        # Tied parameters are stored once, under either name.
+        tied: dict[str, str] = self._meta.all_tied_weights_keys  # type: ignore[assignment]
+        for name, kept in [*tied.items(), *((kept, name) for name, kept in tied.items())]:
+            if name not in self.sources and kept in self.sources:
+                self.sources[name] = self.sources[kept].renamed(kept, name)
+
+    def _check_present(self) -> None:
+        axes = self._probe.expert_axes
+        inside = {
+            name: Source((name,))
+            for record in self.records.values()
+            if record.experts is not None
+            for name in self._shapes
+            if name.startswith(f"{record.name}.") and name in axes
+        }
+        sources = {**inside, **self.sources}
+        check_present(self.path, self._meta, sources, self.stored, {*axes, *inside})
+
+
+def _restored(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of the checkpoint's source: what marks the mixtura format taken off."""
+    restored = {key: value for key, value in raw.items() if key not in _OWN_KEYS}
+    own = restored.pop("quantization_config", None) or {}
+    source = own.get("source") if own.get("quant_method") == QUANT_METHOD else own
+    if source:
+        restored["quantization_config"] = source
+    return restored

@@ -1,0 +1,197 @@
+"""Finding the MoE layers of a model: where the experts, the router and the biases are."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+from mixtura.checkpoints.viewing.meta import named_tensors
+from mixtura.checkpoints.viewing.records import ExpertLayout, Site
+from mixtura.types import LayerShape
+
+_ROUTER_NAMES = ("gate", "router")
+_BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+_SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp", "shared_expert_gate")
+_SIDE_STACK = re.compile(r"talker|vision|visual|audio|encoder")
+# How adapters call the module that they wrap.
+_WRAPPED = "base_layer"
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The module inside what wraps it for adapters."""
+    while isinstance(wrapped := getattr(module, _WRAPPED, None), nn.Module):
+        module = wrapped
+    return module
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """A module by its name in the plain model, also where adapters wrap what is on the way to it.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = inner(model)
+    for part in name.split(".") if name else []:
+        module = inner(getattr(module, part))
+    return module
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules under transformers' common experts contract, with their names in the plain model."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated"):
+            yield name.replace(f".{_WRAPPED}", ""), module
+
+
+def layout_of(experts: Any) -> ExpertLayout:
+    """How an experts module stores its experts."""
+    return ExpertLayout(
+        transposed=bool(experts.is_transposed),
+        interleaved=not experts.is_concatenated,
+        has_bias=bool(experts.has_bias),
+        has_gate=bool(experts.has_gate),
+        has_post_norm=bool(experts.has_post_expert_norm),
+        custom_gate=type(experts)._apply_gate is not moe._default_apply_gate,
+    )
+
+
+def shape_of(down: Tensor, layout: ExpertLayout) -> LayerShape:
+    """Sizes of a layer from its experts' down projection."""
+    num_experts, first, second = down.shape
+    d_model, d_expert = (second, first) if layout.transposed else (first, second)
+    return LayerShape(d_model=d_model, d_expert=d_expert, num_experts=num_experts)
+
+
+def stack_of(name: str) -> tuple[str, int]:
+    """The name of an experts module with its layer number replaced by ``*``, and that number.
+
+    >>> stack_of("model.layers.3.mlp.experts")
+    ('model.layers.*.mlp.experts', 3)
+    """
+    numbers = list(_NUMBER.finditer(name))
+    if not numbers:
+        return name, 0
+    last = numbers[-1]
+    return f"{name[: last.start(1)]}*{name[last.end(1) :]}", int(last.group(1))
+
+
+def ordered_stacks(names: list[str]) -> list[str]:
+    """Stacks of MoE layers, the language model's first, talkers and vision towers after it."""
+    stacks = list(dict.fromkeys(stack_of(name)[0] for name in names))
+    return sorted(stacks, key=lambda stack: bool(_SIDE_STACK.search(stack)))
+
+
+def stack_offsets(model: nn.Module, names: list[str]) -> dict[str, int]:
+    """What to add to a layer's number in each stack so that every layer's index is its own."""
+    offsets: dict[str, int] = {}
+    total = 0
+    for stack in ordered_stacks(names):
+        offsets[stack] = total
+        head = stack.partition(".*")[0]
+        total += len(list(model.get_submodule(head).children())) if head != stack else 1
+    return offsets
+
+
+def find_sites(model: nn.Module, expert_axes: dict[str, int]) -> tuple[Site, ...]:
+    """Every MoE layer of ``model`` in order. ``expert_axes``: see `mixtura.checkpoints.viewing.probe.expert_axes`."""
+    modules = dict(experts_modules(model))
+    offsets = stack_offsets(model, list(modules))
+    tensors = named_tensors(model)
+    sites = [_site(model, name, module, offsets, tensors, expert_axes) for name, module in modules.items()]
+    return tuple(sorted(sites, key=lambda site: site.index))
+
+
+def _site(
+    model: nn.Module,
+    name: str,
+    experts: Any,
+    offsets: dict[str, int],
+    tensors: dict[str, Tensor],
+    expert_axes: dict[str, int],
+) -> Site:
+    stack, number = stack_of(name)
+    block_name = name.rpartition(".")[0]
+    block = submodule(model, block_name)
+    router_name = next(f"{block_name}.{n}" for n in _ROUTER_NAMES if hasattr(block, n))
+    router = submodule(model, router_name)
+    layout = layout_of(experts)
+    axes = {
+        key: axis
+        for key, axis in expert_axes.items()
+        if key.startswith(f"{block_name}.") and not key.startswith(f"{name}.")
+    }
+    top_k = _top_k(router, block)
+    num_groups, top_groups = _groups(router)
+    return Site(
+        index=offsets[stack] + number,
+        stack=stack,
+        name=name,
+        block_name=block_name,
+        router_name=router_name,
+        layout=layout,
+        shape=shape_of(experts.down_proj, layout),
+        top_k=top_k,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        router_weight=_router_weight(router_name, router),
+        correction_bias=next((key for key in axes if key.rpartition(".")[2] in _BIAS_NAMES), None),
+        shared_experts=_shared(block_name, tensors),
+        expert_axes=axes,
+        hash_routed=hasattr(router, "tid2eid"),
+        scoring=_scoring(router),
+    )
+
+
+def _router_weight(name: str, router: nn.Module) -> str:
+    """The router's matrix: its own ``weight``, else the last matrix of its sub-modules."""
+    matrices = [key for key, value in router.named_parameters() if value.ndim == 2]
+    return f"{name}.{'weight' if 'weight' in matrices else matrices[-1]}"
+
+
+def _top_k(router: Any, block: Any) -> int:
+    for owner, attribute in ((router, "top_k"), (block, "top_k")):
+        value = getattr(owner, attribute, None)
+        if isinstance(value, int):
+            return value
+    for attribute in ("top_k_experts", "num_experts_per_tok"):
+        value = getattr(router.config, attribute, None)
+        if isinstance(value, int):
+            return value
+    raise LookupError(f"no top_k on {type(router).__name__}")
+
+
+def _groups(router: Any) -> tuple[int, int]:
+    """How many groups the experts form and how many of them a token may choose from (1, 1: no limit)."""
+    num_groups = getattr(router, "num_group", None) or 1
+    if getattr(router, "topk_method", "") == "greedy":
+        return 1, 1
+    return num_groups, (getattr(router, "topk_group", None) or 1) if num_groups > 1 else 1
+
+
+def _shared(block_name: str, tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """Tensors of experts that every token passes, in the block or beside it."""
+    outer = block_name.rpartition(".")[0]
+    prefixes = tuple(f"{owner}.{name}." for owner in (block_name, outer) for name in _SHARED_NAMES)
+    return tuple(key for key in tensors if key.startswith(prefixes))
+
+
+def _scoring(router: Any) -> str:
+    """How the router turns logits into weights, for people: ``softmax``, ``sigmoid`` or another word."""
+    if hasattr(router, "tid2eid"):
+        return "hash"
+    named = getattr(router, "expert_selection_fn", None)
+    if isinstance(named, str):
+        return named
+    for attribute in ("score_fn", "scoring_function"):
+        function = getattr(router, attribute, None)
+        if function is not None:
+            name = str(getattr(function, "__name__", type(function).__name__))
+            return name.lower().removesuffix("activation")
+    source = inspect.getsource(type(router).forward)
+    return next((word for word in ("sparsemixer", "sigmoid", "softmax") if word in source), "other")

@@ -1,0 +1,37 @@
+"""A queue that caches share: who has the least rank, when ranks change all the time."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+from typing import final
+
+from mixtura.methods.caches import Key
+
+
+@final
+class Queue:
+    """Keys by rank, least first; of equal ranks the lowest key.
+
+    A changed rank leaves the old entry in the heap, to be passed over when it comes up; the heap is
+    made anew before such entries are many.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: dict[Key, tuple[float, ...]] = {}
+        self._heap: list[tuple[tuple[float, ...], Key]] = []
+
+    def put(self, key: Key, *rank: float) -> None:
+        """Enter a key, or give it another rank."""
+        self._ranks[key] = rank
+        heappush(self._heap, (rank, key))
+        if len(self._heap) > 4 * len(self._ranks) + 16:
+            self._heap = [(rank, key) for key, rank in self._ranks.items()]
+            heapify(self._heap)
+
+    def pop(self) -> Key:
+        """Take out the key of least rank."""
+        while True:
+            rank, key = heappop(self._heap)
+            if self._ranks.get(key) == rank:
+                del self._ranks[key]
+                return key

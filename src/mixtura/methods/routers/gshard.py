@@ -1,0 +1,95 @@
+"""GShard's top-2: a first expert always, a second by chance, and room for so many tokens."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from mixtura.errors import check_range
+from mixtura.methods.routers import Router
+from mixtura.methods.routers._capacity import limit, room
+from mixtura.methods.routers._shared import (
+    best,
+    exact_logits,
+    router_weight,
+    softmax,
+    to_sum_one,
+    uniform_like,
+)
+from mixtura.types import LayerShape, RouterInput, Routing
+
+METHOD = {
+    "paper": None,
+    "title": "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding",
+    "tags": ["batch_dependent", "lowest_index", "keeps_weights", "reads:training", "reads:generator"],
+}
+
+
+@final
+class Gshard(Router):
+    """Send each token to its two most probable experts, the second at random, unless they are full.
+
+    The two probabilities are divided by their sum. In training the second expert is kept with a chance
+    of twice its weight, so that it is left out where it matters little (``random_second``). An expert
+    has room for ``2 * capacity_factor * tokens / experts`` tokens, rounded up; all first choices go
+    before all second ones, and earlier tokens before later ones. Of equal scores the expert of lowest
+    index is chosen.
+
+    Shapes:
+        ``x [T, D]`` to at most 2T assignments; one parameter, ``weight [E, D]``.
+
+    Raises:
+        SettingError: ``capacity_factor`` is not in [0, 1e6], or there are fewer than two experts.
+
+    Example:
+        >>> shape = LayerShape(d_model=2, d_expert=8, num_experts=4)
+        >>> same = RouterInput.of(torch.ones(6, 2))
+        >>> sorted(Gshard(shape, capacity_factor=1.0)(same).load.tolist())
+        [0, 0, 3, 3]
+
+    Differences from the paper:
+        Tokens of the whole batch share one capacity instead of being cut into groups with one each. Its
+        balancing loss, which counts first choices only, is left to a balancer. Without a generator the
+        second expert is always kept, as in evaluation.
+
+    Reference:
+        GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        capacity_factor: float = 1.0,
+        random_second: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(shape)
+        check_range("Gshard", "number of experts", shape.num_experts, 2, float("inf"))
+        check_range("Gshard", "capacity_factor", capacity_factor, 0, 1e6)
+        self.capacity_factor = capacity_factor
+        self.random_second = random_second
+        self.seed = seed
+        self.weight = router_weight(shape, seed)
+
+    def forward(self, inputs: RouterInput) -> Routing:
+        logits = exact_logits(inputs.x, self.weight)
+        scores = softmax(logits)
+        chosen = best(scores, 2)
+        weights = to_sum_one(scores.gather(-1, chosen))
+        tokens = torch.arange(weights.shape[0], device=weights.device)
+        second = tokens
+        if inputs.training and self.random_second and inputs.generator is not None:
+            luck = uniform_like(weights[:, 1].detach(), inputs.generator)
+            second = (2 * weights[:, 1].detach() > luck).nonzero().squeeze(-1)
+        # First choices stand before all second ones in every expert's queue.
+        routing = Routing.from_assignments(
+            torch.cat([tokens, second]),
+            torch.cat([chosen[:, 0], chosen[second, 1]]),
+            torch.cat([weights[:, 0], weights[second, 1]]).to(inputs.x.dtype),
+            scores=scores,
+            logits=logits,
+            valid=inputs.valid,
+        )
+        return limit(routing, room(inputs.valid, self.shape.num_experts, self.capacity_factor, 2))

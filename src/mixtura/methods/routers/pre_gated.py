@@ -1,0 +1,83 @@
+"""Pre-gated: the gate of one layer decides for the layer after it."""
+
+from __future__ import annotations
+
+from typing import final
+
+from mixtura.errors import UserError, check_range
+from mixtura.methods.routers import Router
+from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax, to_sum_one
+from mixtura.types import LayerShape, RouterInput, Routing
+
+METHOD = {
+    "paper": 179,
+    "title": (
+        "Pre-gated MoE: An Algorithm-System Co-Design for Fast and Scalable Mixture-of-Expert Inference"
+    ),
+    "tags": ["normalized", "token_independent", "lowest_index", "stateful", "reads:state"],
+}
+
+
+@final
+class PreGated(Router):
+    """Decide for the next MoE layer, so that its experts can be fetched while this one's compute.
+
+    The router's rows give the logits of the *next* layer from this layer's tokens; they are handed on as
+    ``state``. This layer follows the state of the layer before. The first layer, which has none before
+    it, decides for itself by rows of its own. Choosing is top-k of a softmax, weights renormalised.
+
+    Shapes:
+        ``x [T, D]`` to ``T * top_k`` assignments, ``state [T, E]``; parameters ``weight [E, D]`` for the
+        next layer and ``first [E, D]``, used where no state is given.
+
+    Raises:
+        SettingError: ``top_k`` is not in [1, E].
+        UserError: the state is not of as many experts as this layer has.
+
+    Example:
+        >>> import torch
+        >>> router = PreGated(LayerShape(d_model=4, d_expert=8, num_experts=3), top_k=1)
+        >>> tokens = RouterInput.of(torch.eye(4))
+        >>> handed = router(tokens).state
+        >>> after = router(RouterInput.of(torch.zeros(4, 4), state=handed))
+        >>> bool((after.logits == handed).all())
+        True
+
+    Differences from the paper:
+        Every layer holds rows for a first decision, used in the first layer only; the last layer's
+        decision for a next one is dropped. Only the abstract and its summary were at hand.
+
+    Reference:
+        Pre-gated MoE: An Algorithm-System Co-Design for Fast and Scalable Mixture-of-Expert Inference
+        (paper 179, abstract).
+    """
+
+    def __init__(self, shape: LayerShape, *, top_k: int = 2, seed: int = 0) -> None:
+        super().__init__(shape)
+        check_range("PreGated", "top_k", top_k, 1, shape.num_experts)
+        self.top_k = top_k
+        self.seed = seed
+        self.weight = router_weight(shape, seed)
+        self.first = router_weight(shape, seed + 1)
+
+    def forward(self, inputs: RouterInput) -> Routing:
+        handed = inputs.state
+        if handed is None:
+            handed = exact_logits(inputs.x, self.first)
+        elif handed.shape != (inputs.x.shape[0], self.shape.num_experts):
+            raise UserError(
+                f"PreGated needs a state of {self.shape.num_experts} logits a token, "
+                f"got {tuple(handed.shape)}; give neighbouring layers as many experts"
+            )
+        logits = exact(handed)
+        scores = softmax(logits)
+        chosen = best(scores, self.top_k)
+        weights = to_sum_one(scores.gather(-1, chosen))
+        return Routing.from_choices(
+            chosen,
+            weights.to(inputs.x.dtype),
+            scores=scores,
+            logits=logits,
+            valid=inputs.valid,
+            state=exact_logits(inputs.x, self.weight),
+        )

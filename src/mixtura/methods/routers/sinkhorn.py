@@ -1,0 +1,95 @@
+"""Sinkhorn routing: choices balanced over the batch by entropic transport while training."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from mixtura.errors import check_range
+from mixtura.methods.routers import Router
+from mixtura.methods.routers._shared import best, exact_logits, router_weight, sinkhorn, softmax
+from mixtura.types import LayerShape, RouterInput, Routing
+
+METHOD = {
+    "paper": None,
+    "title": "Top-k of a Sinkhorn transport plan over the batch",
+    "tags": [
+        "looks_ahead",
+        "causal_inference",
+        "batch_dependent",
+        "keeps_weights",
+        "reads:training",
+    ],
+}
+
+
+@final
+class Sinkhorn(Router):
+    """Choose by a transport plan that gives all experts equally many tokens of the batch; weigh as usual.
+
+    In training the logits of all valid tokens are scaled by Sinkhorn's iterations until rows sum to 1 and
+    columns come near to an equal share; each token takes the ``top_k`` experts of its row. The plan has
+    no gradient: an expert's output is weighted by the sigmoid of its logit when ``top_k`` is 1, by its
+    softmax probability otherwise. Outside training each token takes the experts of highest logit, so it
+    depends on no other. Of equal entries the lowest index wins. Each iteration goes over all entries
+    twice, which makes training slower than top-k; inference is not.
+
+    Shapes:
+        ``x [T, D]`` to ``T * top_k`` assignments; one parameter, ``weight [E, D]``.
+
+    Raises:
+        SettingError: ``top_k`` is not in [1, E], ``num_iterations`` not in [1, 1000] or ``temperature``
+            not in [1e-3, 1e3].
+
+    Example:
+        >>> router = Sinkhorn(LayerShape(d_model=4, d_expert=8, num_experts=2), num_iterations=100)
+        >>> x = torch.ones(6, 4) + torch.arange(6.0)[:, None]
+        >>> [router(RouterInput.of(x, training=on)).load.max().item() for on in (False, True)]
+        [6, 3]
+
+    Differences from the paper:
+        There is no one paper. This is the Sinkhorn router of Megatron-LM with a fixed number of
+        iterations, in the log domain, instead of iterations until the change is small; padding has no
+        part in the plan.
+
+    Reference:
+        ``sinkhorn_load_balancing`` of Megatron-LM's ``TopKRouter``.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        top_k: int = 1,
+        num_iterations: int = 30,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(shape)
+        check_range("Sinkhorn", "top_k", top_k, 1, shape.num_experts)
+        check_range("Sinkhorn", "num_iterations", num_iterations, 1, 1000)
+        check_range("Sinkhorn", "temperature", temperature, 1e-3, 1e3)
+        self.top_k = top_k
+        self.num_iterations = num_iterations
+        self.temperature = temperature
+        self.seed = seed
+        self.weight = router_weight(shape, seed)
+
+    def forward(self, inputs: RouterInput) -> Routing:
+        logits = exact_logits(inputs.x, self.weight)
+        scores = softmax(logits)
+        wanted = logits.detach()
+        if inputs.training:
+            wanted = sinkhorn(
+                wanted, inputs.valid, num_iterations=self.num_iterations, temperature=self.temperature
+            )
+        chosen = best(wanted, self.top_k)
+        gates = torch.sigmoid(logits) if self.top_k == 1 else scores
+        return Routing.from_choices(
+            chosen,
+            gates.gather(-1, chosen).to(inputs.x.dtype),
+            scores=scores,
+            logits=logits,
+            valid=inputs.valid,
+        )

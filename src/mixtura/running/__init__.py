@@ -1,0 +1,1 @@
+"""Models that run: loaded, streamed from disk, watched, and generating within accounted memory."""

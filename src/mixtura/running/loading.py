@@ -1,0 +1,187 @@
+"""Load a checkpoint to run it: an ordinary one, or one whose experts are stored in fewer bits.
+
+Every tensor is read straight into the memory it stays in. Experts that the checkpoint stores in fewer
+bits (the mixtura format, block-scaled FP8, MXFP4) stay in them and are decoded when they are used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from mixtura.checkpoints.applying.packing import PackExpert, expert_tensors, packed_units
+from mixtura.checkpoints.nesting import Widths, check_named
+from mixtura.checkpoints.packed import STORED_KINDS, LayerRecord
+from mixtura.checkpoints.skeleton import (
+    CheckpointView,
+    Slot,
+    build,
+    compute_buffers,
+    empty_experts,
+    open_checkpoint,
+    read_slot,
+    slots,
+)
+from mixtura.checkpoints.stores import Form, PackedStore
+from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
+from mixtura.checkpoints.viewing.packed import PackedLayer
+from mixtura.errors import CheckpointError, UnsupportedModelError
+from mixtura.kernels import quicken
+from mixtura.rerouting.saving import load_router
+from mixtura.rerouting.side_files import has_side_files
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, bits: Widths | None = None
+) -> PreTrainedModel:
+    """The model of a checkpoint directory, ready to run, as transformers knows it.
+
+    `generate`, pipelines and evaluation harnesses take it like any other model. One with experts in
+    fewer bits cannot be saved, and those experts not trained; everything else about it is the same.
+
+    Args:
+        path: a directory that `mixtura.apply_plan` or ``save_pretrained`` wrote, or a download.
+        dtype: to compute in, and of the weights that are not in fewer bits; by default the one that
+            the config names.
+        bits: at most how many bits to load of experts that the quantizer ``nested`` wrote: for all of
+            them, or by decoder layer and expert, the others whole. The rest is neither read nor kept.
+
+    Raises:
+        CheckpointError: the directory is missing, incomplete or damaged.
+        UnsupportedModelError: it is a model that mixtura cannot work on.
+        UserError: ``bits`` asks for what the experts do not hold.
+    """
+    if is_own_model(path):
+        check_named((), bits)
+        return load_own_model(path, dtype)
+    view = open_checkpoint(path, bits=bits)
+    model = build(view, dtype=dtype)
+    packed = False
+    for layer in view.layers:
+        store = packed_store(view, layer)
+        if store is not None:
+            empty_experts(model, layer).mixtura_store = store
+            packed = True
+        else:
+            _fill_experts(model, layer, view)
+    _fill_rest(model, view)
+    _finish(model, view.path)
+    quicken(model)
+    if packed:
+        cast(Any, model).save_pretrained = _refuse_save
+    if has_side_files(path):
+        load_router(model, path)
+    return model
+
+
+def is_own_model(path: str | Path) -> bool:
+    """Whether a directory holds a model that `mixtura train` or `MixturaForCausalLM` wrote."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "mixtura"
+
+
+def load_own_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A `MixturaForCausalLM` from the directory it was saved in, ready to run."""
+    from mixtura.modeling.family import MixturaForCausalLM
+
+    if not any(Path(path).glob("*.safetensors")):
+        raise CheckpointError(f"{path} has no safetensors weights; save the model again")
+    model: PreTrainedModel = MixturaForCausalLM.from_pretrained(
+        path, dtype="auto" if dtype is None else dtype, local_files_only=True
+    )
+    return model.eval()
+
+
+def packed_forms(
+    view: CheckpointView, layer: DiskLayer | PackedLayer
+) -> tuple[LayerRecord, tuple[Form, ...]] | None:
+    """What `load` keeps of a layer's experts in fewer bits; None for experts stored as plain numbers."""
+    if isinstance(layer, PackedLayer):
+        entries = (view.entries[n] for e in range(layer.num_experts) for n in layer.expert_tensor_names(e))
+        return layer.record, tuple(Form(entry.name, entry.dtype, entry.shape) for entry in entries)
+    units = _scaled_units(view, layer)
+    if not units:
+        return None
+    forms = (Form(out.name, out.dtype, out.shape) for unit in units for out in unit.outputs)
+    experts = tuple(unit.record for unit in units)
+    record = LayerRecord(layer.index, layer.name, tuple(range(layer.num_experts)), experts)
+    return record, tuple(forms)
+
+
+def packed_store(view: CheckpointView, layer: DiskLayer | PackedLayer) -> PackedStore | None:
+    """A layer's experts in the bits they are stored in; None for experts stored as plain numbers."""
+    described = packed_forms(view, layer)
+    if described is None:
+        return None
+    record, forms = described
+    store = PackedStore(record, forms, transposed=layer.layout.transposed)
+    if isinstance(layer, PackedLayer):
+        for form in forms:
+            store.fill({form.name: view.tensor(form.name)})
+    else:
+        for unit in _scaled_units(view, layer):
+            store.fill(expert_tensors(unit.layer, unit.expert, unit.number, unit.storage)[1])
+    return store
+
+
+def _scaled_units(view: CheckpointView, layer: DiskLayer) -> list[PackExpert]:
+    """The experts of a layer as its source's FP8 or MXFP4; none where they are plain numbers."""
+    stored = {view.stored[name].kind for p in layer.expert_parameters for name in view.sources[p].names}
+    if not stored <= set(STORED_KINDS) and not stored & set(STORED_KINDS):
+        return []
+    units = packed_units(cast(DiskView, view), layer, tuple(range(layer.num_experts)), {})
+    return units if units and "stored" in units[0].record.up.meta else []
+
+
+def _fill_experts(model: PreTrainedModel, layer: DiskLayer | PackedLayer, view: CheckpointView) -> None:
+    """Read the experts of a layer into its parameters, one expert at a time."""
+    experts = model.get_submodule(layer.name)
+    own = {slot.holders[0][1]: slot for slot in slots(model, (experts,))}
+    parameters = layer.layout.parameters
+    if all(view.sources[f"{layer.name}.{name}"].converter is None for name in parameters):
+        for name in parameters:
+            own[name].fill(view.parameter(f"{layer.name}.{name}"))
+        return
+    stacks = {name: torch.empty_like(own[name].empty.detach(), device="cpu") for name in parameters}
+    for expert in range(layer.num_experts):
+        for stack, tensor in zip(stacks.values(), layer.native_expert(expert), strict=False):
+            assert tensor is not None
+            stack[expert].copy_(tensor)
+    for name, stack in stacks.items():
+        own[name].fill(stack)
+
+
+def _fill_rest(model: PreTrainedModel, view: CheckpointView) -> None:
+    missing: list[Slot] = []
+    for slot in slots(model):
+        value = read_slot(slot, view)
+        if value is None:
+            missing.append(slot)
+        else:
+            slot.fill(value)
+    if missing:
+        compute_buffers(model, missing)
+
+
+def _finish(model: PreTrainedModel, path: Path) -> None:
+    """What transformers adds to a model that it loads."""
+    model.name_or_path = str(path)
+    model.config.name_or_path = str(path)
+    if model.can_generate() and (path / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def _refuse_save(*_: Any, **__: Any) -> None:
+    raise UnsupportedModelError(
+        "a model with experts in fewer bits cannot be saved from memory; copy the directory it was loaded "
+        "from, or apply another plan to the original"
+    )

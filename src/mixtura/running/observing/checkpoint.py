@@ -1,0 +1,93 @@
+"""Observing a checkpoint on disk: its tokenizer, its text, in memory if it fits and streamed if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data import text as data_text
+from mixtura.data.tokens import TokenBatch, encode_documents
+from mixtura.running.loading import load
+from mixtura.running.memory.available import available_bytes
+from mixtura.running.observing.passing import Observers, observe
+from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
+from mixtura.types.trace import Trace
+
+_CHARS_PER_TOKEN = 8
+_SHARE_OF_MEMORY = 0.7
+
+
+def read_text(
+    view: CheckpointView, text: Path | None, *, max_tokens: int, max_length: int, seed: int = 0
+) -> TokenBatch:
+    """A user's text, or calibration text of three domains, in the tokens of a model.
+
+    Sequences are at most `max_length` tokens, and never longer than the model's positions.
+
+    Raises:
+        CheckpointError: the model has no tokenizer.
+        UserError: the text is missing, empty, too short or not text.
+    """
+    tokenizer = load_tokenizer(view.path)
+    positions = getattr(view.config.get_text_config(), "max_position_embeddings", None) or max_length
+    if text is None:
+        documents = data_text.calibration(_CHARS_PER_TOKEN * max_tokens, seed=seed)
+    else:
+        documents = data_text.read(text, tokenizer)
+    return encode_documents(
+        documents, tokenizer, max_length=min(max_length, positions), max_tokens=max_tokens
+    )
+
+
+def observe_checkpoint(
+    view: CheckpointView,
+    tokens: TokenBatch,
+    *,
+    statistics: Sequence[str] = (),
+    keep_choices: bool = False,
+    batch_tokens: int | None = None,
+    observers: Observers | None = None,
+    progress: bool = True,
+    stream: bool | None = None,
+) -> Trace:
+    """Observe a checkpoint on disk; see `mixtura.running.observing.observe`.
+
+    Args:
+        view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`.
+        tokens: the text, in the model's own tokens.
+        statistics: names of methods of the kind "statistics".
+        keep_choices: also keep every token's experts.
+        batch_tokens: tokens per forward; chosen by how it runs if not given.
+        observers: makes one more observer for a layer.
+        progress: show a bar on standard error, if that is a terminal.
+        stream: run it layer by layer from disk instead of loading it; by default, if its weights
+            would take most of the memory that is free.
+
+    Raises:
+        CheckpointError: the directory is missing, incomplete or damaged.
+        UnsupportedModelError: it is a model that mixtura cannot work on.
+        UnknownNameError: no such statistic.
+    """
+    if stream is None:
+        stream = view.num_bytes > _SHARE_OF_MEMORY * available_bytes()
+    if stream:
+        streamed, width = Streamed(view), int(tokens.attention_mask.sum(1).max())
+        model = streamed.model
+        # Every forward reads the model from disk, so it takes as much text as the bound allows.
+        batch_tokens = batch_tokens or max(1, DEFAULT_WORKING_BYTES // streamed.bytes_per_token(width))
+    else:
+        model = load(view.path)
+    return observe(
+        model,
+        tokens,
+        statistics=statistics,
+        keep_choices=keep_choices,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        observers=observers,
+        layers=view.layers,
+        source_digest=checkpoint_digest(view.path),
+    )

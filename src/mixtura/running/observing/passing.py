@@ -1,0 +1,221 @@
+"""The pass itself: batches through the model with a recorder on every MoE layer."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from mixtura.checkpoints.skeleton import open_checkpoint
+from mixtura.checkpoints.view import DiskLayer, LayerView, MemoryView, open_model
+from mixtura.checkpoints.viewing.packed import PackedLayer
+from mixtura.data.tokens import TokenBatch
+from mixtura.errors import UserError
+from mixtura.kernels import AssignmentObserver
+from mixtura.methods import create, header
+from mixtura.running.observing.attach import Several, attached
+from mixtura.running.observing.recorder import Cursor, LayerRecorder
+from mixtura.types.trace import Trace
+
+Observers = Callable[[LayerView], AssignmentObserver | None]
+
+DEFAULT_BATCH_TOKENS = 2048
+
+
+def observe(
+    model: nn.Module | MemoryView | str | PathLike[str],
+    tokens: TokenBatch,
+    *,
+    statistics: Sequence[str] = (),
+    keep_choices: bool = False,
+    batch_tokens: int | None = None,
+    progress: bool = True,
+    observers: Observers | None = None,
+    layers: Sequence[LayerView] | None = None,
+    source_digest: str | None = None,
+) -> Trace:
+    """Run a model over text once and record which experts its tokens really reach.
+
+    What is recorded are the choices and weights as they enter the experts, so that every kind of
+    router is right by construction. No expert runs on a token that was not routed to it, and padding
+    reaches no expert. Afterwards the model is exactly as before, also after an error or Ctrl-C.
+
+    Args:
+        model: a causal language model of transformers with experts, a view of one in memory, or the
+            directory of a checkpoint, which is loaded if it fits in memory and streamed if not.
+        tokens: the text, from `mixtura.data.tokens.encode_documents`; padding may be on any side.
+        statistics: names of methods of the kind "statistics" to take of every assignment.
+        keep_choices: also keep every token's experts; grows with the text.
+        batch_tokens: tokens per forward, padding included; one sequence at least. By default 2048, or
+            as many as working memory allows where every forward reads the model from disk.
+        progress: show a bar on standard error, if that is a terminal.
+        observers: makes one more observer for a layer, to see the same pass (`None`: for none).
+        layers: the layers to record, for a model in memory whose experts are not its own parameters;
+            found in the model if not given.
+        source_digest: name of the weights for the trace, such as `mixtura.checkpoints.digest.checkpoint_digest`
+            of the directory they were loaded from, so that plans made of the trace apply to it; by
+            default that of the directory, or of the config of a model in memory.
+
+    Raises:
+        UnknownNameError: no such statistic.
+        UserError: the text has no tokens.
+        CheckpointError: routing weights or statistics become NaN or infinite.
+        UnsupportedModelError: the model has no experts that mixtura can see.
+    """
+    if isinstance(model, str | PathLike):
+        from mixtura.running.observing.checkpoint import observe_checkpoint
+
+        return observe_checkpoint(
+            open_checkpoint(Path(model)),
+            tokens,
+            statistics=statistics,
+            keep_choices=keep_choices,
+            batch_tokens=batch_tokens,
+            progress=progress,
+            observers=observers,
+        )
+    view = model if isinstance(model, MemoryView) else None
+    module = view.model if view is not None else model
+    assert isinstance(module, nn.Module)
+    if layers is None:
+        layers = (view or open_model(module)).layers
+    if tokens.num_tokens == 0:
+        raise UserError("there is no text to observe: every position is padding; give at least one token")
+    # A statistic given as the path of its file is kept under its name.
+    measures = {header("statistics", name).name: create("statistics", name) for name in statistics}
+    cursor, num_domains = Cursor(), len(tokens.domain_names)
+    recorders = [LayerRecorder(r, cursor, num_domains, measures, keep_choices=keep_choices) for r in layers]
+    batches = _packed(tokens).split(batch_tokens or DEFAULT_BATCH_TOKENS)
+    with _bar(tokens.num_tokens, progress) as advance:
+        ticker = _Ticker(cursor, len(recorders), advance)
+        watching = {r.layer.name: Several([r, *_extra(r.layer, observers), ticker]) for r in recorders}
+        with attached(module, watching, cursor):
+            _run(module, batches, cursor, recorders)
+    return Trace(
+        source_digest=memory_digest(module) if source_digest is None else source_digest,
+        model_type=str(getattr(module.config, "model_type", "")),
+        domains=tokens.domain_names,
+        num_tokens=_tokens_by_domain(tokens),
+        layers=tuple(r.trace(_expert_num_bytes(module, r.layer)) for r in recorders),
+    )
+
+
+def memory_digest(model: nn.Module) -> str:
+    """``memory:...``, a name for a model in memory by its config alone; its weights are not read."""
+    config: Any = model.config
+    return f"memory:{hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()}"
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module, batches: Iterable[TokenBatch], cursor: Cursor, recorders: Sequence[LayerRecorder]
+) -> None:
+    for batch in batches:
+        _forward(model, batch, cursor)
+        for recorder in recorders:
+            recorder.check_finite()
+
+
+def _extra(layer: LayerView, observers: Observers | None) -> list[AssignmentObserver]:
+    made = observers(layer) if observers is not None else None
+    return [] if made is None else [made]
+
+
+@final
+class _Ticker:
+    """Moves the progress bar whenever a layer is done: one batch may be the whole text."""
+
+    def __init__(self, cursor: Cursor, num_layers: int, advance: Callable[[float], None]) -> None:
+        self._cursor = cursor
+        self._num_layers = num_layers
+        self._advance = advance
+
+    def start(
+        self,
+        hidden: Float[Tensor, "T D"],
+        top_k_index: Int[Tensor, "T K"],
+        top_k_weights: Float[Tensor, "T K"],
+    ) -> None:
+        """Nothing is done yet."""
+
+    def expert(
+        self,
+        expert: int,
+        token_ids: Int[Tensor, " N"],
+        weights: Float[Tensor, " N"],
+        inputs: Float[Tensor, "N D"],
+        outputs: Float[Tensor, "N D"],
+    ) -> None:
+        """An expert is a part of a layer."""
+
+    def finish(self) -> None:
+        """A layer is done."""
+        self._advance(int(self._cursor.valid.sum()) / self._num_layers)
+
+
+def _expert_num_bytes(model: nn.Module, layer: LayerView) -> int:
+    """Bytes of one expert as it is stored, on disk or in memory."""
+    if isinstance(layer, DiskLayer | PackedLayer):
+        return layer.expert_num_bytes
+    packed = getattr(getattr(model.get_submodule(layer.name), "mixtura_store", None), "num_bytes", None)
+    if isinstance(packed, int):
+        return packed // layer.num_experts
+    return sum(tensor.nbytes for tensor in layer.native_expert(0) if tensor is not None)
+
+
+def _tokens_by_domain(tokens: TokenBatch) -> tuple[int, ...]:
+    lengths = tokens.attention_mask.sum(dim=1)
+    found = torch.zeros(len(tokens.domain_names), dtype=torch.int64)
+    return tuple(found.index_add_(0, tokens.domains, lengths.to(torch.int64)).tolist())
+
+
+def _packed(tokens: TokenBatch) -> TokenBatch:
+    """The same text with all padding on the right, where causal models cannot see it."""
+    filled = tokens.attention_mask.any(dim=1)
+    mask, input_ids = tokens.attention_mask[filled], tokens.input_ids[filled]
+    order = torch.sort(mask, dim=1, descending=True, stable=True).indices
+    return TokenBatch(
+        input_ids.gather(1, order), mask.gather(1, order), tokens.domains[filled], tokens.domain_names
+    )
+
+
+def _forward(model: nn.Module, batch: TokenBatch, cursor: Cursor) -> None:
+    """One forward with the cursor on this batch; nothing of its output is kept."""
+    valid: Bool[Tensor, "S T"] = batch.attention_mask.bool()
+    domains: Int[Tensor, "S T"] = batch.domains[:, None].expand_as(valid)
+    cursor.move(valid.reshape(-1), domains.reshape(-1))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        use_cache=False,
+        **few,
+    )
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[float], None]]:
+    """A progress bar on standard error that counts tokens; gives the function that advances it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("observing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeRemainingColumn(),
+    )
+    hidden = not (shown and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("observing", total=total)
+        yield lambda count: bar.advance(task, count)

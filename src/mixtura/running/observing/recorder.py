@@ -1,0 +1,190 @@
+"""Running sums over the assignments of one MoE layer, by domain and expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mixtura.checkpoints.viewing.base import LayerView
+from mixtura.errors import CheckpointError
+from mixtura.methods.statistics import Statistic
+from mixtura.types.trace import LayerTrace
+
+_MAXIMUM_PREFIX = "max_"
+# Bounds the pairs of experts held at once when choices of two layers are counted together.
+_MOST_PAIRS = 1 << 20
+
+
+@final
+@dataclass(slots=True)
+class Cursor:
+    """Where in the text the running batch is: which of its rows count, and their domains.
+
+    ``previous`` is the layer that ran before, with its choices for the rows that count.
+    """
+
+    valid: Bool[Tensor, " T"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    domains: Int[Tensor, " T"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    previous: tuple[LayerRecorder, Int[Tensor, "R K"]] | None = None
+
+    def move(self, valid: Bool[Tensor, " T"], domains: Int[Tensor, " T"]) -> None:
+        """Begin a batch. Both are on the CPU and have one entry per row the experts will see."""
+        self.valid, self.domains, self.previous = valid, domains, None
+
+
+@final
+class LayerRecorder:
+    """Adds up what happens in one MoE layer; an `mixtura.kernels.AssignmentObserver`.
+
+    Memory is bounded by the layer's sizes: sums in float64, counts in int64, whatever the length of
+    the text. Only ``keep_choices`` grows with it.
+    """
+
+    def __init__(
+        self,
+        layer: LayerView,
+        cursor: Cursor,
+        num_domains: int,
+        statistics: Mapping[str, Statistic],
+        *,
+        keep_choices: bool = False,
+    ) -> None:
+        self.layer = layer
+        self._cursor = cursor
+        self._statistics = statistics
+        num_experts = layer.shape.num_experts
+        size = (num_domains, num_experts)
+        self._counts = torch.zeros(size, dtype=torch.int64)
+        self._weight_sums = torch.zeros(size, dtype=torch.float64)
+        start = {name: -torch.inf if _is_maximum(name) else 0.0 for name in statistics}
+        self._values = {name: torch.full(size, start[name], dtype=torch.float64) for name in statistics}
+        self._coactivation = torch.zeros((num_experts, num_experts), dtype=torch.int64)
+        self._transitions: Tensor | None = None
+        self._choices: list[Tensor] | None = [] if keep_choices else None
+        self._measured: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    @property
+    def _num_experts(self) -> int:
+        return self.layer.shape.num_experts
+
+    def start(
+        self,
+        hidden: Float[Tensor, "T D"],
+        top_k_index: Int[Tensor, "T K"],
+        top_k_weights: Float[Tensor, "T K"],
+    ) -> None:
+        """Count the choices of a batch."""
+        del hidden
+        cursor = self._cursor
+        index = top_k_index.detach().cpu().to(torch.int64)
+        weights = top_k_weights.detach().cpu().to(torch.float64)
+        index = index.masked_fill((index < 0) | (index >= self._num_experts), self._num_experts)
+        present = (index < self._num_experts) & cursor.valid[:, None]
+        cells = (cursor.domains[:, None] * self._num_experts + index)[present]
+        num_cells = self._counts.numel()
+        self._counts += torch.bincount(cells, minlength=num_cells).view_as(self._counts)
+        self._weight_sums += torch.bincount(cells, weights[present], num_cells).view_as(self._weight_sums)
+        chosen = index[cursor.valid]
+        _add_pairs(self._coactivation, chosen, chosen)
+        if cursor.previous is not None:
+            before, earlier = cursor.previous
+            before.followed_by(self, earlier, chosen)
+        cursor.previous = (self, chosen)
+        if self._choices is not None:
+            self._choices.append(chosen.to(torch.int32))
+
+    def followed_by(
+        self, later: LayerRecorder, chosen: Int[Tensor, "R K"], later_chosen: Int[Tensor, "R K2"]
+    ) -> None:
+        """Count which experts of the next layer follow which of this one, if both are of one stack."""
+        if self.layer.stack != later.layer.stack:
+            return
+        if self._transitions is None:
+            size = (self._num_experts, later.layer.shape.num_experts)
+            self._transitions = torch.zeros(size, dtype=torch.int64)
+        _add_pairs(self._transitions, chosen, later_chosen)
+
+    def expert(
+        self,
+        expert: int,
+        token_ids: Int[Tensor, " N"],
+        weights: Float[Tensor, " N"],
+        inputs: Float[Tensor, "N D"],
+        outputs: Float[Tensor, "N D"],
+    ) -> None:
+        """Take the statistics of one expert's rows."""
+        if not self._statistics or token_ids.numel() == 0:
+            return
+        rows = tuple(_widened(tensor.detach()) for tensor in (inputs, outputs, weights))
+        measured = {name: statistic.measure(*rows) for name, statistic in self._statistics.items()}
+        cells = self._cursor.domains[token_ids.cpu()] * self._num_experts + expert
+        self._measured.append((cells, measured))
+
+    def finish(self) -> None:
+        """Add the batch's statistics to the sums."""
+        if self._measured:
+            cells = torch.cat([cells for cells, _ in self._measured])
+            for name, values in self._values.items():
+                new = torch.cat([measured[name] for _, measured in self._measured]).to("cpu", torch.float64)
+                if _is_maximum(name):
+                    values.view(-1).scatter_reduce_(0, cells, new, "amax")
+                else:
+                    values.view(-1).index_add_(0, cells, new)
+        self._measured = []
+
+    def check_finite(self) -> None:
+        """Raise `CheckpointError` if the router's weights or a statistic became NaN or infinite."""
+        sums = {"routing weights": self._weight_sums}
+        sums |= {name: values[self._counts > 0] for name, values in self._values.items()}
+        for name, values in sums.items():
+            if not bool(torch.isfinite(values).all()):
+                raise CheckpointError(
+                    f"the {name} of layer {self.layer.index} became NaN or infinite; the checkpoint is "
+                    f"damaged, or its dtype cannot hold its activations: download it again or use float32"
+                )
+
+    def trace(self, expert_num_bytes: int) -> LayerTrace:
+        """What was seen so far."""
+        counts = self._counts
+        statistics = {
+            name: values.masked_fill(counts == 0, 0.0) if _is_maximum(name) else values / counts.clamp(min=1)
+            for name, values in self._values.items()
+        }
+        return LayerTrace(
+            index=self.layer.index,
+            shape=self.layer.shape,
+            top_k=self.layer.top_k,
+            num_groups=self.layer.num_groups,
+            top_groups=self.layer.top_groups,
+            expert_num_bytes=expert_num_bytes,
+            counts=counts.clone(),
+            weight_sums=self._weight_sums.clone(),
+            statistics=statistics,
+            coactivation=self._coactivation.clone(),
+            transitions=None if self._transitions is None else self._transitions.clone(),
+            choices=None if self._choices is None else torch.cat(self._choices),
+        )
+
+
+def _is_maximum(name: str) -> bool:
+    return name.startswith(_MAXIMUM_PREFIX)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32, so that no statistic squares and adds in 8 bits of mantissa."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _add_pairs(table: Int[Tensor, "E E2"], first: Int[Tensor, "R K"], second: Int[Tensor, "R K2"]) -> None:
+    """Add to ``table[i, j]`` the rows in which `first` holds i and `second` holds j."""
+    num_first, num_second = table.shape
+    rows = max(1, _MOST_PAIRS // max(1, first.shape[1] * second.shape[1]))
+    for one, other in zip(torch.split(first, rows), torch.split(second, rows), strict=True):
+        pairs = one[:, :, None] * num_second + other[:, None, :]
+        present = (one[:, :, None] < num_first) & (other[:, None, :] < num_second)
+        table += torch.bincount(pairs[present], minlength=table.numel()).view_as(table)

@@ -1,0 +1,316 @@
+"""Run a model that is larger than memory: one decoder layer, one expert at a time, from disk.
+
+The model is transformers' own; hooks read the weights of each decoder layer just before it runs and
+let them go after, and experts are read when tokens reach them. What is in memory at any time is one
+layer without its experts, one expert, the embedding or the head, and the activations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mixtura.checkpoints.skeleton import (
+    CheckpointView,
+    Slot,
+    build,
+    compute_buffers,
+    empty_experts,
+    read_slot,
+    slots,
+)
+from mixtura.checkpoints.stores import DiskStore, Transform
+from mixtura.checkpoints.viewing.droppable import check_drops
+from mixtura.checkpoints.viewing.mask import masked_layer
+from mixtura.checkpoints.viewing.memory import MemoryLayer
+from mixtura.errors import SettingError, UnsupportedModelError
+
+DEFAULT_WORKING_BYTES = 1 << 30
+LOGITS_BYTES = 64 << 20
+
+OnLogits = Callable[[Tensor, Tensor], None]
+OnBoth = Callable[[Tensor, Tensor, Tensor], None]
+# From final states [P, D] to logits [P, V].
+Head = Callable[[Tensor], Tensor]
+
+
+@final
+class Streamed:
+    """A model of a checkpoint that runs without ever being in memory as a whole.
+
+    ``model`` is a transformers model: call it, or give it to `mixtura.observe` with
+    ``layers=view.layers``. Every call reads the whole model from disk once, so make batches large;
+    `run` and `hidden` do that within a bound.
+
+    Args:
+        view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`.
+        transform: makes of each expert what is to run in its place, to try a plan without writing
+            it: called with the decoder layer's number, the expert's number and its tensors.
+        dropped: by decoder layer, experts that the router must never choose.
+        dtype: to compute in; by default the one that the config names.
+
+    Raises:
+        UserError: experts are dropped that are not there or cannot go.
+    """
+
+    def __init__(
+        self,
+        view: CheckpointView,
+        transform: Transform | None = None,
+        *,
+        dropped: Mapping[int, Collection[int]] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.view = view
+        self.model = build(view, dtype=dtype)
+        kept = check_drops(view.layers, dropped or {})
+        self._dropped = {
+            layer.index: [e for e in range(layer.num_experts) if e not in kept[layer.index]]
+            for layer in view.layers
+        }
+        for layer in view.layers:
+            empty_experts(self.model, layer).mixtura_store = DiskStore(layer, transform)
+        self._resident: set[int] = set()
+        self._attach()
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "S T"],
+        attention_mask: Int[Tensor, "S T"] | None = None,
+        *,
+        max_bytes: int = DEFAULT_WORKING_BYTES,
+    ) -> Float[Tensor, "S T D"]:
+        """What the last decoder layer and final norm make of every token.
+
+        Args:
+            input_ids: the tokens; padding belongs on the right.
+            attention_mask: 0 where a token is padding.
+            max_bytes: bound on activations; sequences that do not fit in it together run one batch
+                after the other, each of which reads the model again.
+        """
+        parts = [
+            self._outputs(input_ids[rows], None if attention_mask is None else attention_mask[rows])
+            for rows in self.batches(*input_ids.shape, max_bytes=max_bytes)
+        ]
+        return torch.cat([part.last_hidden_state for part in parts])
+
+    def run(
+        self,
+        input_ids: Int[Tensor, "S T"],
+        attention_mask: Int[Tensor, "S T"] | None = None,
+        *,
+        on_logits: OnLogits,
+        wanted: Bool[Tensor, "S T"] | None = None,
+        max_bytes: int = DEFAULT_WORKING_BYTES,
+        logits_bytes: int = LOGITS_BYTES,
+    ) -> None:
+        """Compute next-token logits and hand them over in chunks, so that they never exist together.
+
+        Args:
+            input_ids: the tokens; padding belongs on the right.
+            attention_mask: 0 where a token is padding.
+            on_logits: called with ``logits[P, V]`` and ``positions[P]``, places in the flattened
+                ``input_ids``; positions come in ascending order.
+            wanted: which positions to compute logits for; all that are not padding by default.
+            max_bytes: bound on activations; see `hidden`.
+            logits_bytes: bound on the logits of one chunk in float32.
+        """
+        for states, head, places in self._chunks(input_ids, attention_mask, wanted, max_bytes, logits_bytes):
+            on_logits(head(states), places)
+
+    def run_beside(
+        self,
+        input_ids: Int[Tensor, "S T"],
+        attention_mask: Int[Tensor, "S T"] | None = None,
+        *,
+        beside: Float[Tensor, "S T D"],
+        on_both: OnBoth,
+        wanted: Bool[Tensor, "S T"] | None = None,
+        max_bytes: int = DEFAULT_WORKING_BYTES,
+        logits_bytes: int = LOGITS_BYTES,
+    ) -> None:
+        """`run` with the logits of other states beside this model's, made by the same head.
+
+        Args:
+            input_ids: the tokens; padding belongs on the right.
+            attention_mask: 0 where a token is padding.
+            beside: states as `hidden` returned them for another variant of this model.
+            on_both: called with this model's ``logits[P, V]``, those of ``beside``, and
+                ``positions[P]``.
+            wanted: which positions to compute logits for; all that are not padding by default.
+            max_bytes: bound on activations; see `hidden`.
+            logits_bytes: bound on the logits of one chunk in float32, both together.
+        """
+        others = beside.flatten(0, 1)
+        chunks = self._chunks(input_ids, attention_mask, wanted, max_bytes, logits_bytes // 2)
+        for states, head, places in chunks:
+            on_both(head(states), head(others[places]), places)
+
+    def _chunks(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        wanted: Tensor | None,
+        max_bytes: int,
+        logits_bytes: int,
+    ) -> Iterator[tuple[Tensor, Head, Tensor]]:
+        """Final states of wanted positions a chunk at a time, the head for them, and their places."""
+        if wanted is None:
+            wanted = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        chunk = max(1, logits_bytes // (4 * vocabulary))
+        for rows in self.batches(*input_ids.shape, max_bytes=max_bytes):
+            mask = None if attention_mask is None else attention_mask[rows]
+            outputs = self._outputs(input_ids[rows], mask)
+            states = outputs.last_hidden_state.flatten(0, 1)
+            first = int(rows[0]) * input_ids.shape[1]
+            with self._head(outputs) as head:
+                for part in wanted[rows].reshape(-1).nonzero().squeeze(-1).split(chunk):
+                    yield states[part], head, part + first
+
+    def batches(self, num_sequences: int, length: int, *, max_bytes: int) -> Iterator[Int[Tensor, " rows"]]:
+        """Row numbers of the batches in which sequences run, as large as the bound allows.
+
+        Raises:
+            SettingError: the bound is not positive.
+        """
+        if max_bytes < 1:
+            raise SettingError(f"max_bytes must be at least 1, got {max_bytes}")
+        rows = max(1, max_bytes // (length * self.bytes_per_token(length)))
+        yield from torch.arange(num_sequences).split(rows)
+
+    def bytes_per_token(self, length: int) -> int:
+        """Bytes of activations that a token of a sequence takes at the widest place of a layer, about."""
+        shapes = [(layer.shape, layer.top_k) for layer in self.view.layers]
+        width = max(shape.d_model for shape, _ in shapes)
+        matrices = (p for block in self._blocks for p in block.parameters() if p.ndim == 2)
+        widest = max((max(matrix.shape) for matrix in matrices), default=width)
+        # Residual, norms in float32 and attention beside the rows of all chosen experts; an expert of
+        # many tokens has their hidden features as well.
+        experts = max(top_k * shape.d_model + 3 * shape.d_expert for shape, top_k in shapes)
+        activations = (10 * width + 3 * widest + experts) * max(self.model.dtype.itemsize, 2)
+        # The mask has a column per token; attention that is not fused has one per head as well.
+        config = self.model.config.get_text_config()
+        heads = int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
+        return int(activations) + length * (4 + 6 * heads)
+
+    @torch.no_grad()
+    def _outputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        return self._base(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+        )
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        base = self.model.base_model
+        if base is self.model or not isinstance(base, PreTrainedModel):
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no head that makes logits")
+        return base
+
+    @contextmanager
+    def _head(self, outputs: Any) -> Iterator[Head]:
+        """The part of the model after its base: head, scaling, capping. Its weights stay for the block.
+
+        The model's own forward computes it, with the base standing still at states that are given.
+        """
+        base = self._base
+        held = copy.copy(outputs)
+        base.forward = lambda *_, **__: held
+        head = self.model.get_output_embeddings()
+        try:
+            with self._kept(head), torch.no_grad():
+
+                def apply(states: Float[Tensor, "P D"]) -> Float[Tensor, "P V"]:
+                    held.last_hidden_state = states[None]
+                    ids = torch.zeros(1, states.shape[0], dtype=torch.int64)
+                    logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+                    assert isinstance(logits, Tensor)
+                    return logits[0]
+
+                yield apply
+        finally:
+            del base.forward
+
+    def _attach(self) -> None:
+        """Hooks on every decoder layer, and on each module outside of them that holds weights itself."""
+        inside: set[int] = set()
+        for block, members in self._blocks.items():
+            inside.update(id(module) for module in members)
+            self._hook(block, members)
+        for module in self.model.modules():
+            if id(module) not in inside and slots(module, (module,)):
+                self._hook(module, (module,))
+        for layer in self.view.layers:
+            experts = self._dropped.get(layer.index)
+            if experts:
+                block = self.model.get_submodule(layer.site.block_name)
+                _mask_when_called(block, MemoryLayer(layer.site, self.model), experts)
+
+    @cached_property
+    def _blocks(self) -> dict[nn.Module, tuple[nn.Module, ...]]:
+        """Every decoder layer with all modules in it."""
+        stacks = {layer.stack.partition(".*")[0] for layer in self.view.layers}
+        found = (block for name in stacks for block in self.model.get_submodule(name).children())
+        return {block: tuple(block.modules()) for block in found}
+
+    def _hook(self, module: nn.Module, members: tuple[nn.Module, ...]) -> None:
+        own = slots(self.model, members)
+
+        def enter(*_: Any) -> None:
+            if id(module) not in self._resident:
+                self._read(own)
+
+        def leave(*_: Any) -> None:
+            if id(module) not in self._resident:
+                _clear(own)
+
+        module.register_forward_pre_hook(enter)
+        # Also after an error or Ctrl-C in the layer, so that its weights do not stay behind.
+        module.register_forward_hook(leave, always_call=True)
+
+    def _read(self, wanted: Sequence[Slot]) -> None:
+        missing = []
+        for slot in wanted:
+            value = read_slot(slot, self.view)
+            if value is None:
+                missing.append(slot)
+            else:
+                slot.fill(value)
+        if missing:
+            compute_buffers(self.model, missing)
+
+    @contextmanager
+    def _kept(self, module: nn.Module) -> Iterator[None]:
+        """Keep the weights of a module in memory over several calls."""
+        own = slots(self.model, (module,))
+        self._read(own)
+        self._resident.add(id(module))
+        try:
+            yield
+        finally:
+            self._resident.discard(id(module))
+            _clear(own)
+
+
+def _clear(own: Sequence[Slot]) -> None:
+    for slot in own:
+        slot.clear()
+
+
+def _mask_when_called(block: nn.Module, layer: MemoryLayer, experts: Sequence[int]) -> None:
+    """Mask experts inside each call of a block, when the weights of its router are there."""
+    forward = block.forward
+
+    def masked_forward(*args: Any, **kwargs: Any) -> Any:
+        with masked_layer(layer, experts):
+            return forward(*args, **kwargs)
+
+    block.forward = masked_forward

@@ -1,3 +1,0 @@
-"""Parts of `mixtura.view`: finding MoE layers, reading them in memory and on disk, dropping experts."""
-
-from __future__ import annotations

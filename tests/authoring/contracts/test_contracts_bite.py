@@ -1,0 +1,270 @@
+"""A method that breaks a promise fails the check of that promise, with a reason of one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixtura.authoring.contracts import run
+from mixtura.authoring.scaffold import new_method
+from mixtura.errors import UserError
+from mixtura.methods import kinds
+
+CONNECT = """import socket
+try:
+    socket.socket().connect(("127.0.0.1", 9))
+except OSError:
+    pass
+"""
+
+# kind, the check that must fail, what to replace in a new method of the kind, and by what.
+BROKEN = [
+    ("routers", "check_header", '"title": "Mine"', '"title": ""'),
+    ("routers", "check_class_is_final", "@final\n", ""),
+    ("routers", "check_docstring_sections", "Shapes:", "Sizes:"),
+    ("routers", "check_doctest", "        4\n", "        5\n"),
+    ("routers", "check_doctest", ">>> ", ""),
+    ("routers", "check_import_is_quiet", "METHOD =", "torch.rand(1)\nMETHOD ="),
+    ("routers", "check_import_is_quiet", "METHOD =", CONNECT + "METHOD ="),
+    ("routers", "check_settings_have_defaults", "seed: int = 0", "seed: int = 0, more=1"),
+    ("routers", "check_settings_are_stored", "self.seed = seed\n", "self.number = seed\n"),
+    ("routers", "check_settings_are_stored", "self.seed = seed\n", "self.seed = str(seed)\n"),
+    ("balancers", "check_bad_settings_are_refused", "0, 1e6)", "0, 1e6) if coefficient > 0 else None"),
+    ("routers", "check_same_input_same_result", "scores = logits", "scores = torch.rand(1) + logits"),
+    ("routers", "check_inputs_are_unchanged", "logits = F", "inputs.x.mul_(2)\n        logits = F"),
+    ("routers", "check_global_randomness_is_untouched", "logits = F", "torch.rand(1)\n        logits = F"),
+    ("routers", "check_routing_is_whole", "(chosen, weights,", "(chosen, weights / 0,"),
+    ("routers", "check_routing_is_whole", "(chosen, weights,", "(chosen[:, [0, 0]], weights[:, [0, 0]],"),
+    ("routers", "check_tags_are_known", '["token_', '["reads:y", "token_'),
+    ("routers", "check_tags_are_known", '["token_', '["tkn_'),
+    ("routers", "check_disallowed_experts_are_not_chosen", '["token_', '["reads:allowed", "token_'),
+    ("routers", "check_causal", "logits = F", "logits = (1 + inputs.x.mean()) * F"),
+    ("routers", "check_batch_invariant", "logits = F", "logits = (1 + inputs.x.mean()) * F"),
+    ("routers", "check_padding_gets_no_expert", "valid=inputs.valid", "valid=inputs.valid | True"),
+    (
+        "routers",
+        "check_padding_gets_no_expert",
+        "logits.softmax(-1)",
+        "(logits - logits.mean(0)).softmax(-1)",
+    ),
+    ("routers", "check_few_tokens", "logits = F", "inputs.x.amax()\n        logits = F"),
+    ("routers", "check_reads_only_declared_fields", "logits = F", "logits = inputs.step + 1 * F"),
+    ("routers", "check_weights_sum_to_one", '["token_', '["normalized", "token_'),
+    ("routers", "check_tokens_are_independent", "(chosen, weights,", "(chosen, weights.cumsum(0),"),
+    ("routers", "check_gradient_reaches_every_parameter", "(chosen, weights,", "(chosen, weights.detach(),"),
+    (
+        "routers",
+        "check_gradient_matches_differences",
+        "(chosen, weights,",
+        "(chosen, 2 * weights - weights.detach(),",
+    ),
+    ("routers", "check_low_precision", "logits = F", "logits = inputs.x.float() @ self.weight.T + F"),
+    ("routers", "check_state_dict_round_trip", "logits = F", "logits = id(self) // 16 % 99991 * F"),
+    (
+        "balancers",
+        "check_results_are_finite",
+        "mean_scores(routing))",
+        "mean_scores(routing)) / routing.load.sum()",
+    ),
+    ("balancers", "check_imbalance_costs_more", "self.coefficient * routing", "-self.coefficient * routing"),
+    ("balancers", "check_loss_lowers_imbalance", "self.coefficient * routing", "-self.coefficient * routing"),
+    ("balancers", "check_tags_are_known", '"Mine"}', '"Mine", "tags": ["hot"]}'),
+    (
+        "balancers",
+        "check_expert_order_is_irrelevant",
+        "mean_scores(routing))",
+        "mean_scores(routing).cumsum(0))",
+    ),
+    ("balancers", "check_padding_does_not_count", "mean_scores(routing)", "routing.scores.mean(0)"),
+    ("balancers", "check_even_load_costs_least", "self.coefficient * routing", "-self.coefficient * routing"),
+    ("balancers", "check_collapse_is_seen", "self.coefficient * routing", "-self.coefficient * routing"),
+    ("balancers", "check_parts_make_the_whole", "load_shares(inputs) @", "mean_scores(routing) @"),
+    pytest.param(
+        "balancers",
+        "check_shards_make_the_whole",
+        "load_shares(inputs) @",
+        "mean_scores(routing) @",
+        marks=pytest.mark.slow,
+    ),
+    ("mixers", "check_tags_are_known", '["token_', '["tkn_'),
+    ("mixers", "check_output_is_whole", "weighted), routing", "weighted) + 1, routing"),
+    ("mixers", "check_padding_changes_nothing", "logits.softmax(-1)", "(logits - logits.sum(0)).softmax(0)"),
+    ("mixers", "check_few_tokens", "logits = i", "inputs.x.amax()\n        logits = i"),
+    ("mixers", "check_reads_only_declared_fields", "logits = i", "logits = inputs.step + 1 * i"),
+    ("mixers", "check_one_expert_is_that_expert", "made * routing.weights", "made * 2 * routing.weights"),
+    ("mixers", "check_causal", "logits = i", "logits = (1 + inputs.x.mean()) * i"),
+    ("mixers", "check_batch_invariant", "logits.softmax(-1)", "(logits - logits.mean(0)).softmax(-1)"),
+    (
+        "mixers",
+        "check_gradient_reaches_every_parameter",
+        "made * routing.weights",
+        "made * routing.weights.detach()",
+    ),
+    (
+        "mixers",
+        "check_gradient_matches_differences",
+        "made * routing",
+        "(2 * made - made.detach()) * routing",
+    ),
+    ("mixers", "check_low_precision", "inputs.x @", "inputs.x.float() @"),
+    ("mixers", "check_state_dict_round_trip", "logits = i", "logits = id(self) // 16 % 99991 * i"),
+    ("pruners", "check_only_drops", "trace, budget,", "trace.__class__, budget,"),
+    ("pruners", "check_relabelling", "layer.weight_sums.sum(0)", "layer.weight_sums.sum(0).cumsum(0)"),
+    ("pruners", "check_unseen_experts_have_a_score", "weight_sums.sum(0)", "weight_sums.sum(0).log()"),
+    ("quantizers", "check_shapes_and_dtypes", ".to(dtype)", ".float()"),
+    ("quantizers", "check_loses_less_than_everything", '["scales"]).to', '["scales"]).neg().to'),
+    ("quantizers", "check_predicted_bytes_are_written", "cols + 4", "cols + 2"),
+    ("quantizers", "check_second_round_changes_little", '["scales"]).to', '["scales"] * 1.9).to'),
+    ("quantizers", "check_zeros_stay_zero", '["scales"]).to', '["scales"] + 1).to'),
+    ("quantizers", "check_scale_is_irrelevant", "/ 127\n", "/ 127 + 1e-6\n"),
+    ("quantizers", "check_survives_storage", '{"rows": rows, "cols": cols}', '{"rows": rows}'),
+    (
+        "quantizers",
+        "check_decode_repeats",
+        "return (enc",
+        'encoded.tensors["scales"].mul_(1.1)\n        return (enc',
+    ),
+    ("quantizers", "check_bad_numbers_are_refused", "torch.isfinite(weight).all()", "True"),
+    ("caches", "check_contents_follow_the_touches", "self._arrivals.pop(0)", "key"),
+    (
+        "caches",
+        "check_no_room_is_refused",
+        "super().__init__(capacity)",
+        "super().__init__(abs(capacity) + 1)",
+    ),
+    ("analyses", "check_one_row_per_layer", '"layer": layer.index', '"layer": 0'),
+    ("analyses", "check_report_is_json", '"busiest": most', '"busiest": float("inf")'),
+    ("analyses", "check_nothing_seen", " if total else None", ""),
+    ("analyses", "check_expert_order_is_irrelevant", "layer.load.max()", "layer.load[0]"),
+    ("statistics", "check_one_number_per_assignment", ".mean(-1)", ".mean(-1)[:1]"),
+    ("statistics", "check_assignments_are_independent", ".mean(-1)", ".mean(-1).cumsum(0)"),
+    ("statistics", "check_low_precision", "outputs.float().abs()", "outputs.square().square()"),
+]
+
+
+@pytest.mark.parametrize(("kind", "check", "old", "new"), BROKEN)
+def test_a_broken_promise_is_found(tmp_path: Path, kind: str, check: str, old: str, new: str) -> None:
+    (path,) = new_method(kind, "mine", tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    (outcome,) = run(kind, str(path), only=[check])
+    assert outcome.status == "fail"
+    assert outcome.reason
+    assert "\n" not in outcome.reason
+
+
+# The same for checks of routers that only a tag calls for: the tag, and what breaks its promise.
+BROKEN_TAGS = [
+    (
+        "check_missing_fields_are_named",
+        "reads:token_ids",
+        "logits = F",
+        "inputs.token_ids + 1\n        logits = F",
+    ),
+    ("check_ties_go_to_the_lowest_index", "lowest_index", "(chosen, weights,", "(chosen + 1, weights,"),
+    ("check_state_goes_to_the_next_layer", "stateful", "valid=inputs", "state=scores, valid=inputs"),
+    ("check_decoding_equals_prefill", "reads:positions", "logits = F", "logits = (len(inputs.x) > 2) * F"),
+    ("check_causal", 'looks_ahead", "causal_inference', "logits = F", "logits = inputs.x.mean() * F"),
+]
+
+
+@pytest.mark.parametrize(("check", "tag", "old", "new"), BROKEN_TAGS)
+def test_a_broken_promise_of_a_tag_is_found(tmp_path: Path, check: str, tag: str, old: str, new: str) -> None:
+    (path,) = new_method("router", "mine", tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace("token_independent", tag).replace(old, new))
+    (outcome,) = run("router", str(path), only=[check])
+    assert outcome.status == "fail"
+
+
+def test_every_kind_is_broken_here() -> None:
+    broken = [getattr(case, "values", case) for case in BROKEN]
+    assert {kind for kind, *_ in broken} == {kind.name for kind in kinds()}
+
+
+def declare_gap(path: Path, check: str) -> None:
+    path.write_text(path.read_text().replace('"Mine"', f'"Mine", "gaps": {{"{check}": "a reason"}}'))
+
+
+def test_a_known_gap_is_no_failure(tmp_path: Path) -> None:
+    (path,) = new_method("cache", "mine", tmp_path)
+    path.write_text(path.read_text().replace("self._arrivals.pop(0)", "self._arrivals.pop()"))
+    before = {outcome.check: outcome for outcome in run("cache", str(path)) if not outcome.ok}
+    assert list(before) == ["check_doctest"]
+    declare_gap(path, "check_doctest")
+    after = {outcome.check: outcome for outcome in run("cache", str(path))}
+    assert all(outcome.ok for outcome in after.values())
+    assert (after["check_doctest"].status, after["check_doctest"].reason) == ("gap", "a reason")
+
+
+def test_a_gap_that_is_none_any_more_fails(tmp_path: Path) -> None:
+    (path,) = new_method("cache", "mine", tmp_path)
+    declare_gap(path, "check_doctest")
+    bad = [outcome for outcome in run("cache", str(path)) if not outcome.ok]
+    assert [(outcome.check, outcome.status) for outcome in bad] == [("check_doctest", "stale gap")]
+
+
+def test_a_gap_of_no_check_fails(tmp_path: Path) -> None:
+    (path,) = new_method("cache", "mine", tmp_path)
+    declare_gap(path, "check_nothing")
+    bad = [outcome for outcome in run("cache", str(path)) if not outcome.ok]
+    assert [outcome.check for outcome in bad] == ["check_header"]
+    assert "'check_nothing'" in bad[0].reason
+
+
+UPDATE = """    def start(self, shape: LayerShape) -> Mapping[str, Tensor]:
+        return {"bias": torch.zeros(shape.num_experts)}
+
+    def update(self, inputs: BalancerInput) -> Mapping[str, Tensor]:
+        bias, counts = inputs.state["bias"], inputs.demand.float()
+        return {"bias": bias + self.coefficient * (counts.mean() - counts).sign()}
+"""
+
+
+def balancer_by_bias(folder: Path, update: str) -> str:
+    """A balancer that moves a bias instead of adding a loss."""
+    (path,) = new_method("balancer", "mine", folder)
+    text = path.read_text()
+    text = text[: text.index("    def loss(")] + update
+    text = text.replace(
+        "from typing import final\n", "from collections.abc import Mapping\nfrom typing import final\n"
+    )
+    text = text.replace("import BalancerInput", "import BalancerInput, LayerShape")
+    text = text.replace("from jaxtyping import Float\n", "import torch\n")
+    start, end = text.index("        >>> from"), text.index("    Differences")
+    example = "        >>> Mine(coefficient=0.5).coefficient\n        0.5\n\n"
+    path.write_text(text[:start] + example + text[end:])
+    return str(path)
+
+
+def test_a_balancer_may_move_a_bias(tmp_path: Path) -> None:
+    path = balancer_by_bias(tmp_path, UPDATE)
+    assert [outcome for outcome in run("balancer", path, quick=True) if not outcome.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("check", "old", "new"),
+    [
+        ("check_update_lowers_imbalance", "counts.mean() - counts", "counts - counts.mean()"),
+        ("check_expert_order_is_irrelevant", ".sign()", ".sign().cumsum(0)"),
+        ("check_inputs_are_unchanged", "float()", "float()\n        inputs.routing.valid.logical_not_()"),
+        ("check_collapse_is_seen", "counts.mean() - counts", "counts - counts.mean()"),
+        ("check_bias_evens_the_load", "counts.mean() - counts", "counts - counts.mean()"),
+        ("check_state_keeps_its_form", '{"bias": bias', '{"other": bias'),
+        ("check_parts_make_the_whole", "inputs.demand", "inputs.routing.load"),
+        ("check_results_are_finite", "self.coefficient *", "self.coefficient / 0 * counts[0] +"),
+    ],
+)
+def test_a_broken_bias_is_found(tmp_path: Path, check: str, old: str, new: str) -> None:
+    assert old in UPDATE
+    path = balancer_by_bias(tmp_path, UPDATE.replace(old, new))
+    (outcome,) = run("balancer", path, only=[check])
+    assert outcome.status == "fail"
+
+
+def test_a_balancer_that_does_nothing_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Mine must define loss or update"):
+        run("balancer", balancer_by_bias(tmp_path, "    pass\n"))
