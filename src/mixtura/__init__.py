@@ -33,6 +33,7 @@ _PUBLIC = {
     "observe": "mixtura.running.observing",
     "apply_plan": "mixtura.checkpoints.apply",
     "load": "mixtura.running.loading",
+    "load_tokenizer": "mixtura.checkpoints.tokenizer",
     "set_bits": "mixtura.checkpoints.stores",
     "MixturaConfig": "mixtura.modeling.family",
     "MixturaForCausalLM": "mixtura.modeling.family",

@@ -1,4 +1,4 @@
-"""Errors that tell a user what is wrong, what was expected and what to do.
+"""Errors that say what is wrong, what was expected and what to do.
 
 Every error a user can cause is a `UserError`; the command line prints its one sentence and exits
 with code 2. Anything else is a fault of ours and keeps its traceback.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_loading import logits_of
+from running.test_loading import logits_of
 from tiny_plans import save_source, write
 
 import mixtura

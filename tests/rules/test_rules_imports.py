@@ -5,32 +5,19 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Set
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from mixtura.authoring.rooms import levels
 from mixtura.methods import METHODS_DIR, PACKAGE_DIR, kinds
 
 KINDS = {kind.name for kind in kinds()}
-
-# Each part may import those of its own line and of the lines above. A new part is entered here.
-LAYERS = (
-    {"errors", "units", "kept", "control_groups"},
-    {"settings", "routing", "types", "digest", "tokenizer"},
-    {"method", "trace"},
-    KINDS,
-    {"kernels"},
-    {"layer"},
-    {"modeling", "model"},
-    {"view", "viewing", "packed", "nesting"},
-    {"skeleton", "stores", "data", "summary", "applying", "contracts", "rerouting"},
-    {"apply", "loading", "stream"},
-    {"observe", "observing", "memory", "generation", "report"},
-    {"fit", "fitting", "train", "arena", "specimen", "resolve", "scaffold", "docs"},
-    {"cli"},
-)
-LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+LEVELS = levels()
 MODULES = sorted(PACKAGE_DIR.rglob("*.py"))
+MOST_ENTRIES = 20
 
 
 def part_of(path: Path) -> str:
@@ -51,17 +38,59 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.startswith("mixtura.")}
 
 
+def name_of(path: Path) -> str:
+    """The module that a file is."""
+    parts = path.relative_to(PACKAGE_DIR).with_suffix("").parts
+    return ".".join(("mixtura", *parts)).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))
 def test_imports_go_one_way(path: Path) -> None:
     part = part_of(path)
     if part == "__init__":
         assert not imports_of(path), "mixtura itself imports its parts when they are first used"
         return
-    assert part in LEVELS, f"{part} is a new part of mixtura: enter it in LAYERS here"
+    if part == "__main__":
+        return
+    assert part in LEVELS, f"{part} is a new room of mixtura: enter it in authoring/rooms.py"
     for name in imports_of(path):
         other = name.split(".")[1]
-        if other in LEVELS:
-            assert LEVELS[other] <= LEVELS[part], f"{path.name} imports {name}, which lies above {part}"
+        if other in LEVELS and other != part:
+            assert LEVELS[other] < LEVELS[part], f"{path.name} imports {name}, whose room is not below {part}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {name_of(path): path for path in MODULES}
+    graph = {name: named(path, files.keys()) for name, path in files.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail("files import each other in a circle: " + " -> ".join(reversed(error.args[1])))
+
+
+def named(path: Path, modules: Set[str]) -> set[str]:
+    """The modules that a file's imports name, each as far down as there is a file of that name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in modules else node.module or "" for name in inner}
+    return found & modules
+
+
+def test_the_package_fits_on_one_screen() -> None:
+    shown = [path for path in PACKAGE_DIR.iterdir() if not path.name.startswith("__pycache__")]
+    assert len(shown) <= MOST_ENTRIES, "a room holds what is for the same thing: find the one this belongs to"
+    rooms = {path.stem for path in shown if path.suffix == ".py" or path.is_dir()}
+    assert rooms - {"__init__", "__main__"} == set(LEVELS)
+
+
+def test_tests_mirror_the_rooms() -> None:
+    tests = Path(__file__).parents[1]
+    for folder in {path.parent for path in tests.rglob("test_*.py")} - {tests, tests / "rules"}:
+        assert (PACKAGE_DIR / folder.relative_to(tests)).is_dir(), f"{folder} tests no folder of the package"
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -69,10 +98,12 @@ def test_no_method_imports_another(kind: str) -> None:
     for path in (METHODS_DIR / kind).glob("*.py"):
         for name in imports_of(path):
             parts = name.split(".")
-            if parts[1] in KINDS and len(parts) > 2:
-                assert parts[2].startswith("_"), f"{path.name} imports the method {name}"
-            if path.name.startswith("_") and parts[1] in KINDS:
-                assert parts[1] == kind, f"{path} imports {name} of another kind"
+            if parts[1] != "methods" or len(parts) < 3 or parts[2] not in KINDS:
+                continue
+            if len(parts) > 3:
+                assert parts[3].startswith("_"), f"{path.name} imports the method {name}"
+            if path.name.startswith("_"):
+                assert parts[2] == kind, f"{path} imports {name} of another kind"
 
 
 @pytest.mark.parametrize(

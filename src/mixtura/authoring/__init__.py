@@ -1,1 +1,1 @@
-"""What writing a method takes: templates to start from, contracts to keep, pages that are generated."""
+"""Writing a method: a template to start from, the contract to keep, the pages generated of it."""

@@ -1,16 +1,18 @@
-"""The generated pages: one for every method, one for every kind, and an index.
+"""The generated pages: one for every method, one for every kind, an index, and parts of other pages.
 
 ``python -m mixtura.authoring.docs`` writes them; with ``--check`` it writes nothing and fails if a page is
-stale, missing or too many.
+stale, missing or too many. Parts stand between ``<!-- NAME -->`` and ``<!-- end of NAME -->``: the README's
+tree of rooms and the architecture's order of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mixtura.authoring import rooms
 from mixtura.authoring.contracts import checks
 from mixtura.methods import PACKAGE_DIR, Header, Kind, header, kinds, own_names
 
@@ -35,6 +37,10 @@ def stale(folder: Path = DOCS_DIR) -> list[str]:
         path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
         for path in (folder / "methods").rglob("*.md")
     }
+    for name in _PARTS:
+        if (folder / name).is_file():
+            there[name] = (folder / name).read_text(encoding="utf-8")
+            wanted[name] = _with_parts(there[name], _PARTS[name])
     return sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
 
 
@@ -44,12 +50,32 @@ def write(folder: Path = DOCS_DIR) -> list[str]:
     changed = stale(folder)
     for name in changed:
         path = folder / name
+        if name in _PARTS:
+            text = path.read_text(encoding="utf-8")
+            path.write_text(_with_parts(text, _PARTS[name]), encoding="utf-8")
+            continue
         if name not in wanted:
             path.unlink()
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(wanted[name], encoding="utf-8")
     return changed
+
+
+# Pages written by hand, by their path from the folder of docs, and what in them is generated.
+_PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "../README.md": {"tree": lambda: f"```\n{rooms.tree()}\n```"},
+    "architecture.md": {"order": lambda: f"`{rooms.order()}`"},
+}
+
+
+def _with_parts(text: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    for name, made in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin in text and end in text:
+            before, _, rest = text.partition(begin)
+            text = before + begin + made() + "\n" + end + rest.partition(end)[2]
+    return text
 
 
 def _index() -> str:

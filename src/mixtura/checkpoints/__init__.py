@@ -1,1 +1,1 @@
-"""Any transformers MoE checkpoint, as routers and experts: found, read expert by expert, and written anew."""
+"""Any transformers MoE model as routers and experts: opened from headers, read, and written anew."""

@@ -1,7 +1,7 @@
 """How a checkpoint of the mixtura format names and describes the experts it stores in fewer bits.
 
-`mixtura.checkpoints.apply` writes by these records and `mixtura.load` and `mixtura.running.stream` read by them. An
-ordinary checkpoint has no ``experts.json``; one of the mixtura format has, beside the tensors:
+`mixtura.checkpoints.apply` writes by these records; `mixtura.load` and `mixtura.running.stream` read by
+them. An ordinary checkpoint has no ``experts.json``; one of the mixtura format has, beside the tensors:
 
 * ``config.json`` with ``"quantization_config": {"quant_method": "mixtura", "version": 1}`` (and the
   source's own quantization under ``"source"``, which still holds for tensors outside the experts),

@@ -1,4 +1,4 @@
-"""The `mixtura` command: parse, call, print. One file a command; no logic of its own."""
+"""The `mixtura` command, one file a command: parse, call, print."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Text: what models are observed on, measured on and, for the specimen, trained on."""
+"""Text and tasks: what models are observed on, measured on and trained on."""

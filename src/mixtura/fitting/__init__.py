@@ -1,4 +1,4 @@
-"""A memory budget and a model: the plan with the least measured loss, applied, verified and shown."""
+"""A memory budget and a model: the plan with the least measured loss, applied, verified, shown."""
 
 from __future__ import annotations
 

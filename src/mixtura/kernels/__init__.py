@@ -1,4 +1,4 @@
-"""Expert matmuls, compiled and in plain PyTorch, and the experts backend for transformers built on them.
+"""Expert matmuls, compiled and in PyTorch, and the experts backend for transformers.
 
 `routed_experts` runs a mixture of experts from plain tensors. `register_backend` makes the same
 kernels available to every transformers model as ``experts_implementation="mixtura"``:

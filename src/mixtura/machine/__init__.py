@@ -1,1 +1,1 @@
-"""What this machine is and grants: its limits, what was measured on it, and the releases that are installed."""
+"""The machine: what it grants this process, and what was measured on it once."""

@@ -1,4 +1,4 @@
-"""Finding methods: a kind is a folder, a method is a file in it, its name is the file's name.
+"""The catalogue: a kind is a folder, a method is a file in it, its name is the file's name.
 
 Nothing lists the methods: adding ``mixtura/methods/routers/my_router.py`` adds the router ``my_router``.
 What a listing shows is read from the file's text (a literal ``METHOD`` and the docstring), so it

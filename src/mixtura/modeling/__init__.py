@@ -1,1 +1,1 @@
-"""A causal language model whose routers, mixers and balancers are chosen by name."""
+"""MoE layers of our own, and a language model of them with its parts chosen by name."""

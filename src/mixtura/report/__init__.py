@@ -1,4 +1,4 @@
-"""Report pages: one self-contained HTML file with tables, heat maps and curves, readable offline.
+"""How things are shown: self-contained pages, tables, charts, sizes and times.
 
 Pages need no network and no script. They follow the reader's light or dark setting, fit a phone,
 print in light colours, and give every picture's numbers as a table too. All text is escaped: what

@@ -1,4 +1,4 @@
-"""The routing of ordinary transformers models: other routers, balanced training, recorded choices.
+"""Other routers, balanced training and replayed choices in any transformers MoE model.
 
 The model keeps its class, its checkpoint format and its training loop, and `restore` takes it all back.
 

@@ -1,1 +1,1 @@
-"""Models that run: loaded, streamed from disk, watched, and generating within accounted memory."""
+"""Models that run: loaded, streamed from disk, watched, generating in accounted memory."""

@@ -1,4 +1,4 @@
-"""The specimen: a small, really trained mixture of experts that ships inside the package."""
+"""The specimen: a small, really trained MoE model that ships inside the package."""
 
 from __future__ import annotations
 

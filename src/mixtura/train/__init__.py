@@ -1,1 +1,1 @@
-"""Training of models of mixtura's own: configuration, text, curriculum, and transformers' Trainer."""
+"""Training such models, the arena that compares methods, and the making of the specimen."""

@@ -110,8 +110,7 @@ class StepConfig:
 class TrainConfig:
     """A training: the model's configuration, its text and its steps.
 
-    ``model`` holds fields of `mixtura.modeling.family.MixturaConfig`; sizes that follow from the tokenizer are
-    filled in.
+    ``model`` holds fields of `mixtura.MixturaConfig`; sizes that follow from the tokenizer are filled in.
     """
 
     seed: int = 0

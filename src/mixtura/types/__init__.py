@@ -1,4 +1,4 @@
-"""The records every part of mixtura talks through, and the one legend of shape letters.
+"""The records every part talks through, and the one legend of shape letters.
 
 Letters, the same everywhere:
 

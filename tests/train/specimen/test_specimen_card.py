@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mixtura.errors import CheckpointError
-from mixtura.specimen import card, path
+from mixtura.specimen import path
+from mixtura.train.specimen import card
 from mixtura.train.specimen.card_text import card_text, table
 from mixtura.train.specimen.measure import load_by_layer, specialisation
 

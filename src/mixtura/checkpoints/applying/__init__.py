@@ -1,3 +1,3 @@
-"""Parts of `mixtura.checkpoints.apply`: what goes where in the new checkpoint, its files, its journal, its card."""
+"""Parts of `checkpoints.apply`: what goes where in the new checkpoint, its files, its journal, its card."""
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class PackedLayer(LayerView):
 
 @final
 class PackedView(ModelView):
-    """A directory that `mixtura.checkpoints.apply` wrote in the mixtura format, opened from its headers alone.
+    """A directory that `mixtura.checkpoints.apply` wrote in mixtura's format, opened from its headers.
 
     Layers that the plan left whole are `DiskLayer`, the others `PackedLayer`. ``bits`` says at how many
     experts are read that hold several widths in one copy: for all of them, or by decoder layer and

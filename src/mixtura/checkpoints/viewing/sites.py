@@ -99,7 +99,7 @@ def stack_offsets(model: nn.Module, names: list[str]) -> dict[str, int]:
 
 
 def find_sites(model: nn.Module, expert_axes: dict[str, int]) -> tuple[Site, ...]:
-    """Every MoE layer of ``model`` in order. ``expert_axes``: see `mixtura.checkpoints.viewing.probe.expert_axes`."""
+    """Every MoE layer of ``model`` in order. ``expert_axes``: see `viewing.probe.expert_axes`."""
     modules = dict(experts_modules(model))
     offsets = stack_offsets(model, list(modules))
     tensors = named_tensors(model)

@@ -38,8 +38,8 @@ class Mixer(nn.Module, ABC):
     def forward(self, inputs: RouterInput, experts: ExpertsHandle) -> tuple[Float[Tensor, "T D"], Routing]:
         """The output of T tokens, zero where they are not valid, and who had which share in it.
 
-        The shares are a `Routing` like any other (see `mixtura.methods.mixers._shared.shares`), so that losses,
-        metrics and analyses read mixers as they read routers.
+        The shares are a `Routing` like any other (see `mixtura.methods.mixers._shared.shares`), so that
+        losses, metrics and analyses read mixers as they read routers.
 
         Raises:
             UserError: a field of the input that the method cannot do without is not there.

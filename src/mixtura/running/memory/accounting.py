@@ -54,7 +54,7 @@ class MemoryAccount:
 def account(
     model: CheckpointView | str | Path, context: int, *, batch: int = 1, as_packed: bool = False
 ) -> MemoryAccount:
-    """Account for generating from a checkpoint with `mixtura.running.generation`, without reading its weights.
+    """Account for generating from a checkpoint with `running.generation`, without reading its weights.
 
     It is what generating takes with PyTorch's kernels. Compiled ones, which run on some machines for some
     numbers of tokens, decode nothing and compile nothing, and take up to 20 MiB less.
@@ -103,7 +103,7 @@ def tokenizer_bytes(path: Path) -> int:
 
 
 def _compiles_kernels(dtype: torch.dtype, view: CheckpointView) -> bool:
-    """Whether PyTorch compiles a kernel for every shape it multiplies; see `mixtura.running.memory.process`."""
+    """Whether PyTorch compiles a kernel for every shape it multiplies; see `running.memory.process`."""
     largest = max(layer.shape.d_model * layer.shape.d_expert for layer in view.layers)
     return dtype.itemsize == 2 or largest >= LARGE_WEIGHT // 2
 

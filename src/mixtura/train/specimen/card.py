@@ -28,7 +28,7 @@ def measure_card(directory: Path, num_per_task: int = NUM_PER_TASK) -> dict[str,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mixtura.data.text import comparability_warning
-    from mixtura.specimen import measure
+    from mixtura.train.specimen import measure
 
     started = time.monotonic()
     tokenizer = AutoTokenizer.from_pretrained(directory)
