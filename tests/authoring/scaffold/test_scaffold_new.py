@@ -11,7 +11,7 @@ import pytest
 from mixtura.authoring.contracts import run
 from mixtura.authoring.scaffold import new_method
 from mixtura.errors import OutputError, UnknownNameError, UserError
-from mixtura.methods import PACKAGE_DIR, class_name, header, kinds
+from mixtura.methods import METHODS_DIR, PACKAGE_DIR, class_name, header, kinds
 
 KINDS = [kind.name for kind in kinds()]
 
@@ -25,7 +25,7 @@ def test_a_new_method_passes(tmp_path: Path, kind: str) -> None:
 
 
 def test_there_is_a_template_for_each_kind_and_no_other() -> None:
-    templates = {path.stem for path in (PACKAGE_DIR / "scaffold" / "templates").glob("*.txt")}
+    templates = {path.stem for path in (PACKAGE_DIR / "authoring" / "scaffold" / "templates").glob("*.txt")}
     assert templates == {*KINDS, "test"}
 
 
@@ -34,17 +34,17 @@ def test_by_default_it_goes_to_the_current_folder(tmp_path: Path, monkeypatch: p
     assert new_method("cache", "mine") == (tmp_path / "mine.py",)
 
 
-@pytest.mark.parametrize("where", [".", "docs", "src/mixtura/caches"])
+@pytest.mark.parametrize("where", [".", "docs", "src/mixtura/methods/caches"])
 def test_in_a_checkout_it_goes_to_its_kind_with_a_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    (tmp_path / "src/mixtura/caches").mkdir(parents=True)
+    (tmp_path / "src/mixtura/methods/caches").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
-    shutil.copy(PACKAGE_DIR / "method.py", tmp_path / "src/mixtura")
+    shutil.copy(METHODS_DIR / "__init__.py", tmp_path / "src/mixtura/methods")
     monkeypatch.chdir(tmp_path / where)
     method, test = new_method("cache", "mine")
     assert method == tmp_path / "src/mixtura/methods/caches/mine.py"
-    assert test == tmp_path / "tests/caches/test_cache_mine.py"
+    assert test == tmp_path / "tests/methods/caches/test_cache_mine.py"
     compile(test.read_text(), str(test), "exec")
 
 
