@@ -1,15 +1,19 @@
 """Errors that say what is wrong, what was expected and what to do.
 
 Every error a user can cause is a `UserError`; the command line prints its one sentence and exits
-with code 2. Anything else is a fault of ours and keeps its traceback.
+with the error's `exit_code`. Anything else is a fault of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import ClassVar
 
+# What was asked for is mistyped, missing or damaged: other words or files are needed.
 EXIT_USER_ERROR = 2
+# What was asked for is well formed and understood, but cannot be had: another limit is needed.
+EXIT_UNMET = 3
 
 
 class MixturaError(Exception):
@@ -18,6 +22,8 @@ class MixturaError(Exception):
 
 class UserError(MixturaError, ValueError):
     """Something the user asked for cannot be done as asked; the message says what to do instead."""
+
+    exit_code: ClassVar[int] = EXIT_USER_ERROR
 
 
 class UnknownNameError(UserError, LookupError):
@@ -35,7 +41,13 @@ class UnsupportedModelError(UserError):
     """A model that is whole but that mixtura cannot work on, with the reason."""
 
 
-class BudgetError(UserError):
+class UnmetError(UserError):
+    """A well-formed wish that no result meets, such as a limit on loss; scripts see another exit code."""
+
+    exit_code: ClassVar[int] = EXIT_UNMET
+
+
+class BudgetError(UnmetError):
     """A budget that cannot be met; the message says the smallest that can."""
 
 

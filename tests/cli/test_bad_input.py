@@ -1,4 +1,4 @@
-"""What goes wrong for a user ends in one clear sentence and exit code 2, through the command line."""
+"""What goes wrong for a user ends in one clear sentence and its exit code, through the command line."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def copied(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def refused(*arguments: str, env: dict[str, str] | None = None) -> str:
+def refused(*arguments: str, code: int = 2) -> str:
     """The one sentence of a refusal; fails unless the command refuses in the way it must."""
-    done = run_mixtura(*arguments, env=env)
-    assert done.returncode == 2, done.stderr
+    done = run_mixtura(*arguments)
+    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -39,8 +39,8 @@ def refused(*arguments: str, env: dict[str, str] | None = None) -> str:
     return lines[0]
 
 
-def fit(model: Path | str, out: Path, *more: str) -> str:
-    return refused("fit", str(model), "--out", str(out), *more)
+def fit(model: Path | str, out: Path, *more: str, code: int = 2) -> str:
+    return refused("fit", str(model), "--out", str(out), *more, code=code)
 
 
 def change(model: Path, name: str, value: torch.Tensor | None) -> None:
@@ -119,13 +119,13 @@ def test_an_unknown_statistic_and_method(source: Path) -> None:
 
 
 def test_an_impossible_budget_names_the_smallest(source: Path, tmp_path: Path) -> None:
-    said = fit(source, tmp_path / "out", "--model-memory", "1KiB")
+    said = fit(source, tmp_path / "out", "--model-memory", "1KiB", code=3)
     assert "--model-memory" in said
     assert any(word.isdigit() for word in said.split())
 
 
 def test_a_process_budget_below_the_runtime(source: Path, tmp_path: Path) -> None:
-    assert "--model-memory" in fit(source, tmp_path / "out", "--memory", "1MiB")
+    assert "--model-memory" in fit(source, tmp_path / "out", "--memory", "1MiB", code=3)
 
 
 def test_both_budgets_and_nonsense_sizes(source: Path, tmp_path: Path) -> None:

@@ -10,26 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import mixtura.cli
-
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command and gives its exit code, what it printed, and what it said on stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mixtura", *arguments])
-        try:
-            mixtura.cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def test_methods_lists_all_by_kind(run: Run) -> None:

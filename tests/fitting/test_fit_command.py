@@ -138,7 +138,7 @@ def test_estimate_reads_headers_only(fitted: tuple[Path, dict], tmp_path: Path) 
 def test_too_little_loss_allowed_says_what_sizes_cost(fitted: tuple[Path, dict], tmp_path: Path) -> None:
     source, _ = fitted
     done = run_mixtura("fit", str(source), "--max-kl", "1e-12", "--out", str(tmp_path / "out"))
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert "costs" in done.stderr
     assert not (tmp_path / "out").exists()
 

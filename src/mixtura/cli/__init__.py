@@ -9,7 +9,7 @@ from importlib import import_module
 import typer
 
 import mixtura
-from mixtura.errors import EXIT_USER_ERROR, UserError
+from mixtura.errors import UserError
 
 # Command -> line shown by `mixtura --help`; the function of that name lives in the file of that name
 # (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
@@ -50,7 +50,7 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line. A user's error is one sentence and exit code 2; Ctrl-C is 130."""
+    """Run the command line. A user's error is one sentence and its exit code; Ctrl-C is 130."""
     # The hub is asked only when a command needs it; tokenizers warns about forks nobody asked for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -58,7 +58,7 @@ def main() -> None:
     except UserError as error:
         message = " ".join(str(error).split())
         typer.echo(f"error: {message}", err=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written by halves; a fit asked for again continues", err=True)
         sys.exit(EXIT_INTERRUPTED)

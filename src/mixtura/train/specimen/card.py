@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mixtura.errors import EXIT_USER_ERROR, CheckpointError, UserError
+from mixtura.errors import CheckpointError, UserError
 from mixtura.specimen import MODEL, path
 from mixtura.train.specimen.card_text import card_text
 
@@ -70,7 +70,7 @@ def main() -> int:
         write_card(directory, arguments.num_per_task)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
     return 0
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtura.errors import EXIT_USER_ERROR, UserError
+from mixtura.errors import UserError
 from mixtura.specimen import MODEL
 
 RUN = Path("build/specimen")
@@ -62,7 +62,7 @@ def main() -> int:
         make(arguments.run, arguments.out, arguments.set, card=not arguments.no_card)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
     return 0
 
 
