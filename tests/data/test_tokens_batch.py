@@ -9,11 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from mixtura.data.evaluate import bits_per_byte, generate_completions, task_accuracy, text_bits
 from mixtura.data.records import Document
 from mixtura.data.text import held_out_tasks
 from mixtura.data.tokens import encode_documents, encode_text
 from mixtura.errors import SettingError
+from mixtura.running.evaluate import bits_per_byte, generate_completions, task_accuracy, text_bits
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mixtura.data import tasks
 from mixtura.data.corpora import split_documents, training_documents
-from mixtura.data.evaluate import bits_per_byte, task_accuracy
 from mixtura.data.records import Document
 from mixtura.data.text import DOMAINS, held_out_tasks
 from mixtura.data.tokens import encode_documents, encode_text
+from mixtura.running.evaluate import bits_per_byte, task_accuracy
 from mixtura.train.specimen.baselines import byte_ngram_bits, token_ngram_bits, xz_alone_bits, xz_primed_bits
 from mixtura.train.specimen.recipe import recipe
 
