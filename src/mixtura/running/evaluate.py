@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from mixtura.data.records import Document, Task
 from mixtura.data.tokens import encode_text
+from mixtura.running.decoding import decoding_config
 
 EXTRA_TOKENS = 16
 
@@ -30,9 +31,7 @@ def generate_completions(
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
+            generation_config=decoding_config(model, max_new_tokens=max_new_tokens, pad_token_id=pad),
         )
     return [str(text) for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 

@@ -7,7 +7,6 @@ that leave the global generator alone.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,12 @@ from typing import Any, final
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextStreamer
 from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from mixtura.errors import UserError, check_range
+from mixtura.running.decoding import StopStrings, decoding_config
 
 # Tokens of a prompt that run together. Attention that is not fused holds a score for each of them,
 # every earlier token and every head.
@@ -70,7 +70,8 @@ def generate(
         tokenizer: the model's.
         prompt: text to continue, or with ``chat`` a user's message.
         max_new_tokens: tokens to generate at most; an end token of the model stops earlier.
-        temperature: 0 takes the likeliest token each time, more draws from the distribution.
+        temperature: 0 takes the likeliest token each time; more draws from the distribution, in the way
+            that the model's ``generation_config.json`` says (see `mixtura.running.decoding`).
         seed: of the draws.
         chat: put the prompt through the tokenizer's chat template.
         on_text: called with pieces of the text as they are made.
@@ -85,7 +86,13 @@ def generate(
     _check_positions(model, prompt_ids.shape[0], max_new_tokens)
     clock = Clock(tokenizer, on_text)
     new = new_tokens(
-        model, prompt_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, streamer=clock
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        streamer=clock,
+        stops=StopStrings(model, tokenizer, prompt_ids.shape[0]),
     )
     return Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -132,14 +139,20 @@ def new_tokens(
     temperature: float = 0.0,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
+    stops: StopStrings | None = None,
 ) -> Int[Tensor, " N"]:
     """The tokens that follow a prompt's, by transformers' ``generate`` in bounded memory.
 
-    The memory this takes is what `mixtura.running.memory.account` accounts for.
+    The memory this takes is what `mixtura.running.memory.account` accounts for. An end token of the model ends
+    them early, and what ``stops`` finds.
+
+    Raises:
+        UserError: the model cannot generate, or its configuration says how in a way that cannot be.
     """
+    config = decoding_config(
+        model, temperature, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None
+    )
     cache = reserved_cache(model, prompt_ids.shape[0] + max_new_tokens)
-    config = _generation_config(model, temperature)
-    config.max_new_tokens, config.min_new_tokens = max_new_tokens, min_new_tokens or None
     if cache is not None and prefills_in_chunks(cache):
         config.prefill_chunk_size = chunk_tokens(model)
     with _seeded(seed):
@@ -148,6 +161,7 @@ def new_tokens(
             attention_mask=torch.ones_like(prompt_ids)[None],
             generation_config=config,
             streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
             **({} if cache is None else {"past_key_values": cache}),
         )
     return made[0, prompt_ids.shape[0] :]  # type: ignore[no-any-return]
@@ -257,21 +271,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _generation_config(model: PreTrainedModel, temperature: float) -> GenerationConfig:
-    """Greedy decoding with nothing but the model's special tokens, or the model's own way of drawing."""
-    own = model.generation_config
-    assert own is not None
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    pad = next((token for token in (own.pad_token_id, *ends) if token is not None), 0)
-    if temperature > 0:
-        config = copy.deepcopy(own)
-        config.do_sample, config.temperature, config.max_length = True, temperature, None
-        config.pad_token_id = pad
-        return config
-    special = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id, "pad_token_id": pad}
-    return GenerationConfig(do_sample=False, **special)
 
 
 @final

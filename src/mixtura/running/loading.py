@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mixtura.checkpoints.applying.packing import PackExpert, expert_tensors, packed_units
 from mixtura.checkpoints.nesting import Widths, check_named
@@ -33,8 +33,7 @@ from mixtura.errors import CheckpointError, UnsupportedModelError
 from mixtura.kernels import quicken
 from mixtura.rerouting.saving import load_router
 from mixtura.rerouting.side_files import has_side_files
-
-GENERATION_CONFIG = "generation_config.json"
+from mixtura.running.decoding import read_generation_config
 
 
 def load(
@@ -95,6 +94,8 @@ def load_own_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTra
 
     if not any(Path(path).glob("*.safetensors")):
         raise CheckpointError(f"{path} has no safetensors weights; save the model again")
+    # transformers passes over one that it cannot read.
+    read_generation_config(Path(path))
     model: PreTrainedModel = MixturaForCausalLM.from_pretrained(
         path, dtype="auto" if dtype is None else dtype, local_files_only=True
     )
@@ -176,8 +177,9 @@ def _finish(model: PreTrainedModel, path: Path) -> None:
     """What transformers adds to a model that it loads."""
     model.name_or_path = str(path)
     model.config.name_or_path = str(path)
-    if model.can_generate() and (path / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    own = read_generation_config(path)
+    if model.can_generate() and own is not None:
+        model.generation_config = own
 
 
 def _refuse_save(*_: Any, **__: Any) -> None:
