@@ -17,7 +17,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_is_short() -> None:
-    assert len(README.splitlines()) <= 150
+    by_hand = re.sub(r"<!-- (\w+) -->.*?<!-- end of \1 -->", "", README, flags=re.DOTALL)
+    assert len(by_hand.splitlines()) <= 150
 
 
 @pytest.mark.slow

@@ -13,7 +13,19 @@ from mixtura.errors import UserError
 
 # Command -> line shown by `mixtura --help`; the function of that name lives in the file of that name
 # (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
-COMMANDS = ("fit", "inspect", "observe", "generate", "train", "arena", "methods", "show", "new", "check")
+COMMANDS = (
+    "fit",
+    "inspect",
+    "doctor",
+    "observe",
+    "generate",
+    "train",
+    "arena",
+    "methods",
+    "show",
+    "new",
+    "check",
+)
 EXIT_INTERRUPTED = 130
 
 

@@ -120,6 +120,11 @@ def isas() -> tuple[str, ...]:
     return () if _native is None else tuple(_native.isas())
 
 
+def why_missing() -> str:
+    """Why there are no compiled kernels; empty where there are."""
+    return _why_missing
+
+
 def native() -> Any | None:
     """The extension, or None where it is missing, which is said once."""
     if _native is None:

@@ -143,7 +143,7 @@ def new_tokens(
 ) -> Int[Tensor, " N"]:
     """The tokens that follow a prompt's, by transformers' ``generate`` in bounded memory.
 
-    The memory this takes is what `mixtura.running.memory.account` accounts for. An end token of the model ends
+    The memory this takes is what `running.memory.account` accounts for. An end token of the model ends
     them early, and what ``stops`` finds.
 
     Raises:
