@@ -25,13 +25,14 @@ from mixtura.checkpoints.applying.blueprint import Blueprint, blueprint
 from mixtura.checkpoints.applying.card import CardFacts, model_card, name_of_source
 from mixtura.checkpoints.applying.checking import check_plan
 from mixtura.checkpoints.applying.config import config_json
-from mixtura.checkpoints.applying.shards import INDEX_FILE, Shard, index_json, pack_shards, write_text
+from mixtura.checkpoints.applying.shards import Shard, index_json, pack_shards, write_text
 from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json, is_packed
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
+from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
 from mixtura.errors import MixturaError, OutputError, SettingError, UnsupportedModelError, UserError
 from mixtura.types import Plan
 

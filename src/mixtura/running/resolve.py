@@ -15,15 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from mixtura.checkpoints.viewing.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INDEX_SUFFIX,
+    first_file,
+    weight_map,
+    without_weights,
+)
 from mixtura.errors import CheckpointError, OutputError, UnsupportedModelError, UserError
 from mixtura.report.units import format_bytes
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # What belongs to a model beside its weights: configs, tokenizers, templates, licence, card. Code does not.
 _SIDE_FILES = re.compile(
-    r"[^/]+\.(json|txt|model|jinja|tiktoken)|(LICENSE|NOTICE|README|USE_POLICY)[^/]*", re.IGNORECASE
+    r"[^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja|"
+    r"(LICENSE|NOTICE|README|USE_POLICY)[^/]*",
+    re.IGNORECASE,
 )
+# Weights that are not the model's own: what an adapter adds to it, and the routers that were set in it.
+_BESIDE = {ADAPTER_CONFIG: ADAPTER_WEIGHTS, "router.json": "router.safetensors"}
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
 # Room left on the disk beyond the download, for the file system and everyone else.
 _SPARE_BYTES = 256 << 20
@@ -91,7 +101,9 @@ def resolve_model(model: str | None, *, assume_yes: bool = False, ask: Ask | Non
         return Resolved(specimen.path(), "specimen")
     path = Path(model).expanduser()
     if path.exists():
-        return Resolved(path, path.resolve().name)
+        from mixtura.checkpoints.applying.card import name_of_source
+
+        return Resolved(path, name_of_source(path))
     hub_id = HubId.parse(model)
     if hub_id is None:
         raise CheckpointError(
@@ -153,21 +165,41 @@ def _model_info(hub_id: HubId) -> Any:
 
 def _files_of(hub_id: HubId, info: Any) -> dict[str, int]:
     """The files of a model that are needed and their sizes: weights as the index lists them, side files."""
+    sizes = {sibling.rfilename: int(sibling.size or 0) for sibling in info.siblings or ()}
+    wanted = {name for name in sizes if _SIDE_FILES.fullmatch(name)}
+    wanted |= {weights for note, weights in _BESIDE.items() if {note, weights} <= set(sizes)}
+    incomplete = UnsupportedModelError(
+        f"{hub_id} on the hub has no complete safetensors weights, the only kind that mixtura reads; "
+        f"choose another revision or a model that has them"
+    )
+    if not any(name.endswith(".safetensors") for name in sizes):
+        raise incomplete
+    config = _json_of(hub_id, info, "config.json") if "config.json" in sizes else {}
+    first = first_file(sizes.__contains__, config)
+    if first is None:
+        raise without_weights(sizes, f"{hub_id} on the hub")
+    shards = {first}
+    if first.endswith(INDEX_SUFFIX):
+        folder = first.rpartition("/")[0]
+        named = set(weight_map(_json_of(hub_id, info, first), f"{first} of {hub_id}").values())
+        shards |= {f"{folder}/{name}" if folder else name for name in named}
+    if not shards <= set(sizes):
+        raise incomplete
+    return {name: sizes[name] for name in (*sorted(wanted - shards), *sorted(shards))}
+
+
+def _json_of(hub_id: HubId, info: Any, name: str) -> dict[str, Any]:
+    """A small file of the hub as JSON."""
     from huggingface_hub import hf_hub_download
 
-    sizes = {sibling.rfilename: int(sibling.size or 0) for sibling in info.siblings or ()}
-    wanted = {name: size for name, size in sizes.items() if _SIDE_FILES.fullmatch(name)}
-    if INDEX_FILE in sizes:
-        index = _fetched(hub_id, lambda: hf_hub_download(hub_id.repo, INDEX_FILE, revision=info.sha))
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-    else:
-        shards = {SINGLE_FILE} & set(sizes)
-    if not shards or not shards <= set(sizes):
-        raise UnsupportedModelError(
-            f"{hub_id} on the hub has no complete safetensors weights, the only kind that mixtura reads; "
-            f"choose another revision or a model that has them"
-        )
-    return wanted | {name: sizes[name] for name in sorted(shards)}
+    file = _fetched(hub_id, lambda: hf_hub_download(hub_id.repo, name, revision=info.sha))
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name} of {hub_id} holds no JSON object; choose another revision")
+    return content
 
 
 def _is_cached(repo: str, commit: str, name: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,16 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mixtura.checkpoints.view import open_model
-from mixtura.checkpoints.viewing.formats import decode_fp8, decode_mxfp4
+from mixtura.checkpoints.viewing.formats import decode_fp8, decode_mxfp4, fp8_blocks
+from mixtura.checkpoints.viewing.quantization import fp8_block
 from mixtura.errors import CheckpointError
 
 BLOCK = 128
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +75,36 @@ def test_fp8_scales_stored_as_exponents() -> None:
     codes = torch.ones(2, 4).to(torch.float8_e4m3fn)
     scales = torch.tensor([[127, 129]], dtype=torch.uint8)
     assert decode_fp8(codes, scales, torch.float32).tolist() == [[1.0, 1.0, 4.0, 4.0]] * 2
+
+
+def test_fp8_blocks_that_no_config_states() -> None:
+    # The last block is cut off: 128 and 32 rows, not 80 and 80.
+    codes, scale = to_fp8(torch.randn(160, 300, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(decode_fp8(codes, scale, torch.float32), by_loop(codes, scale))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "stated", "blocks"),
+    [
+        ((160, 160), (2, 2), None, (128, 128)),
+        ((160, 160), (3, 3), (64, 64), (64, 64)),
+        ((160, 160), (160, 5), (128, 128), (1, 32)),
+        ((6, 160, 96), (6, 2, 1), None, (128, 128)),
+        ((6, 160, 96), (6, 1, 1), None, (160, 128)),
+        ((160, 96), (1,), None, (160, 96)),
+        ((160, 160), (2, 2), (64, 64), None),
+        ((160, 160), (3, 3), None, None),
+        ((160, 160), (160,), None, None),
+        ((6, 160, 160), (6, 160), None, None),
+    ],
+)
+def test_lengths_of_fp8_blocks(
+    shape: tuple[int, ...],
+    scale: tuple[int, ...],
+    stated: tuple[int, int] | None,
+    blocks: tuple[int, int] | None,
+) -> None:
+    assert fp8_blocks(shape, scale, stated) == blocks
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +173,32 @@ def test_fp8_checkpoint(fp8: tuple[Path, dict[str, Tensor]]) -> None:
     # 3 matrices of 136 x 160 bytes with 2 x 2 scales of 4 bytes each
     assert layer.expert_num_bytes == 3 * (136 * 160 + 16)
     assert torch.equal(layer.tensor(layer.shared_experts[0]), decoded[layer.shared_experts[0]])
+
+
+@pytest.mark.parametrize("stated", [{}, {"weight_block_size": None}])
+def test_fp8_checkpoint_without_a_stated_block_size(
+    fp8: tuple[Path, dict[str, Tensor]], tmp_path: Path, stated: dict[str, Any]
+) -> None:
+    path, decoded = Path(shutil.copytree(fp8[0], tmp_path / "copy")), fp8[1]
+    edit_config(path, quantization_config={"quant_method": "fp8", **stated})
+    expert = open_model(path).layers[0].expert(2)
+    assert torch.equal(expert.up, decoded["model.layers.1.mlp.experts.2.up_proj.weight"])
+    assert torch.equal(expert.down, decoded["model.layers.1.mlp.experts.2.down_proj.weight"])
+
+
+def test_fp8_blocks_that_fit_nothing_are_refused(fp8: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(fp8[0], tmp_path / "copy"))
+    edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
+    with pytest.raises(CheckpointError, match=r"scales of shape \[2, 1\].*weight_block_size \[64, 64\]"):
+        open_model(path)
+    edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [128]})
+    with pytest.raises(CheckpointError, match="two positive numbers"):
+        open_model(path)
+
+
+def test_a_block_size_that_a_part_of_the_config_states() -> None:
+    raw = {"text_config": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 32]}}}
+    assert fp8_block(raw) == (64, 32)
 
 
 def test_fp8_checkpoint_loses_scales_with_its_experts(fp8: tuple[Path, dict[str, Tensor]]) -> None:

@@ -103,7 +103,8 @@ class CopyRows(Unit):
     ) -> CopyRows:
         """The unit that copies `entry`; its output's shape follows from `rows`."""
         shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        return CopyRows(OutputTensor(name or entry.name, entry.dtype, shape), entry, rows, watch)
+        foreign = None if entry.foreign is None else (entry.foreign, entry.num_bytes)
+        return CopyRows(OutputTensor(name or entry.name, entry.dtype, shape, foreign), entry, rows, watch)
 
     @property
     def tensors(self) -> tuple[OutputTensor, ...]:

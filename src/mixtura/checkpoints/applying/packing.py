@@ -29,6 +29,7 @@ from mixtura.checkpoints.packed import (
 )
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.headers import TensorEntry
+from mixtura.checkpoints.viewing.quantization import fp8_block
 from mixtura.errors import UserError
 from mixtura.methods import create
 from mixtura.methods.quantizers import Quantizer
@@ -238,8 +239,13 @@ def _unchanged(view: DiskView, layer: DiskLayer, sample: int) -> Storage:
     kind = kinds.pop()
     if kinds or kind not in STORED_KINDS:
         return Dense()
-    block = (view.raw_config.get("quantization_config") or {}).get("weight_block_size")
-    storage = AsStored(layer.index, kind, block, {matrix: pieces for matrix, (_, pieces) in found.items()})
+    block = fp8_block(view.raw_config)
+    storage = AsStored(
+        layer.index,
+        kind,
+        None if block is None else list(block),
+        {matrix: pieces for matrix, (_, pieces) in found.items()},
+    )
     # A family may put pieces together in another way than one after the other; then values go first.
     native = layer.native_expert(sample)
     for matrix, weight in zip(MATRICES, (native.up, native.down), strict=True):

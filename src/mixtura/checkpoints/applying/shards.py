@@ -22,24 +22,35 @@ import torch
 from torch import Tensor
 
 from mixtura.checkpoints.viewing.headers import DTYPES
+from mixtura.checkpoints.viewing.weight_files import SINGLE_FILE
 
 UNFINISHED_SUFFIX = ".unfinished"
-INDEX_FILE = "model.safetensors.index.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of the new checkpoint: its on-disk name, dtype and shape."""
+    """A tensor of the new checkpoint: its on-disk name, dtype and shape.
+
+    ``foreign`` is the name of a type that PyTorch does not know, and how many bytes the tensor has.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    foreign: tuple[str, int] | None = None
+
+    @property
+    def type_name(self) -> str:
+        """The type, as the file's header calls it."""
+        return _DTYPE_NAMES[self.dtype] if self.foreign is None else self.foreign[0]
 
     @property
     def num_bytes(self) -> int:
         """Bytes on disk."""
+        if self.foreign is not None:
+            return self.foreign[1]
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -103,7 +114,7 @@ class Shard:
         start = 0
         for tensor in self.tensors:
             fields[tensor.name] = {
-                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "dtype": tensor.type_name,
                 "shape": list(tensor.shape),
                 "data_offsets": [start, start + tensor.num_bytes],
             }
@@ -167,7 +178,7 @@ def pack_shards(units: Sequence[Unit], shard_bytes: int) -> tuple[Shard, ...]:
         groups[-1].append(unit)
         filled += unit.num_bytes
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
+        return (Shard(SINGLE_FILE, tuple(groups[0])),)
     total = len(groups)
     return tuple(
         Shard(f"model-{number:05}-of-{total:05}.safetensors", tuple(group))

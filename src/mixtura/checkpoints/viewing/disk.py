@@ -24,13 +24,17 @@ from mixtura.checkpoints.viewing.formats import Decoder, StoredTensor, stored_te
 from mixtura.checkpoints.viewing.headers import TensorFiles
 from mixtura.checkpoints.viewing.mapping import ShapeModel, Source, add_tied, map_sources
 from mixtura.checkpoints.viewing.meta import build_from_config, named_tensors
-from mixtura.checkpoints.viewing.opening import no_collection, open_files
+from mixtura.checkpoints.viewing.opening import OpenedFiles, no_collection, open_files
 from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
+from mixtura.checkpoints.viewing.quantization import check_readable, fp8_block, refuse_by_names, stated_format
 from mixtura.checkpoints.viewing.records import Site
 from mixtura.checkpoints.viewing.refusals import refuse_without_experts
 from mixtura.checkpoints.viewing.sites import experts_modules, find_sites
 from mixtura.errors import suggest
 from mixtura.kernels import ExpertTensors
+
+# What a model can compute in: PyTorch lets no narrower dtype be the default of a model's tensors.
+_COMPUTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @final
@@ -149,19 +153,13 @@ class DiskView(ModelView):
         self._meta = build_from_config(self._config)
         if next(experts_modules(self._meta), None) is None:
             refuse_without_experts(self.model_type)
+        refuse_by_names(opened.entries, self._meta)
         with no_collection():
             self.stored = stored_tensors(opened.entries)
             self.sources, self.unused_names = map_sources(self._meta, self.stored)
         add_tied(self.sources, self._meta)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._meta).items()}
         self._files = TensorFiles(opened.entries)
-        self._reader = CheckpointReader(
-            Decoder(self._files, compute_dtype(self._config), fp8_block(opened.raw_config)),
-            self.stored,
-            self.sources,
-            self._shapes,
-            self._config,
-        )
+        self._shapes, self._reader = make_reader(opened, self._meta, self.stored, self.sources, self._files)
         check_present(self.path, self._meta, self.sources, self.stored, self._probe.expert_axes.keys())
         self.layers  # noqa: B018  # finding the layers checks their shapes: say so on opening
 
@@ -241,15 +239,61 @@ class DiskView(ModelView):
         return sum(entry.num_bytes for entry in self.entries.values())
 
 
+def make_reader(
+    opened: OpenedFiles,
+    meta: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    sources: Mapping[str, Source],
+    files: TensorFiles,
+) -> tuple[dict[str, tuple[int, ...]], CheckpointReader]:
+    """The shapes of a model's tensors, and what reads them; the config is given a dtype if it has none.
+
+    Raises `CheckpointError` or `UnsupportedModelError` where one that is needed cannot be decoded.
+    """
+    if stated_dtype(opened.config) is None:
+        opened.config.dtype = inferred_dtype(stored, files, opened.stated_dtype)
+    decoder = Decoder(files, compute_dtype(opened.config), fp8_block(opened.raw_config))
+    tensors = named_tensors(meta)
+    floating = {name: tensor.is_floating_point() for name, tensor in tensors.items()}
+    check_readable(decoder, sources, stored, floating, stated_format(opened.path, opened.raw_config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return shapes, CheckpointReader(decoder, stored, sources, shapes, opened.config)
+
+
 def compute_dtype(config: Any) -> torch.dtype:
-    """What scaled formats are decoded to: the dtype the config names, else bfloat16."""
+    """What a view's model computes in and scaled formats are decoded to."""
+    dtype = stated_dtype(config)
+    assert dtype is not None, "a view gives its config the dtype of the weights where the file names none"
+    return dtype
+
+
+def stated_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a config names; `None` where it names none that a model could compute in."""
     for owner in (config, config.get_text_config()):
-        if isinstance(owner.dtype, torch.dtype):
+        if isinstance(owner.dtype, torch.dtype) and owner.dtype in _COMPUTED:
             return owner.dtype
-    return torch.bfloat16
+    return None
 
 
-def fp8_block(raw: dict[str, Any]) -> tuple[int, int] | None:
-    """The block size that a raw config states for FP8 weights; `None` where it states none."""
-    block = (raw.get("quantization_config") or {}).get("weight_block_size")
-    return (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None
+def inferred_dtype(
+    stored: Mapping[str, StoredTensor], files: TensorFiles, named: str | None = None
+) -> torch.dtype:
+    """The dtype of a checkpoint whose config names none, by transformers' rule.
+
+    That is what the index of the files names, else that of the first floating-point tensor, by name, of the
+    first file. Scales do not count; bfloat16 where all else is in a scaled format.
+    """
+    by_index = next(
+        (dtype for dtype in _COMPUTED if str(dtype).endswith(f".{named}") or str(dtype) == named), None
+    )
+    if by_index is not None:
+        return by_index
+    plain = (
+        (files.entries[part].file, part)
+        for tensor in stored.values()
+        if len(tensor.parts) == 1
+        for part in tensor.parts
+    )
+    order = sorted(plain)
+    dtypes = (files.entries[name].dtype for _, name in order)
+    return next((dtype for dtype in dtypes if dtype in _COMPUTED), torch.bfloat16)

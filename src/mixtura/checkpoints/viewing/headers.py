@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from mixtura.errors import CheckpointError
+from mixtura.checkpoints.viewing.weight_files import PICKLE_ADVICE, stand_in
+from mixtura.errors import CheckpointError, UnsupportedModelError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -27,6 +28,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -40,12 +43,16 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _MAX_HEADER_BYTES = 512 << 20
+_START_BYTES = 512
+_OTHER_FORMATS = {b"GGUF": "GGUF", b"\x89HDF": "HDF5", b"\x93NUM": "NumPy"}
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class TensorEntry(NamedTuple):
     """One stored tensor: its file, type, shape and where its bytes are.
 
-    A tuple, because a large checkpoint has a hundred thousand of them.
+    A tuple, because a large checkpoint has a hundred thousand of them. ``foreign`` names a type that
+    PyTorch has no numbers for; ``dtype`` is then bytes, and the tensor is copied but never read.
     """
 
     name: str
@@ -54,50 +61,76 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    foreign: str | None = None
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file.
 
     Raises `CheckpointError` where the file is missing, is not safetensors or is shorter than its
-    header says.
+    header says, and `UnsupportedModelError` where it is of another format.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            head = stream.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise _damaged(file, "its header is cut off or it is not a safetensors file")
-            header = json.loads(stream.read(length))
+            start = stream.read(_START_BYTES)
+            length = int.from_bytes(start[:8], "little")
+            _check_start(file, start, length, size)
+            stream.seek(8)
+            text = stream.read(length)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {file}: {error.strerror}; check that the download finished"
         ) from None
+    try:
+        header = json.loads(text)
     except ValueError:
         raise _damaged(file, "its header is not valid JSON") from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    start = 8 + length
-    return {name: _entry(file, name, item, start, size) for name, item in header.items()}
+    return {name: _entry(file, name, item, 8 + length, size) for name, item in header.items()}
+
+
+def _check_start(file: Path, start: bytes, length: int, size: int) -> None:
+    """Raise an error that says what a file is where its first bytes are no whole safetensors header."""
+    instead = stand_in(start)
+    if instead is not None:
+        raise CheckpointError(f"{file} {instead}")
+    if start.startswith(_PICKLE_STARTS):
+        raise UnsupportedModelError(PICKLE_ADVICE.format(where=f"{file}, whatever its name,"))
+    other = _OTHER_FORMATS.get(start[:4])
+    if other is not None:
+        raise UnsupportedModelError(
+            f"{file} is a {other} file, whatever its name; use a safetensors checkpoint"
+        )
+    if size < 8:
+        raise _damaged(file, "it is empty" if size == 0 else f"it ends after {size} bytes")
+    if length > _MAX_HEADER_BYTES or start[8:9] not in (b"{", b"[", b""):
+        raise _damaged(file, "it is not a safetensors file")
+    if length > size - 8:
+        raise _damaged(file, f"it is cut off within its header, after {size} of at least {length + 8} bytes")
 
 
 def _entry(file: Path, name: str, item: Any, start: int, size: int) -> TensorEntry:
     try:
         dtype_name, shape = item["dtype"], tuple(item["shape"])
         first, last = item["data_offsets"]
+        num_bytes, numbers = last - first, math.prod(shape)
+        if not 0 <= first <= last or numbers < 0:
+            raise TypeError
     except (KeyError, TypeError, ValueError):
         raise _damaged(file, f"its header does not describe {name}") from None
-    if dtype_name not in DTYPES:
-        raise _damaged(file, f"{name} has the type {dtype_name}, which is not known")
-    dtype = DTYPES[dtype_name]
-    if last - first != math.prod(shape) * dtype.itemsize:
-        raise _damaged(file, f"{name} has {last - first} bytes for shape {list(shape)} of {dtype_name}")
     if start + last > size:
         missing = start + last - size
         raise _damaged(file, f"it is truncated: {name} ends {missing} bytes after the end of the file")
-    return TensorEntry(name, file, dtype, shape, start + first, last - first)
+    if dtype_name not in DTYPES:
+        # Whatever a later format brings: it matters only if the model needs this very tensor.
+        return TensorEntry(name, file, torch.uint8, shape, start + first, num_bytes, str(dtype_name))
+    dtype = DTYPES[dtype_name]
+    if num_bytes != numbers * dtype.itemsize:
+        raise _damaged(file, f"{name} has {num_bytes} bytes for shape {list(shape)} of {dtype_name}")
+    return TensorEntry(name, file, dtype, shape, start + first, num_bytes)
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
@@ -114,8 +147,16 @@ class TensorFiles:
         weakref.finalize(self, _close_all, self._descriptors)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or a slice of its first axis, read from disk into a buffer of its own."""
+        """A tensor, or a slice of its first axis, read from disk into a buffer of its own.
+
+        Raises `UnsupportedModelError` for one of a type that PyTorch does not know.
+        """
         entry = self.entries[name]
+        if entry.foreign is not None:
+            raise UnsupportedModelError(
+                f"{name} has the type {entry.foreign}, which mixtura does not read; use a checkpoint "
+                "in another format"
+            )
         if rows is None or not entry.shape:
             return self._read(entry, entry.offset, entry.num_bytes, entry.shape)
         first, last, step = rows.indices(entry.shape[0])

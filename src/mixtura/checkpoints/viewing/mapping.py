@@ -120,6 +120,12 @@ def map_sources(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Sourc
     return resolver.sources, tuple(resolver.unused)
 
 
+def leads_to_parameter(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of this name on disk would be part of a parameter of the model."""
+    resolver = _Resolver(model)
+    return resolver.has(resolver.resolve(name)[0])
+
+
 def add_tied(sources: dict[str, Source], model: Any) -> None:
     """Give tied parameters, which are stored once under either name, the source of the one that is there."""
     tied = dict(model.all_tied_weights_keys)
@@ -149,6 +155,10 @@ class _Resolver:
         if target not in self._parameters and name in self._parameters:
             target, pattern = rename(name, [], [], self._prefix, self._parameters)
         return target, pattern
+
+    def has(self, target: str) -> bool:
+        """Whether the model has a parameter of this name."""
+        return target in self._parameters
 
     def add(self, target: str, pattern: str | None, names: list[str]) -> None:
         """Record that ``names`` are a part of ``target``."""

@@ -16,41 +16,35 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mixtura.checkpoints.viewing.headers import TensorEntry, read_header
-from mixtura.checkpoints.viewing.refusals import (
-    OUTSIDE_CONTRACT,
-    READABLE_FORMATS,
-    refuse_quantized,
-    refuse_without_experts,
+from mixtura.checkpoints.viewing.quantization import refuse_by_config
+from mixtura.checkpoints.viewing.refusals import OUTSIDE_CONTRACT, READABLE_FORMATS, refuse_without_experts
+from mixtura.checkpoints.viewing.weight_files import (
+    ADAPTER_CONFIG,
+    INDEX_SUFFIX,
+    PICKLE_ADVICE,
+    PICKLE_SUFFIXES,
+    first_file,
+    stand_in,
+    weight_map,
+    without_weights,
 )
 from mixtura.errors import CheckpointError, UnsupportedModelError, suggest
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_PICKLE_ADVICE = (
-    "{where} is a pickle, which can run code when it is read; use a safetensors checkpoint, or convert it "
-    "with save_pretrained"
-)
-_READABLE_METHODS = ("fp8", "mxfp4")
-# How the tensors of formats that are not read are called, where the config does not name them.
-_PACKED_SUFFIXES = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
-}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class OpenedFiles:
-    """A checkpoint directory: its raw ``config.json``, transformers' config and every stored tensor."""
+    """A checkpoint directory: its raw ``config.json``, transformers' config and every stored tensor.
+
+    ``stated_dtype`` is what the index of its files names, if it does.
+    """
 
     path: Path
     raw_config: dict[str, Any]
     config: Any
     files: tuple[Path, ...]
     entries: dict[str, TensorEntry]
+    stated_dtype: str | None = None
 
 
 def open_files(
@@ -64,23 +58,30 @@ def open_files(
     """
     path = Path(model)
     _refuse_other_files(path)
-    raw = _read_json(path / "config.json", "give the directory of a transformers model")
+    raw = read_json(path / "config.json", _advice(path))
     if restore is not None:
         raw = restore(raw)
-    _refuse_quantization(raw)
+    refuse_by_config(raw)
     config = _read_config(path, raw, restored=restore is not None)
-    files, listed = _weight_files(path)
+    first = first_file(lambda name: (path / name).is_file(), raw)
+    if first is None:
+        raise without_weights([file.name for file in path.iterdir()], path)
+    is_index = first.endswith(INDEX_SUFFIX)
+    index = read_json(path / first, "download it again") if is_index else {}
+    files, listed = _shards(path, first, index) if is_index else ((path / first,), {})
     entries: dict[str, TensorEntry] = {}
     with no_collection():
         for file in files:
-            entries.update(read_header(file))
-    _refuse_packed_names(entries)
+            # Another file may hold a copy of a tensor, left from before; the index says which one is meant.
+            entries.update({n: e for n, e in read_header(file).items() if listed.get(n, file) is file})
     for name, file in listed.items():
-        if name not in entries or entries[name].file is not file:
+        if name not in entries:
             raise CheckpointError(
-                f"{file} does not hold {name}, which {_INDEX} says it does; download the checkpoint again"
+                f"{file} does not hold {name}, which {first} says it does; download the checkpoint again"
             )
-    return OpenedFiles(path, raw, config, files, entries)
+    metadata = index.get("metadata")
+    dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return OpenedFiles(path, raw, config, files, entries, dtype if isinstance(dtype, str) else None)
 
 
 @contextmanager
@@ -106,42 +107,46 @@ def _refuse_other_files(path: Path) -> None:
         )
     if not path.exists():
         raise CheckpointError(f"there is no directory {path}; check the path of the model")
-    if not path.is_dir() and any(path.match(pattern) for pattern in _PICKLES):
-        raise UnsupportedModelError(_PICKLE_ADVICE.format(where=path))
+    if not path.is_dir() and path.suffix in PICKLE_SUFFIXES:
+        raise UnsupportedModelError(PICKLE_ADVICE.format(where=path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
 
 
-def _read_json(file: Path, advice: str) -> dict[str, Any]:
+def read_json(file: Path, advice: str) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        CheckpointError: it is not there, for which there is ``advice``, or cannot be read.
+    """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} is not a model: it has no {file.name}; {advice}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}; download or write it again") from None
+    instead = stand_in(content)
+    if instead is not None:
+        raise CheckpointError(f"{file} {instead}")
+    try:
+        values = json.loads(content)
+    except ValueError as error:
         raise CheckpointError(f"cannot read {file}: {error}; download or write it again") from None
-    if not isinstance(content, dict):
+    if not isinstance(values, dict):
         raise CheckpointError(f"{file} must hold a JSON object; download or write it again")
-    return content
+    return values
 
 
-def _refuse_quantization(raw: dict[str, Any]) -> None:
-    for owner in (raw, raw.get("text_config")):
-        quantization = owner.get("quantization_config") if isinstance(owner, dict) else None
-        if quantization is None:
-            continue
-        method = str(quantization.get("quant_method", "an unnamed method"))
-        if method not in _READABLE_METHODS:
-            refuse_quantized(method)
-
-
-def _refuse_packed_names(entries: dict[str, TensorEntry]) -> None:
-    """Quantised weights whose config does not say so."""
-    suffixes = tuple(_PACKED_SUFFIXES)
-    for name in entries:
-        if name.endswith(suffixes):
-            refuse_quantized(
-                next(method for suffix, method in _PACKED_SUFFIXES.items() if name.endswith(suffix))
-            )
+def _advice(path: Path) -> str:
+    """What to give in place of a directory that holds no model."""
+    inside = sorted(
+        file.parent for pattern in ("*", "snapshots/*") for file in path.glob(f"{pattern}/config.json")
+    )
+    if (path / ADAPTER_CONFIG).is_file():
+        return "it holds an adapter; merge that into its model (merge_and_unload of PEFT) and give the result"
+    if inside:
+        return f"give {inside[0]}, which does"
+    return "give the directory of a transformers model"
 
 
 def _read_config(path: Path, raw: dict[str, Any], *, restored: bool) -> Any:
@@ -173,31 +178,17 @@ def _read_config(path: Path, raw: dict[str, Any], *, restored: bool) -> Any:
         raise CheckpointError(f"{path / 'config.json'} is not a valid config: {reason}") from None
 
 
-def _weight_files(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
-    """The shards, and where the index says each tensor is (empty without an index)."""
-    if (path / _INDEX).exists():
-        weight_map = _read_json(path / _INDEX, "download it again").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / _INDEX} has no weight_map; download it again")
-        for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-                raise CheckpointError(
-                    f"{path / _INDEX} names {file!r}, which is no file of this directory; download it again"
-                )
-        # One path per shard, not per tensor: there may be a hundred thousand of those.
-        shards = {file: path / file for file in set(weight_map.values())}
-        listed = {name: shards[file] for name, file in weight_map.items()}
-        files = tuple(sorted(shards.values()))
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise CheckpointError(
-                f"{path} lacks {len(missing)} of {len(files)} weight files, the first {missing[0]}; "
-                "finish the download"
-            )
-        return files, listed
-    if (path / _SINGLE).exists():
-        return (path / _SINGLE,), {}
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    if pickles:
-        raise UnsupportedModelError(_PICKLE_ADVICE.format(where=path / pickles[0]))
-    raise CheckpointError(f"{path} has no weights: neither {_SINGLE} nor {_INDEX}; finish the download")
+def _shards(path: Path, first: str, index: dict[str, Any]) -> tuple[tuple[Path, ...], dict[str, Path]]:
+    """The files an index names, and where it says each tensor is."""
+    folder = (path / first).parent
+    names = weight_map(index, path / first)
+    # One path per shard, not per tensor: there may be a hundred thousand of those.
+    shards = {file: folder / file for file in set(names.values())}
+    files = tuple(sorted(shards.values()))
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(files)} weight files, the first {missing[0]}; "
+            "finish the download"
+        )
+    return files, {name: shards[file] for name, file in names.items()}

@@ -23,11 +23,11 @@ from mixtura.checkpoints.packed import (
 )
 from mixtura.checkpoints.viewing.base import LayerView, ModelView
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
-from mixtura.checkpoints.viewing.disk import CheckpointReader, DiskLayer, compute_dtype, fp8_block
-from mixtura.checkpoints.viewing.formats import Decoder, stored_tensors
+from mixtura.checkpoints.viewing.disk import CheckpointReader, DiskLayer, make_reader
+from mixtura.checkpoints.viewing.formats import stored_tensors
 from mixtura.checkpoints.viewing.headers import TensorFiles
-from mixtura.checkpoints.viewing.mapping import Source, map_sources
-from mixtura.checkpoints.viewing.meta import build_meta, model_class, named_tensors
+from mixtura.checkpoints.viewing.mapping import Source, add_tied, map_sources
+from mixtura.checkpoints.viewing.meta import build_meta, model_class
 from mixtura.checkpoints.viewing.opening import no_collection, open_files
 from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
 from mixtura.checkpoints.viewing.records import Site
@@ -112,11 +112,9 @@ class PackedView(ModelView):
             own = {name: entry for name, entry in opened.entries.items() if name not in packed}
             self.stored = stored_tensors(own)
             self.sources, self.unused_names = map_sources(self._meta, self.stored)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(self._meta).items()}
         self._files = TensorFiles(opened.entries)
-        decoder = Decoder(self._files, compute_dtype(self._config), fp8_block(opened.raw_config))
-        self._reader = CheckpointReader(decoder, self.stored, self.sources, self._shapes, self._config)
-        self._add_tied()
+        add_tied(self.sources, self._meta)
+        self._shapes, self._reader = make_reader(opened, self._meta, self.stored, self.sources, self._files)
         self._check_present()
         self.layers  # noqa: B018  # finding the layers checks their shapes: say so on opening
 
@@ -205,13 +203,6 @@ class PackedView(ModelView):
                 f"{missing[0]}; a weight file is missing, write the model again"
             )
         return names
-
-    def _add_tied(self) -> None:
-        # Tied parameters are stored once, under either name.
-        tied: dict[str, str] = self._meta.all_tied_weights_keys  # type: ignore[assignment]
-        for name, kept in [*tied.items(), *((kept, name) for name, kept in tied.items())]:
-            if name not in self.sources and kept in self.sources:
-                self.sources[name] = self.sources[kept].renamed(kept, name)
 
     def _check_present(self) -> None:
         axes = self._probe.expert_axes

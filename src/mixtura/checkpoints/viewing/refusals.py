@@ -61,9 +61,12 @@ def refuse_without_experts(model_type: str) -> NoReturn:
     )
 
 
-def refuse_quantized(method: str) -> NoReturn:
-    """Raise `UnsupportedModelError` for weights quantised in a way that is not read here."""
-    name = QUANTIZED_ELSEWHERE.get(method, method)
+def refuse_quantized(method: str, detail: str | None = None) -> NoReturn:
+    """Raise `UnsupportedModelError` for weights quantised in a way that is not read here.
+
+    ``detail`` is what the method itself calls the format.
+    """
+    name = QUANTIZED_ELSEWHERE.get(method, method) + (f" ({detail})" if detail else "")
     raise UnsupportedModelError(
         f"the weights are quantised with {name}, which mixtura does not read; "
         f"use the original checkpoint ({READABLE_FORMATS} are read)"
