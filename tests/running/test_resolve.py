@@ -230,3 +230,43 @@ def test_pickle_only_models_are_refused_before_anything_is_fetched(hub: Hub, tmp
     result = run_resolve(REPO, tmp_path, hub.url, yes=True)
     assert "UnsupportedModelError: someone/tiny-moe on the hub has no complete safetensors" in result.stdout
     assert hub.fetched == []
+
+
+def test_one_file_of_weights_goes_before_an_index(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {**FILES, "model.safetensors": b"w" * 500}
+    path = path_in(run_resolve(REPO, tmp_path, hub.url, yes=True).stdout)
+    assert {p.name for p in path.glob("*.safetensors")} == {"model.safetensors"}
+
+
+def test_weights_that_a_config_names_itself_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    config = json.dumps({"model_type": "olmoe", "transformers_weights": "consolidated.safetensors"})
+    hub.files = {**FILES, "config.json": config.encode()}
+    path = path_in(run_resolve(REPO, tmp_path, hub.url, yes=True).stdout)
+    assert {p.name for p in path.glob("*.safetensors")} == {"consolidated.safetensors"}
+
+
+def test_what_goes_with_a_note_beside_the_weights_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    beside = ("adapter_model.safetensors", "router.safetensors", "additional_chat_templates/rag.jinja")
+    hub.files = {
+        **FILES,
+        **dict.fromkeys(("adapter_config.json", "router.json"), b"{}"),
+        **dict.fromkeys(beside, b"t"),
+    }
+    path = path_in(run_resolve(REPO, tmp_path, hub.url, yes=True).stdout)
+    assert all((path / name).is_file() for name in beside)
+
+
+def test_other_weights_on_the_hub_are_named(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {name: FILES[name] for name in ("config.json", "consolidated.safetensors")}
+    result = run_resolve(REPO, tmp_path, hub.url, yes=True)
+    assert "has weights in consolidated.safetensors only" in result.stdout, result.stderr
+    assert "consolidated.safetensors" not in hub.fetched
+
+
+@pytest.mark.parametrize(("repo", "name"), [("me--Tiny-MoE", "me/Tiny-MoE@0123456"), ("gpt", "gpt@0123456")])
+def test_a_snapshot_of_the_cache_has_the_name_of_its_model(repo: str, name: str, tmp_path: Path) -> None:
+    snapshot = tmp_path / f"models--{repo}" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    assert resolve_model(str(snapshot)).name == name
+    (tmp_path / "link").symlink_to(snapshot)
+    assert resolve_model(str(tmp_path / "link")).name == name

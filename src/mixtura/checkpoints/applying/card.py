@@ -15,7 +15,7 @@ from mixtura.report.units import format_bytes
 from mixtura.types import Plan, Quantize
 
 _KEPT_METADATA = ("license", "license_name", "license_link", "language")
-_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+_SNAPSHOT = re.compile(r"models--(?P<repo>.+)")
 
 _ORDINARY = """\
 This is an ordinary checkpoint of its family; transformers and whatever else reads the family load it:
@@ -63,9 +63,11 @@ def name_of_source(source: Path) -> str:
     >>> name_of_source(Path("/models/tiny"))
     'tiny'
     """
-    parts = source.absolute().parts
-    if len(parts) > 3 and parts[-2] == "snapshots" and (match := _SNAPSHOT.fullmatch(parts[-3])):
-        return f"{match['owner']}/{match['name']}@{parts[-1][:7]}"
+    # A link may have the cache's name, or lead into the cache.
+    for path in (source.absolute(), source.resolve()):
+        parts = path.parts
+        if len(parts) > 3 and parts[-2] == "snapshots" and (match := _SNAPSHOT.fullmatch(parts[-3])):
+            return f"{match['repo'].replace('--', '/')}@{parts[-1][:7]}"
     return source.resolve().name
 
 
