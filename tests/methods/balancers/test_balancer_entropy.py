@@ -46,10 +46,23 @@ def test_a_gradient_step_makes_the_router_surer_or_less_sure_by_sign() -> None:
         assert (after > start.softmax(-1).max()) == grows
 
 
+@pytest.mark.parametrize("gap", [87.0, 104.0, 1e4, 1e30, math.inf])
+def test_the_gradient_of_certainty_is_finite_and_moves_nothing(gap: float) -> None:
+    logits = torch.tensor([[0.0, -gap, -gap], [0.5, 0.0, -0.5]], requires_grad=True)
+    loss = Entropy(coefficient=1.0).loss(BalancerInput(routing=routing(logits)))
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert slope[0].tolist() == pytest.approx([0.0] * 3, abs=1e-30)
+    probabilities = torch.tensor([0.5, 0.0, -0.5]).double().softmax(-1)
+    mean = (probabilities * probabilities.log()).sum()
+    torch.testing.assert_close(slope[1].double(), -probabilities * (probabilities.log() - mean) / 2)
+
+
 def test_padding_has_no_part_even_if_it_is_not_finite() -> None:
-    logits = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
+    logits = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]], requires_grad=True)
     padded = routing(logits, torch.tensor([True, False]))
     alone = routing(logits[:1])
     torch.testing.assert_close(
         Entropy().loss(BalancerInput(routing=padded)), Entropy().loss(BalancerInput(routing=alone))
     )
+    (slope,) = torch.autograd.grad(Entropy().loss(BalancerInput(routing=padded)), logits)
+    assert slope[1].tolist() == [0.0, 0.0]

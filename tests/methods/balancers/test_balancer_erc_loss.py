@@ -78,3 +78,12 @@ def test_experts_without_a_gate_answer_with_their_up_matrices() -> None:
 def test_says_what_it_needs() -> None:
     with pytest.raises(UserError, match="ErcLoss cannot balance without experts"):
         ErcLoss().loss(BalancerInput(routing=sample_routing()))
+
+
+def test_a_row_of_zeros_is_left_where_it_is() -> None:
+    rows, gate = _made()
+    rows = torch.cat([10 * rows[:3], torch.zeros(1, 6)]).requires_grad_()
+    loss = ErcLoss().loss(_inputs(rows, gate, seed=0))
+    (slope,) = torch.autograd.grad(loss, rows)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(slope).all()

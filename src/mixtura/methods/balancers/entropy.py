@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.routers._losses import mean_of_valid
 from mixtura.methods.routers._shared import entropy, softmax
 from mixtura.types import BalancerInput
 
@@ -58,4 +57,6 @@ class Entropy(Balancer):
 
     def loss(self, inputs: BalancerInput) -> Float[Tensor, ""]:
         routing = inputs.routing
-        return self.coefficient * mean_of_valid(entropy(softmax(routing.logits)), routing.valid)
+        # Tokens first: what padding holds would spoil the gradient even where it is multiplied by 0.
+        known = routing.logits[routing.valid]
+        return self.coefficient * entropy(softmax(known)).sum() / max(known.shape[0], 1)

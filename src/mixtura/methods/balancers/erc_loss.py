@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.balancers._shared import needed
-from mixtura.methods.routers._shared import exact, uniform_like
+from mixtura.methods.routers._shared import exact, full_precision, uniform_like
 from mixtura.types import BalancerInput
 
 METHOD = {
@@ -55,7 +55,8 @@ class ErcLoss(Balancer):
 
     Differences from the paper:
         Without a generator rows are not perturbed. Written from the formulas; noise is drawn anew for
-        each entry.
+        each entry, and is the same in all parts of a step. The rows are those of a router tagged
+        ``expert_rows`` or ``keeps_weights``; with one that scores experts otherwise it is refused.
 
     Reference:
         Coupling Experts and Routers in Mixture-of-Experts via an Auxiliary Loss (paper 101).
@@ -71,7 +72,8 @@ class ErcLoss(Balancer):
         experts = needed(inputs, "experts", "ErcLoss")
         rows = exact(needed(inputs, "router_weight", "ErcLoss"))
         matrices = exact(experts.up if experts.gate is None else experts.gate)
-        answers = torch.einsum("efd,id->ief", matrices, self._perturbed(rows, inputs.generator))
+        with full_precision():
+            answers = torch.einsum("efd,id->ief", matrices, self._perturbed(rows, inputs.generator))
         strength = torch.linalg.vector_norm(answers, dim=-1)
         own = self.alpha * strength.diagonal()[:, None]
         excess = F.relu(strength - own) + F.relu(strength.T - own)
@@ -85,7 +87,9 @@ class ErcLoss(Balancer):
         fixed = rows.detach()
         itself = torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
         nearest = torch.cdist(fixed, fixed).masked_fill(itself, torch.inf).min(-1).values
-        bound = nearest / (2 * fixed.norm(dim=-1)).clamp(min=torch.finfo(rows.dtype).tiny)
+        length = fixed.norm(dim=-1)
+        # A row of zeros is moved by no factor, however large.
+        bound = torch.where(length > 0, nearest / (2 * length), 0.0)
         noise = 2 * uniform_like(fixed, generator) - 1
         factor: Tensor = 1 + bound[:, None] * noise
         return rows * factor

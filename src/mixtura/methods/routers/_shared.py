@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +13,9 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError, check_range
 from mixtura.types import LayerShape, RouterInput
+
+# Devices on which products may be rounded without their operands being so.
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
 def drawn(seed: int, *shape: int, scale: float = 1.0) -> nn.Parameter:
@@ -49,10 +54,29 @@ def exact(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """A block, or as a decorator a function, whose products have the dtype of what is multiplied.
+
+    Where autocast is on, it would round them to 16 bits.
+    """
+    with ExitStack() as left:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                left.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@full_precision()
+def plain_logits(x: Float[Tensor, "T D"], weight: Float[Tensor, "R D"]) -> Float[Tensor, "T R"]:
+    """Every token's product with every row, in the wider dtype of both."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.linear(x.to(dtype), weight.to(dtype))
+
+
 def exact_logits(x: Float[Tensor, "T D"], weight: Float[Tensor, "R D"]) -> Float[Tensor, "T R"]:
     """Every token's product with every row, in float32 at least."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    return F.linear(x.to(dtype), weight.to(dtype))
+    return plain_logits(exact(x), exact(weight))
 
 
 def cosine_logits(
@@ -68,9 +92,8 @@ def softmax(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
 
 
 def entropy(scores: Float[Tensor, "T E"]) -> Float[Tensor, " T"]:
-    """The entropy of each token's probabilities in nats; a probability of 0 counts as 0."""
-    each: Tensor = torch.special.entr(scores)
-    return each.sum(-1)
+    """The entropy of each token's probabilities in nats; a probability of 0 counts as 0, in gradients too."""
+    return -(scores * scores.clamp(min=torch.finfo(scores.dtype).tiny).log()).sum(-1)
 
 
 def masked(logits: Float[Tensor, "T E"], allowed: Bool[Tensor, "T E"] | None) -> Float[Tensor, "T E"]:
