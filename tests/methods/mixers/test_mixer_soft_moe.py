@@ -32,6 +32,7 @@ def test_slots_are_means_of_tokens_and_tokens_means_of_slots() -> None:
         expected += combine[:, slot, None] * (experts.down_proj[expert] @ (F.silu(gate) * up))
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(routing.scores, combine.view(10, 3, 2).sum(-1))
+    torch.testing.assert_close(routing.logits.softmax(-1), routing.scores)
 
 
 def test_sequences_are_mixed_apart_and_padding_not_at_all() -> None:

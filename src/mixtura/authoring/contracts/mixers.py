@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,12 @@ def sample(method: Subject, seed: int, num_tokens: int = NUM_TOKENS) -> RouterIn
 
 
 def use(mixer: Mixer, inputs: RouterInput) -> Mixed:
-    """The output of the tokens and the shares, with made-up experts."""
+    """The output of the tokens and the shares, with made-up experts.
+
+    Randomness begins where it stood in the input, each time the input is used.
+    """
+    if inputs.generator is not None:
+        inputs = replace(inputs, generator=inputs.generator.clone_state())
     mixed: Mixed = mixer(inputs, _inputs.experts(0, inputs.x.dtype))
     return mixed
 

@@ -18,6 +18,7 @@ KIND = {
         "looks_ahead": "a token's output may depend on later tokens",
         "causal_inference": "looks ahead in training, but not where `training` is false and `causal` true",
         "batch_dependent": "a sequence's output may depend on the other sequences of the batch",
+        "expert_rows": "scores experts by a token's products with the rows of its parameter `weight` [E, D]",
         "compiles": "gives the same output under `torch.compile`",
     },
 }

@@ -17,7 +17,7 @@ from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 METHOD = {
     "paper": None,
     "title": "Softmax mixture of all experts",
-    "tags": ["token_independent"],
+    "tags": ["token_independent", "expert_rows"],
 }
 
 

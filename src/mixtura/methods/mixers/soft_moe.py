@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mixtura.errors import check_range
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.mixers._shared import shares
-from mixtura.methods.routers._shared import drawn, exact
+from mixtura.methods.routers._shared import drawn, exact, exact_logits
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -47,7 +47,8 @@ class SoftMoe(Mixer):
     Differences from the paper:
         The study compares Soft MoE with sparse routers in one view of dispatch and combine weights; its
         layer is the one known as Soft MoE. Padding takes no part. Sequences are mixed one by one, so
-        that none depends on the rest of the batch. Its shares are summed over an expert's slots.
+        that none depends on the rest of the batch. In its record an expert's share is the sum of its slots'
+        and its logit their ``logsumexp``, whose softmax that share is.
 
     Reference:
         Routers in Vision Mixture of Experts: An Empirical Study (paper 140).
@@ -64,7 +65,7 @@ class SoftMoe(Mixer):
     def forward(self, inputs: RouterInput, experts: ExpertsHandle) -> tuple[Float[Tensor, "T D"], Routing]:
         x = exact(inputs.x)
         phi = exact(self.scale) * F.normalize(exact(self.phi), dim=-1)
-        logits = F.normalize(x, dim=-1) @ phi.to(x).T
+        logits = exact_logits(F.normalize(x, dim=-1), phi)
         combine = logits.softmax(-1)
         output = torch.zeros_like(x)
         expert_ids = torch.arange(phi.shape[0], device=x.device) // self.slots
@@ -75,6 +76,6 @@ class SoftMoe(Mixer):
             output = output.index_copy(0, rows, combine[rows] @ made.to(x))
         by_expert = (-1, self.shape.num_experts, self.slots)
         routing = shares(
-            combine.view(by_expert).sum(-1), logits=logits.view(by_expert).sum(-1), valid=inputs.valid
+            combine.view(by_expert).sum(-1), logits=logits.view(by_expert).logsumexp(-1), valid=inputs.valid
         )
         return output.to(inputs.x.dtype), routing
