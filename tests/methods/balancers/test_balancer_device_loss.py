@@ -8,7 +8,7 @@ import torch
 from mixtura.authoring.contracts import sample_routing
 from mixtura.errors import UserError
 from mixtura.methods.balancers.device_loss import DeviceLoss
-from mixtura.types import BalancerInput, Routing
+from mixtura.types import BalancerInput, LayerShape, Routing
 
 
 def _routing(experts: list[int]) -> Routing:
@@ -44,5 +44,7 @@ def test_equals_the_papers_formula() -> None:
 
 
 def test_experts_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(UserError, match="8 experts cannot be divided into 3 devices"):
+        DeviceLoss(num_devices=3).start(LayerShape(d_model=4, d_expert=4, num_experts=8))
     with pytest.raises(UserError, match="8 experts cannot be divided into 3 devices"):
         DeviceLoss(num_devices=3).loss(BalancerInput(routing=sample_routing()))

@@ -60,4 +60,6 @@ def test_without_randomness_nothing_is_dropped() -> None:
 
 def test_experts_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(UserError, match="8 experts cannot be divided into 3 clusters"):
+        Moec(num_clusters=3).start(LayerShape(16, 8, 8))
+    with pytest.raises(UserError, match="8 experts cannot be divided into 3 clusters"):
         Moec(num_clusters=3).loss(BalancerInput(routing=sample_routing()))

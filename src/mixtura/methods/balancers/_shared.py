@@ -30,6 +30,14 @@ def load_shares(inputs: BalancerInput) -> Float[Tensor, " E"]:
     return counts / counts.sum().clamp(min=1)
 
 
+def crowding(shares: Float[Tensor, " R"], scores: Float[Tensor, " R"]) -> Float[Tensor, ""]:
+    """R times the sum over R places of share of the load times mean score: 1 when either is even.
+
+    Element by element: under autocast a product of vectors would be computed in bfloat16.
+    """
+    return shares.shape[0] * (shares * scores).sum()
+
+
 def lack(inputs: BalancerInput) -> Float[Tensor, " E"]:
     """What each expert lacks of the mean load, as a share of it: negative for one that has too much.
 
@@ -46,12 +54,17 @@ def runs(values: Float[Tensor, "*n E"], count: int, name: str) -> Float[Tensor, 
         UserError: the experts cannot be divided so.
     """
     num_experts = values.shape[-1]
+    require_runs(num_experts, count, name)
+    return values.reshape(*values.shape[:-1], count, num_experts // count)
+
+
+def require_runs(num_experts: int, count: int, name: str) -> None:
+    """Raise `UserError` unless so many experts can be divided into ``count`` equal runs, called ``name``."""
     if num_experts % count:
         raise UserError(
             f"{num_experts} experts cannot be divided into {count} {name} of one size; "
             f"choose a number of {name} that divides them"
         )
-    return values.reshape(*values.shape[:-1], count, num_experts // count)
 
 
 def mean_scores(routing: Routing) -> Float[Tensor, " E"]:

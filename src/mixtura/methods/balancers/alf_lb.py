@@ -72,7 +72,7 @@ class AlfLb(Balancer):
         self.schedule = schedule
 
     def start(self, shape: LayerShape) -> Mapping[str, Tensor]:
-        return {"bias": torch.zeros(shape.num_experts)}
+        return {"bias": torch.zeros(shape.num_experts, dtype=torch.float32)}
 
     def update(self, inputs: BalancerInput) -> Mapping[str, Tensor]:
         count = inputs.step + 1

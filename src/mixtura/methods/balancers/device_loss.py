@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 from jaxtyping import Float
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.balancers._shared import load_shares, mean_scores, runs
-from mixtura.types import BalancerInput
+from mixtura.methods.balancers._shared import crowding, load_shares, mean_scores, require_runs, runs
+from mixtura.types import BalancerInput, LayerShape
 
 METHOD = {
     "paper": None,
     "title": "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
+    "tags": ["by_load"],
     "gaps": {"check_expert_order_is_irrelevant": "neighbouring experts share a device, so order matters"},
 }
 
@@ -57,7 +59,11 @@ class DeviceLoss(Balancer):
         self.num_devices = num_devices
         self.coefficient = coefficient
 
+    def start(self, shape: LayerShape) -> Mapping[str, Tensor]:
+        require_runs(shape.num_experts, self.num_devices, "devices")
+        return {}
+
     def loss(self, inputs: BalancerInput) -> Float[Tensor, ""]:
         share = runs(load_shares(inputs), self.num_devices, "devices").sum(-1)
         score = runs(mean_scores(inputs.routing), self.num_devices, "devices").sum(-1)
-        return self.coefficient * self.num_devices * (share @ score)
+        return self.coefficient * crowding(share, score)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.balancers._shared import load_shares, mean_scores
+from mixtura.methods.balancers._shared import crowding, load_shares, mean_scores
 from mixtura.types import BalancerInput
 
 METHOD = {
     "paper": 163,
     "title": "Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized "
     "Mixture-of-Expert Models",
+    "tags": ["by_load", "global_counts"],
 }
 
 
@@ -49,9 +50,11 @@ class GlobalBatch(Balancer):
         True
 
     Differences from the paper:
-        Only the abstract was at hand. Who trains sums the counts and hands them in as ``load``
-        (`mixtura.balance` does); without it the tokens at hand are the whole. With
-        ``micro_batch_coefficient`` above 0 the loss depends on how the batch is cut into micro-batches.
+        Only the abstract was at hand. Who trains sums the counts and hands them in as ``load``:
+        `MixturaForCausalLM` and `mixtura.balance` sum those of all processes and of the step's
+        micro-batches so far, or, counted ahead, of all its micro-batches. Without ``load`` the tokens at
+        hand are the whole, and the loss is that of `switch_loss`. With ``micro_batch_coefficient`` above 0
+        the loss depends on how the batch is cut into micro-batches.
 
     Reference:
         Demons in the Detail: On Implementing Load Balancing Loss for Training Specialized
@@ -65,7 +68,6 @@ class GlobalBatch(Balancer):
         self.micro_batch_coefficient = micro_batch_coefficient
 
     def loss(self, inputs: BalancerInput) -> Float[Tensor, ""]:
-        routing = inputs.routing
         here = load_shares(replace(inputs, load=None))
         wanted = self.coefficient * load_shares(inputs) + self.micro_batch_coefficient * here
-        return routing.num_experts * (wanted @ mean_scores(routing))
+        return crowding(wanted, mean_scores(inputs.routing))

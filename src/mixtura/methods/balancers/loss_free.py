@@ -61,7 +61,7 @@ class LossFree(Balancer):
         self.centered = centered
 
     def start(self, shape: LayerShape) -> Mapping[str, Tensor]:
-        return {"bias": torch.zeros(shape.num_experts)}
+        return {"bias": torch.zeros(shape.num_experts, dtype=torch.float32)}
 
     def update(self, inputs: BalancerInput) -> Mapping[str, Tensor]:
         missing = lack(inputs)

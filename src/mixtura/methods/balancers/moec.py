@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.balancers._shared import runs
+from mixtura.methods.balancers._shared import require_runs, runs
+from mixtura.methods.routers._losses import mean_of_valid
 from mixtura.types import BalancerInput, LayerShape
 
 METHOD = {
@@ -31,8 +32,8 @@ class Moec(Balancer):
     suits one expert of a cluster comes to suit the others, so that tokens spread within it and each
     expert sees more of them. For each optimizer step a share ``dropout`` of the experts of every
     cluster, rounded down, is drawn and not allowed; its tokens then go to the likes of it in the
-    cluster. At inference all experts are used: leave ``allowed`` out. It does not even out clusters; use
-    it beside a balancer that does.
+    cluster. At inference all experts are used: whoever routes then leaves ``allowed`` out. It does not
+    even out clusters; use it beside a balancer that does.
 
     Shapes:
         Scores ``[T, E]`` to one number; state ``allowed [E]``.
@@ -67,13 +68,13 @@ class Moec(Balancer):
         self.dropout = dropout
 
     def start(self, shape: LayerShape) -> Mapping[str, Tensor]:
+        require_runs(shape.num_experts, self.num_clusters, "clusters")
         return {"allowed": torch.ones(shape.num_experts, dtype=torch.bool)}
 
     def loss(self, inputs: BalancerInput) -> Float[Tensor, ""]:
         routing = inputs.routing
         variance = runs(routing.scores, self.num_clusters, "clusters").var(-1, unbiased=False).sum(-1)
-        counted = torch.where(routing.valid, variance, 0.0)
-        return self.coefficient * counted.sum() / routing.valid.sum().clamp(min=1)
+        return self.coefficient * mean_of_valid(variance, routing.valid)
 
     def update(self, inputs: BalancerInput) -> Mapping[str, Tensor]:
         scores, generator = inputs.routing.scores, inputs.generator

@@ -46,10 +46,12 @@ class Quantile(Balancer):
         (192, 57)
 
     Differences from the paper:
-        No paper of it was at hand; the rule is that of Megatron-LM. K is the mean number of
-        assignments of a valid token, rounded. There each micro-batch gives a bias and these are averaged;
-        here, too, every process and micro-batch can only set a bias from its own scores (tag
-        ``whole_batch``). Biases are shifted to a mean of 0, which changes no choice.
+        No paper of it was at hand; the rule is that of Megatron-LM, where it takes quantiles of the
+        router's logits: here of its scores, to which the bias is added. K is the mean number of
+        assignments of a valid token, rounded. As there, each micro-batch of each process gives a bias of
+        its own, and who trains takes their mean (tag ``whole_batch``), so that a batch in parts has another
+        bias than the whole. Biases are shifted to a mean of 0, which changes no choice. Several rounds and
+        a memory are ours.
 
     Reference:
         Quantile balancing: ``qb_dual_update`` in Megatron-LM's ``moe_utils``.
@@ -62,7 +64,7 @@ class Quantile(Balancer):
         self.memory = memory
 
     def start(self, shape: LayerShape) -> Mapping[str, Tensor]:
-        return {"bias": torch.zeros(shape.num_experts)}
+        return {"bias": torch.zeros(shape.num_experts, dtype=torch.float32)}
 
     def update(self, inputs: BalancerInput) -> Mapping[str, Tensor]:
         routing, old = inputs.routing, inputs.state["bias"]

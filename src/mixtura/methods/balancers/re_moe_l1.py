@@ -55,10 +55,11 @@ class ReMoeL1(Balancer):
         '1.2e-08'
 
     Differences from the paper:
-        There nothing bounds lambda. Where tokens have mean zero no row can be negative for most of them, and
-        lambda would grow until it is not finite; ``most`` ends that, and 1e-30 is the least. At exactly the
-        target lambda is divided, as in the released code. A step without any token leaves it. Without
-        ``loads`` the layer at hand stands for all. Padding counts nowhere.
+        ``top_k`` is 1 in the released runs. There nothing bounds lambda. Where tokens have mean zero no row
+        can be negative for most of them, and lambda would grow until it is not finite; ``most`` ends that,
+        and 1e-30 is the least. At exactly the target lambda is divided, as in the released code. A step
+        without any token leaves it. Without ``loads`` the layer at hand stands for all. Padding counts
+        nowhere.
 
     Reference:
         ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing (paper 122); repository

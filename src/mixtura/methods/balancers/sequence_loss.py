@@ -17,7 +17,7 @@ from mixtura.types import BalancerInput
 METHOD = {
     "paper": None,
     "title": "DeepSeek-V3 Technical Report",
-    "tags": ["whole_batch", "reads:sequence_ids"],
+    "tags": ["whole_sequences", "by_load", "reads:sequence_ids"],
 }
 
 
@@ -47,7 +47,8 @@ class SequenceLoss(Balancer):
 
     Differences from the paper:
         Sequences count by their tokens rather than alike, so that micro-batches of whole sequences
-        average to the loss of the batch.
+        average to the loss of the batch. What a capacity limit dropped does not count, since it is known of
+        the batch alone and not of each sequence; the other balancers count it.
 
     Reference:
         DeepSeek-V3 Technical Report.

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.balancers._shared import load_shares, mean_scores
+from mixtura.methods.balancers._shared import crowding, load_shares, mean_scores
 from mixtura.types import BalancerInput
 
 METHOD = {
     "paper": 132,
     "title": "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity",
+    "tags": ["by_load"],
 }
 
 
@@ -44,9 +45,11 @@ class SwitchLoss(Balancer):
 
     Differences from the paper:
         With k experts a token, ``f_e`` is a share of all T * k assignments, so that the balanced
-        value does not depend on k. Padding counts nowhere. ``load`` may hold the counts of a larger
-        batch: the mean of the parts' losses, weighted by their valid tokens, is then the loss of the
-        whole, gradient included.
+        value does not depend on k. Padding counts nowhere. There the counts are those of the tokens at
+        hand, as they are here unless the counts of a larger batch are given as ``load``
+        (`MixturaForCausalLM.count_ahead`, `mixtura.balance`): the mean of the parts' losses, weighted by
+        their valid tokens, is then the loss of the whole, gradient included, and the same as that of
+        `global_batch`, which asks for these counts always. What a capacity limit dropped is counted.
 
     Reference:
         Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity
@@ -60,5 +63,4 @@ class SwitchLoss(Balancer):
         self.coefficient = coefficient
 
     def loss(self, inputs: BalancerInput) -> Float[Tensor, ""]:
-        routing = inputs.routing
-        return self.coefficient * routing.num_experts * (load_shares(inputs) @ mean_scores(routing))
+        return self.coefficient * crowding(load_shares(inputs), mean_scores(inputs.routing))
