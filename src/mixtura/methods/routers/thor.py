@@ -37,8 +37,8 @@ class Thor(Router):
     sequence, or one for each token; at inference one for each token or sequence. The model runs twice on
     the same tokens, and `consistency` pulls both predictions together, so that experts teach each other
     and any of them will do: half the sum of the divergences of each prediction from the other, averaged
-    over tokens, times ``consistency_coefficient``. Without a generator experts take turns by the token's
-    position. An expert's weight is 1.
+    over the tokens whose prediction is trained, times ``consistency_coefficient``. Without a generator
+    experts take turns by the token's position. An expert's weight is 1.
 
     Shapes:
         T assignments; no parameters.
@@ -55,7 +55,10 @@ class Thor(Router):
 
     Differences from the paper:
         ``scores`` are the probabilities 1 / E, ``logits`` zeros. Taking turns without a generator is
-        ours: no randomness is drawn then.
+        ours: no randomness is drawn then. There both passes' losses are added up; here they are averaged,
+        as any model's loss is, so that a coefficient of 2.5 is the 5 of the authors' run (1 is their
+        program's default, 0.5 here). Predictions are compared where a label counts, as theirs are where
+        the target is not padding. With several layers of this router their coefficients are averaged.
 
     Reference:
         Taming Sparsely Activated Transformer with Stochastic Experts (paper 92, abstract);
@@ -68,7 +71,7 @@ class Thor(Router):
         *,
         training_level: Literal["batch", "sequence", "token"] = "batch",
         inference_level: Literal["token", "sequence"] = "token",
-        consistency_coefficient: float = 1.0,
+        consistency_coefficient: float = 2.5,
     ) -> None:
         super().__init__(shape)
         check_range("Thor", "consistency_coefficient", consistency_coefficient, 0, 1e6)
