@@ -11,6 +11,7 @@ from modeling.tiny_models import some_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mixtura.errors import SettingError, UserError
+from mixtura.machine.releases import with_cache
 from mixtura.methods import header, names
 from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM
 
@@ -98,7 +99,7 @@ def test_history_lives_beside_the_cache(router: str) -> None:
     whole = model(ids).logits
     cache = DynamicCache(config=model.config)
     parts = [
-        model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 4), (4, 5), (5, 10))
+        model(ids[:, a:b], **with_cache(cache), use_cache=True).logits for a, b in ((0, 4), (4, 5), (5, 10))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     beams = model.generate(ids, max_new_tokens=4, num_beams=3, do_sample=False, eos_token_id=None)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mixtura.machine.releases import takes_cache
 from mixtura.modeling.config import MixturaConfig
 
 
@@ -129,6 +130,7 @@ class MixturaAttention(nn.Module):
         turned: Tensor = heads.transpose(1, 2)
         return turned
 
+    @takes_cache
     def forward(
         self,
         x: Float[Tensor, "B Q D"],
@@ -142,7 +144,7 @@ class MixturaAttention(nn.Module):
         key = rotated(self._heads(x, self.k_proj, self.k_norm), *position_embeddings)
         value = self._heads(x, self.v_proj, None)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         dropout = float(self.config.attention_dropout) if self.training else 0.0

@@ -82,7 +82,7 @@ class HistoryLayer(CacheLayerMixin):
             )
 
 
-def recall(cache: Cache | None, layer: int) -> History:
+def recall(cache: object, layer: int) -> History:
     """What the router of an MoE layer remembers; empty at the start."""
     kept = _layer_of(cache)
     return {} if kept is None else kept.histories.get(layer, {})
@@ -100,8 +100,8 @@ def remember(cache: Cache, histories: Mapping[int, History]) -> None:
         kept.histories[layer] = {name: tensor.detach() for name, tensor in history.items()}
 
 
-def _layer_of(cache: Cache | None) -> HistoryLayer | None:
-    if cache is None or not cache.layers:
+def _layer_of(cache: object) -> HistoryLayer | None:
+    if not isinstance(cache, Cache) or not cache.layers:
         return None
     last = cache.layers[-1]
     return last if isinstance(last, HistoryLayer) else None

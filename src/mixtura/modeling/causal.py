@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from mixtura.machine.releases import returned_cache, takes_cache, with_cache
 from mixtura.methods.routers import Router
 from mixtura.modeling.balance import Counts
 from mixtura.modeling.config import MixturaConfig
@@ -32,7 +32,7 @@ from mixtura.types import Routing
 
 @final
 @dataclass
-class MixturaOutput(ModelOutput):
+class MixturaOutput(MoeCausalLMOutputWithPast):
     """Logits, losses and routing of a forward pass.
 
     Attributes:
@@ -43,12 +43,6 @@ class MixturaOutput(ModelOutput):
         routings: what each MoE layer decided, where it was asked for.
     """
 
-    loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
     router_logits: tuple[Tensor, ...] | None = None
     routings: tuple[Routing, ...] | None = None
 
@@ -78,6 +72,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         self._two_passes = any("two_passes" in tags_of(block) for block in self.model.blocks)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -101,7 +96,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
             input_ids: vocabulary entries; or give ``inputs_embeds``.
             attention_mask: 0 for padding.
             position_ids: where they start again within a row, another document begins.
-            past_key_values: of earlier tokens.
+            past_key_values: the cache of earlier tokens, also by the name that transformers gives it.
             inputs_embeds: tokens as vectors.
             labels: the tokens again (they are shifted here); -100 is not counted.
             use_cache: whether to return keys and values.
@@ -121,9 +116,9 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         if use_cache is None and self.training:
             use_cache = False
         outputs: MixturaModelOutput = self.model(
-            **batch, past_key_values=past_key_values, use_cache=use_cache, part=part, **kwargs
+            **batch, **with_cache(past_key_values), use_cache=use_cache, part=part, **kwargs
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_wanted(outputs.last_hidden_state, logits_to_keep))
         assert outputs.routings is not None
         loss, added = None, None
         if labels is not None:
@@ -137,7 +132,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=added,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **with_cache(returned_cache(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=tuple(one.logits for one in outputs.routings) if output_router_logits else None,
@@ -226,6 +221,16 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
 def _sequences(outputs: MixturaModelOutput) -> Int[Tensor, " T"]:
     assert outputs.tokens is not None
     return outputs.tokens.sequence_ids
+
+
+def _wanted(states: Float[Tensor, "B Q D"], tokens: int | Tensor) -> Tensor:
+    """The states that logits are wanted of: the last so many, places of all rows or of each, or a mask."""
+    # Not every release has a function for it.
+    if isinstance(tokens, int):
+        return states[:, slice(-tokens, None)]
+    if tokens.ndim == 1:
+        return states[:, tokens]
+    return states[tokens] if tokens.dtype == torch.bool else states.take_along_dim(tokens[..., None], dim=1)
 
 
 def next_token_loss(

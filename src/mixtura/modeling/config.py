@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mixtura.errors import SettingError, UnknownNameError, check_range
+from mixtura.machine.releases import CACHE
 from mixtura.methods.settings import fits
 from mixtura.modeling.plan import MoEPlan, read_layers
 
@@ -46,7 +47,7 @@ class MixturaConfig(PreTrainedConfig):
     # checkers of types would otherwise hold it to.
     __no_type_check__ = True
     model_type = "mixtura"
-    keys_to_ignore_at_inference = ("past_key_values", "router_logits", "routings")
+    keys_to_ignore_at_inference = (CACHE, "router_logits", "routings")
 
     vocab_size: int = 4096
     hidden_size: int = 256

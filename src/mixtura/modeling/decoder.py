@@ -13,15 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from mixtura.errors import UserError
+from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, takes_cache, with_cache
 from mixtura.methods import header
 from mixtura.modeling.attention import MixturaAttention, MixturaRotaryEmbedding, RMSNorm
 from mixtura.modeling.balance import LayerBalance, ModelBalance
@@ -35,13 +36,9 @@ from mixtura.types import RouterInput, Routing
 
 @final
 @dataclass
-class MixturaModelOutput(ModelOutput):
+class MixturaModelOutput(BaseModelOutputWithPast):
     """Hidden states, the cache, and what every MoE layer decided."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
     routings: tuple[Routing, ...] | None = None
     tokens: Tokens | None = None
 
@@ -130,7 +127,7 @@ class MixturaPreTrainedModel(PreTrainedModel, ABC):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("MixturaDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = CACHE_NAMES
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -221,6 +218,7 @@ class MixturaModel(MixturaPreTrainedModel):
         del all_submodels
         return dict(self._tied_weights_keys)
 
+    @takes_cache
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
@@ -254,15 +252,16 @@ class MixturaModel(MixturaPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        past_length = None if past_key_values is None else past_key_values.get_seq_length()
+        # Continuous batching keeps the pages of all its sequences in one, which has no length.
+        past_length = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
         if position_ids is None:
             position_ids = (torch.arange(x.shape[1], device=x.device) + (past_length or 0)).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         tokens = describe(
             size=(x.shape[0], x.shape[1]),
@@ -277,13 +276,12 @@ class MixturaModel(MixturaPreTrainedModel):
         common = {
             "attention_mask": mask,
             "position_embeddings": self.rotary_emb(x, position_ids),
-            "past_key_values": past_key_values,
             "position_ids": position_ids,
+            **with_cache(past_key_values),
         }
         x, routings = self._run(x, tokens, common | kwargs, (part, draw))
-        return MixturaModelOutput(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values, routings=routings, tokens=tokens
-        )
+        kept = with_cache(past_key_values) if isinstance(past_key_values, Cache) else {}
+        return MixturaModelOutput(last_hidden_state=self.norm(x), routings=routings, tokens=tokens, **kept)
 
     def _run(
         self, x: Tensor, tokens: Tokens, kwargs: Mapping[str, Any], noise: tuple[int, int]
@@ -291,7 +289,7 @@ class MixturaModel(MixturaPreTrainedModel):
         """All layers in turn."""
         routings: list[Routing] = []
         histories: dict[int, Mapping[str, Tensor]] = {}
-        cache = kwargs["past_key_values"]
+        cache = given_cache(kwargs)
         step = int(self.balance.step)
         for layer in self.layers:
             place = len(routings)
@@ -304,7 +302,7 @@ class MixturaModel(MixturaPreTrainedModel):
                 routings.append(routing)
                 if routing.history:
                     histories[place] = routing.history
-        if cache is not None:
+        if isinstance(cache, Cache):
             remember(cache, histories)
         return x, tuple(routings)
 

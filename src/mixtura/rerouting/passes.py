@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mixtura.machine.releases import given_cache
 from mixtura.types import Routing
 
 
@@ -129,7 +130,7 @@ def described(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
         return made
     rows, columns = shown.shape[:2]
     made.shape = (rows, columns)
-    made.past = _length(given.get("past_key_values"))
+    made.past = _length(given_cache(given))
     mask = given.get("attention_mask")
     plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] >= columns
     known = shown.new_ones((rows, made.past + columns), dtype=torch.bool)

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from mixtura.errors import UserError, check_range
+from mixtura.machine.releases import with_cache
 from mixtura.running.decoding import StopStrings, decoding_config
 
 # Tokens of a prompt that run together. Attention that is not fused holds a score for each of them,
@@ -162,7 +163,7 @@ def new_tokens(
             generation_config=config,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([] if stops is None else [stops]),
-            **({} if cache is None else {"past_key_values": cache}),
+            **with_cache(cache),
         )
     return made[0, prompt_ids.shape[0] :]  # type: ignore[no-any-return]
 

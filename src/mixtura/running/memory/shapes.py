@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.kernels import Dispatch, ExpertTensors, Run, run_experts
 from mixtura.kernels.backend import math_of
+from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.running.generation import chunk_tokens, prefills_in_chunks, reserved_cache
 
 # Memory that decoding a matrix takes beside the result, in bytes for each of its values, by how the
@@ -76,14 +77,13 @@ def generating_shapes(
 
 def _forward(model: PreTrainedModel, num_tokens: int, past: int, cache: Cache | None) -> Cache | None:
     ids = torch.zeros(1, num_tokens, dtype=torch.int64)
-    options: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
     mask = torch.ones(1, past + num_tokens, dtype=torch.int64)
-    outputs = model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=True, **options)
+    outputs = model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=True, **with_cache(cache))
     # generate copies the last logits to float32 and lets its processors change them.
     scores = outputs.logits[:, -1].to(torch.float32, copy=True)
     scores = torch.where(scores > 0, scores, scores)
     torch.argmax(scores, -1)
-    made = getattr(outputs, "past_key_values", None)
+    made = returned_cache(outputs)
     return made if isinstance(made, Cache) else cache
 
 

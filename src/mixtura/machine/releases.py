@@ -1,0 +1,70 @@
+"""What differs between the releases of transformers that mixtura runs on; no other part asks for it.
+
+Nothing here compares version numbers: what a release has is found in its own classes, so a release that
+comes later is read the same way. So far that is one thing, the name of the cache of keys and values: models
+take it and their results hold it as ``past_key_values`` up to 5.23, and as ``cache`` from 5.24 on, where the
+older name still works but is announced to go.
+
+That checkpointed layers are computed again inside or outside their hooks, that an attention hands its cache
+the call's arguments: such differences need no name, because the code that meets them is right for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import wraps
+from typing import Any, Final, ParamSpec, TypeVar
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+_KNOWN: Final = ("cache", "past_key_values")
+
+# The name under which this release's models take a cache and their results hold it.
+CACHE: Final[str] = next(
+    name for name in _KNOWN if name in {field.name for field in fields(BaseModelOutputWithPast)}
+)
+# Every name under which a caller may hand one over, this release's first. A name that only a later release
+# has may mean something else in this one.
+CACHE_NAMES: Final[tuple[str, ...]] = _KNOWN[_KNOWN.index(CACHE) :]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """The argument that hands a cache to a model, its layers or its results; none for None.
+
+    >>> list(with_cache("keys and values")) == [CACHE], with_cache(None)
+    (True, {})
+    """
+    return {} if cache is None else {CACHE: cache}
+
+
+def given_cache(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model or a layer, or None.
+
+    >>> given_cache({"use_cache": True, CACHE: "keys and values"})
+    'keys and values'
+    """
+    return next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+
+
+def returned_cache(outputs: Any) -> Any:
+    """The cache in what a model returned, or None."""
+    return getattr(outputs, CACHE, None)
+
+
+def takes_cache(forward: Callable[P, R]) -> Callable[P, R]:
+    """Let a ``forward`` with an argument ``past_key_values`` be called by this release's name of it too."""
+    if CACHE == "past_key_values":
+        return forward
+
+    @wraps(forward)
+    def renamed(*args: P.args, **kwargs: P.kwargs) -> R:
+        if CACHE in kwargs:
+            given = kwargs.pop(CACHE)
+            kwargs.setdefault("past_key_values", given)
+        return forward(*args, **kwargs)
+
+    return renamed
