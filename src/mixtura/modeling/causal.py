@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
@@ -16,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mixtura.machine.releases import returned_cache, takes_cache, with_cache
 from mixtura.methods.routers import Router
-from mixtura.modeling.balance import Counts
+from mixtura.modeling.balance import Counts, share_of
 from mixtura.modeling.config import MixturaConfig
 from mixtura.modeling.decoder import (
     MixturaModel,
@@ -156,17 +157,15 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         self.model.balance.observe(outputs.routings, _sequences(outputs))
         return loss + added.to(loss.dtype), added
 
-    def _added(self, outputs: MixturaModelOutput, labels: Any, num_items: int | Tensor | None) -> Tensor:
+    def _added(
+        self, outputs: MixturaModelOutput, labels: Any, num_items: int | Tensor | None, *, again: bool = False
+    ) -> Tensor:
         """What routing adds to the loss, weighted by this part's share in the step."""
         balance = self.model.balance
         assert outputs.routings is not None
-        added = balance.losses(self.model.blocks, outputs.routings, _sequences(outputs))
-        if balance.whole is not None:
-            return added * (int(outputs.routings[0].valid.sum()) / max(balance.whole.num_tokens, 1))
-        if num_items is not None:
-            share: Tensor = (labels[..., 1:] != IGNORED).sum() / num_items
-            return added * share
-        return added
+        added = balance.losses(self.model.blocks, outputs.routings, _sequences(outputs), again=again)
+        num_tokens = int(outputs.routings[0].valid.sum())
+        return added * balance.weight(num_tokens, _counted(labels).sum(), num_items)
 
     def _second_pass(
         self,
@@ -180,12 +179,16 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         """The loss over two passes with different noise, and what their difference adds."""
         outputs = self.model(**batch, use_cache=False, part=self.model.balance.num_parts, draw=1)
         again = self.lm_head(outputs.last_hidden_state)
-        added = (added + self._added(outputs, labels, num_items)) / 2
-        share = 1.0 if num_items is None else (labels[..., 1:] != IGNORED).sum() / num_items
-        for block in self.model.blocks:
-            if isinstance(block.router, Router):
-                between = block.router.consistency(logits.flatten(0, 1), again.flatten(0, 1))
-                added = added + share * between / len(self.model.blocks)
+        added = (added + self._added(outputs, labels, num_items, again=True)) / 2
+        assert outputs.tokens is not None
+        # Predictions that are trained, as the loss of labels counts them: none of padding.
+        counted = _counted(labels) & outputs.tokens.valid.view(labels.shape)[..., :-1]
+        share = 1.0 if num_items is None else share_of(counted.sum(), num_items)
+        first, second = logits[..., :-1, :][counted], again[..., :-1, :][counted]
+        compared = [block.router for block in self.model.blocks if "two_passes" in tags_of(block)]
+        for router in compared:
+            assert isinstance(router, Router)
+            added = added + share * router.consistency(first, second) / len(compared)
         return (loss + next_token_loss(again, labels, num_items)) / 2, added
 
     @torch.no_grad()
@@ -193,20 +196,36 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         """Route the micro-batches of a step, so that balancers know the whole step's loads in each.
 
         With several micro-batches or processes a loss over loads is only then that of the whole batch.
-        It costs a forward pass. Every process that trains together calls it; `end_step` forgets it.
+        It costs a forward pass. Where the caller gives no ``num_items_in_batch`` and averages its parts'
+        losses, each is weighted by its tokens, so that the mean is the loss of the whole batch. Every
+        process that trains together calls it; `end_step` forgets it.
         Dropout is drawn after ``torch.manual_seed(model.part_seed(part))``; seed it so before each part's
         training pass, too, for the counts to be exact under dropout.
         """
         names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_labels")
         total: Counts | None = None
-        with frozen_noise():
+        with self._as_trained(), frozen_noise():
             for part, batch in enumerate(batches):
                 given = {name: batch[name] for name in names if name in batch}
+                labels = batch.get("labels")
                 torch.manual_seed(self.part_seed(part))
-                found = Counts.of(self.model(**given, use_cache=False, part=part).routings)
+                routings = self.model(**given, use_cache=False, part=part).routings
+                found = Counts.of(routings, 0 if labels is None else int(_counted(labels).sum()))
                 total = found if total is None else total.plus(found)
         if total is not None:
-            self.model.balance.whole = total.over_processes()
+            self.model.balance.count_ahead(total)
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """Route as in training, whatever mode the model is in."""
+        evaluating = not self.training
+        if evaluating:
+            self.train()
+        try:
+            yield
+        finally:
+            if evaluating:
+                self.eval()
 
     def part_seed(self, part: int | None = None) -> int:
         """The seed of one micro-batch of the step at hand on this process; of the next one by default."""
@@ -236,15 +255,20 @@ def _wanted(states: Float[Tensor, "B Q D"], tokens: int | Tensor) -> Tensor:
 def next_token_loss(
     logits: Float[Tensor, "B Q V"], labels: Int[Tensor, "B Q"], num_items: int | Tensor | None = None
 ) -> Float[Tensor, ""]:
-    """Mean cross entropy of each token given those before it.
+    """Mean cross entropy of each token given those before it; 0 where no label counts.
 
     With ``num_items`` the sum is divided by that instead, so that the parts of a batch add up.
     """
     predicted = logits[:, :-1].flatten(0, 1).float()
     wanted = labels[:, 1:].flatten()
-    if num_items is None:
-        return F.cross_entropy(predicted, wanted, ignore_index=IGNORED)
-    return F.cross_entropy(predicted, wanted, ignore_index=IGNORED, reduction="sum") / num_items
+    summed = F.cross_entropy(predicted, wanted, ignore_index=IGNORED, reduction="sum")
+    divisor = (wanted != IGNORED).sum() if num_items is None else torch.as_tensor(num_items)
+    return summed / divisor.clamp(min=1).to(summed.device)
+
+
+def _counted(labels: Int[Tensor, "B Q"]) -> Bool[Tensor, "B P"]:
+    """Which tokens predict a label that counts."""
+    return labels[..., 1:] != IGNORED
 
 
 def register() -> None:

@@ -25,7 +25,7 @@ from mixtura.errors import UserError
 from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, takes_cache, with_cache
 from mixtura.methods import header
 from mixtura.modeling.attention import MixturaAttention, MixturaRotaryEmbedding, RMSNorm
-from mixtura.modeling.balance import LayerBalance, ModelBalance
+from mixtura.modeling.balance import OWN_LAYERS_READ, LayerBalance, ModelBalance
 from mixtura.modeling.cache import recall, remember
 from mixtura.modeling.config import MixturaConfig
 from mixtura.modeling.layer import MoELayer
@@ -90,6 +90,7 @@ class MixturaDecoderLayer(GradientCheckpointingLayer):
         if isinstance(self.mlp, DenseMLP):
             return x + self.mlp(normed), None
         generator = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
+        ties = fields["ties"]
         inputs = RouterInput(
             x=normed.flatten(0, 1),
             valid=tokens.valid,
@@ -101,9 +102,9 @@ class MixturaDecoderLayer(GradientCheckpointingLayer):
             token_ids=tokens.token_ids,
             labels=tokens.labels,
             attention=tokens.attention(weights) if self.reads_attention else None,
-            **fields,
+            **{name: value for name, value in fields.items() if name != "ties"},
         )
-        output, routing = self.mlp(inputs)
+        output, routing = self.mlp(inputs, ties)
         return x + output.view_as(x), routing
 
 
@@ -134,6 +135,22 @@ class MixturaPreTrainedModel(PreTrainedModel, ABC):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ("balance",)
     _can_record_outputs = {"hidden_states": MixturaDecoderLayer, "attentions": MixturaAttention}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model; what the checkpoint lacks, such as another router's weights, is drawn by the seed.
+
+        Arguments are those of `PreTrainedModel.from_pretrained`, which draws what it knows alone and leaves
+        the rest as memory happened to be.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            drawn, held = cls(model.config).state_dict(), model.state_dict()
+            with torch.no_grad():
+                for name in missing:
+                    held[name].copy_(drawn[name])
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -194,7 +211,10 @@ class MixturaModel(MixturaPreTrainedModel):
             if plan is not None and one is not None
         ]
         self.balance = ModelBalance(
-            [LayerBalance(make_balancers(plan, one.router), one.router.shape) for plan, one in both],
+            [
+                LayerBalance(make_balancers(plan, one.router), one.router.shape, OWN_LAYERS_READ)
+                for plan, one in both
+            ],
             config.seed,
         )
 
@@ -311,7 +331,8 @@ class MixturaModel(MixturaPreTrainedModel):
     ) -> dict[str, Any]:
         """What one router is told that does not come from the tokens."""
         own = self.balance.of(place)
-        allowed = own.allowed
+        # What a step may not use is drawn for training alone: at inference every expert is there.
+        allowed = own.allowed if self.training else None
         return {
             "layer": place,
             "step": step,
@@ -319,6 +340,7 @@ class MixturaModel(MixturaPreTrainedModel):
             "history": recall(cache, place),
             "selection_bias": own.bias,
             "allowed": None if allowed is None else allowed.expand(x.shape[0] * x.shape[1], -1),
+            "ties": own.ties,
         }
 
     def _refuse_unordered(self, kwargs: Mapping[str, Any]) -> None:

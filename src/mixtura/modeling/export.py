@@ -95,6 +95,11 @@ def _common_plan(model: MixturaForCausalLM) -> MoEPlan:
         raise UnsupportedModelError(
             "no ordinary family has mixers, common pools of experts or a capacity; use save_pretrained"
         )
+    if any(model.model.balance.of(place).ties is not None for place in range(len(model.model.blocks))):
+        raise UnsupportedModelError(
+            "no ordinary family weighs experts by their ties, as the balancer conflict_loss does with "
+            "ties='topology'; use save_pretrained"
+        )
     return plan
 
 

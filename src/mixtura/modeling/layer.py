@@ -251,22 +251,30 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.capacity = capacity
 
-    def forward(self, inputs: RouterInput) -> tuple[Float[Tensor, "T D"], Routing]:
+    def forward(
+        self, inputs: RouterInput, ties: Float[Tensor, "E E"] | None = None
+    ) -> tuple[Float[Tensor, "T D"], Routing]:
         """What the layer adds to each token, and the routing for balancers and the next layer.
 
+        With ``ties`` an expert's weight is multiplied by how much it is tied to the token's experts: the mean
+        over them, itself among them, of ``sigmoid(ties[expert, other])``.
+
         Raises:
-            UserError: tokens are decoded with a method that needs the tokens to come.
+            UserError: tokens are decoded with a method that needs the tokens to come, or experts of a mixer,
+                which weighs them itself, are tied.
         """
         require_decodable(self.router, inputs)
-        output, routing = self._routed(inputs)
+        output, routing = self._routed(inputs, ties)
         if routing.extra is not None:
             output = output + routing.extra.to(output.dtype)
         if self.shared is not None:
             output = output + torch.where(inputs.valid[:, None], self.shared(inputs.x), 0.0)
         return output, routing
 
-    def _routed(self, inputs: RouterInput) -> tuple[Tensor, Routing]:
+    def _routed(self, inputs: RouterInput, ties: Tensor | None) -> tuple[Tensor, Routing]:
         if isinstance(self.router, Mixer):
+            if ties is not None:
+                raise UserError(f"{type(self.router).__name__} weighs experts itself; leave ties out")
             mixed: tuple[Tensor, Routing] = self.router(inputs, self._handle())
             return mixed
         if inputs.experts is None and "reads:experts" in declared_tags(type(self.router)):
@@ -274,12 +282,26 @@ class MoELayer(nn.Module):
         routing: Routing = self.router(inputs)
         if self.capacity is not None:
             routing = self.capacity.apply(routing)
+        if ties is not None:
+            routing = _tied(routing, ties)
         output: Tensor = self.experts(inputs.x, routing)
         return output, routing
 
     def _handle(self) -> ExpertMatrices:
         matrices: ExpertMatrices = self.experts.matrices
         return matrices
+
+
+def _tied(routing: Routing, ties: Float[Tensor, "E E"]) -> Routing:
+    """The routing with each weight multiplied by the mean strength of the expert's ties to the token's."""
+    strengths = ties.sigmoid()
+    places = routing.token_ids, routing.expert_ids
+    chosen = strengths.new_zeros(routing.scores.shape)
+    chosen = chosen.index_put(places, chosen.new_ones(()))
+    with torch.autocast(strengths.device.type, enabled=False):
+        summed = chosen @ strengths.T
+    mean = summed / chosen.sum(-1, keepdim=True).clamp(min=1)
+    return replace(routing, weights=routing.weights * mean[places].to(routing.weights))
 
 
 def require_decodable(router: Router | Mixer, inputs: RouterInput) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mixtura.errors import UserError
 from mixtura.methods import create, declared_tags, header
@@ -123,14 +125,44 @@ def _balancer(choice: Choice, chosen: Choice, router: Router | Mixer) -> Balance
             "choose that router or another balancer"
         )
     made: Balancer = create("balancers", choice.name, **dict(choice.settings))
-    read = declared_tags(type(router))
-    for entry, wanted_tag in (("bias", "reads:selection_bias"), ("allowed", "reads:allowed")):
-        if entry in made.start(router.shape) and wanted_tag not in read:
-            raise UserError(
-                f"the router {chosen.name} takes no {wanted_tag.partition(':')[2]}, so the balancer "
-                f"{choice.name} would change nothing; choose another balancer or router"
-            )
+    require_effect(made, choice.name, router, chosen.name)
     return made
+
+
+def require_effect(balancer: Balancer, balancer_name: str, router: Router | Mixer, router_name: str) -> None:
+    """Refuse a balancer that could do nothing with a router or mixer.
+
+    Raises:
+        UserError: what it changes is not read, what it reads is not there, or what it evens out is even
+            whatever is learned.
+    """
+    what = "mixer" if isinstance(router, Mixer) else "router"
+    asks, offers = declared_tags(type(balancer)), declared_tags(type(router))
+    for entry, wanted_tag in (("bias", "reads:selection_bias"), ("allowed", "reads:allowed")):
+        if entry in balancer.start(router.shape) and wanted_tag not in offers:
+            raise UserError(
+                f"the {what} {router_name} takes no {wanted_tag.partition(':')[2]}, so the balancer "
+                f"{balancer_name} would change nothing; choose another balancer or {what}"
+            )
+    if isinstance(router, Mixer) and ("by_load" in asks or "alpha" in balancer.start(router.shape)):
+        raise UserError(
+            f"the mixer {router_name} gives every expert every token, so the balancer {balancer_name}, which "
+            "goes by which experts get a token, would change nothing; choose another balancer or a router"
+        )
+    if "reads:router_weight" in asks and expert_rows(router) is None:
+        raise UserError(
+            f"the {what} {router_name} scores experts by no matrix with a row for each, which the balancer "
+            f"{balancer_name} couples to the experts; choose another balancer, or a {what} such as "
+            f"{'dense' if isinstance(router, Mixer) else 'top_k'}"
+        )
+
+
+def expert_rows(router: Router | Mixer) -> Float[Tensor, "E D"] | None:
+    """The rows whose products with a token are its experts' logits; None where a method has none such."""
+    if not declared_tags(type(router)) & {"expert_rows", "keeps_weights"}:
+        return None
+    rows: Tensor = router.get_parameter("weight")
+    return rows
 
 
 def reads(layers: Sequence[MoELayer | None], field: str) -> bool:

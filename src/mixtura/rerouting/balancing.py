@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 from mixtura.errors import UserError
 from mixtura.methods import create, declared_tags, load_method
 from mixtura.methods.balancers import Balancer
-from mixtura.modeling.balance import Counts, LayerBalance
+from mixtura.modeling.balance import Counts, LayerBalance, mean_of_parts
 from mixtura.rerouting.core import Rerouting
 from mixtura.rerouting.passes import Pass
 from mixtura.rerouting.saving import begin_saving
@@ -282,7 +281,7 @@ class Balance:
             for name, held in own.state(which).items():
                 if not isinstance(held, nn.Parameter):
                     values = [state[name] for state in states]
-                    held.copy_(_mean(values) if which in self._averaged else values[0])
+                    held.copy_(mean_of_parts(values) if which in self._averaged else values[0])
         if own.bias is not None and seat.router is None and seat.layer.site.correction_bias is not None:
             seat.layer.set_correction_bias(own.bias)
 
@@ -297,12 +296,9 @@ class Balance:
 
     def _keep_gradients(self) -> None:
         for seat in self._seats.values():
-            kept = _balance_of(seat).gradients
-            if isinstance(kept, Tensor):
-                experts = experts_of(seat.layer)
-                held = (experts.gate_up, experts.down)
-                slopes = [torch.zeros_like(w) if w.grad is None else w.grad for w in held]
-                kept.copy_(torch.cat([slope.flatten(1) for slope in slopes], dim=1))
+            own = _balance_of(seat)
+            if own.keeps_gradients:
+                own.keep_gradients(experts_of(seat.layer).gate_up)
 
     def _inputs(
         self, which: int, place: int, index: int, routing: Routing, counts: Counts, ids: Tensor | None
@@ -319,7 +315,7 @@ class Balance:
             optional["experts"] = experts_of(seat.layer)
         if "reads:router_weight" in tags:
             optional["router_weight"] = seat.matrix[: seat.layer.num_experts]
-        if step and own.gradients is not None:
+        if own.gradients is not None:
             optional["gradients"] = own.gradients
         asked = {name: value for name, value in optional.items() if f"reads:{name}" in tags}
         return BalancerInput(
@@ -368,15 +364,6 @@ def _sequence_ids(here: Pass) -> Tensor | None:
         return None
     rows, columns = here.shape
     return torch.arange(rows, device=here.valid.device).repeat_interleave(columns)
-
-
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    """The mean over parts of a batch, of all processes."""
-    mean = torch.stack([value.double() for value in values]).mean(0)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean.to(values[0].dtype)
 
 
 def detached(routing: Routing) -> Routing:

@@ -305,7 +305,8 @@ class BalancerInput:
         sequence_ids: the sequence of each token, from 0.
         experts: the layer's experts.
         router_weight: the router's row of each expert.
-        gradients: each expert's gradient at the step before, flattened; None at the first.
+        gradients: at the step before, the gradient of each expert's matrices that read a token, flattened;
+            None at the first step.
     """
 
     routing: Routing

@@ -34,11 +34,11 @@ def test_equals_the_authors_sum_over_pairs_in_a_plain_loop() -> None:
     gradients = torch.randn(3, 12, generator=generator)
     gradients[torch.rand(3, 12, generator=generator) < 0.3] = 0.0
     alpha = torch.randn(3, 3, generator=generator)
-    alpha[0, 1] = -8.0  # sigmoid below 0.001: not tied
+    alpha[0, 1] = 5e-4  # too weak a tie to count
     total = 0.0
     for i in range(3):
         for j in range(3):
-            tie = 1 / (1 + math.exp(-float(alpha[i, j])))
+            tie = float(alpha[i, j])
             if i == j or tie < 1e-3:
                 continue
             both = [
@@ -74,7 +74,7 @@ def test_agreeing_or_unrelated_experts_cost_nothing() -> None:
 
 
 def test_ties_by_scores_teach_the_router_not_to_mix_conflicting_experts() -> None:
-    balancer = ConflictLoss(ties="scores")
+    balancer = ConflictLoss(coefficient=1.0, ties="scores")
     routing = sample_routing(seed=1, num_experts=3)
     gradients = torch.tensor([[1.0], [-1.0], [1.0]])
     inputs = BalancerInput(routing=routing, gradients=gradients)
@@ -86,3 +86,29 @@ def test_ties_by_scores_teach_the_router_not_to_mix_conflicting_experts() -> Non
     sure = routing.scores[:, 0] > 0.6
     # Where expert 0 is preferred, descent lowers its rival and not its ally.
     assert (slope[sure & routing.valid][:, 1] > 0).all()
+
+
+def test_the_default_weighs_ties_as_they_are_by_ten_as_the_authors_run_does() -> None:
+    gradients = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
+    assert ConflictLoss().loss(_inputs(gradients)).item() == pytest.approx(10 * 2 * 0.1)
+
+
+def test_ties_are_in_the_graph_before_there_are_gradients() -> None:
+    inputs = replace(_inputs(torch.ones(3, 2)), gradients=None)
+    loss = ConflictLoss().loss(inputs)
+    (slope,) = torch.autograd.grad(loss, inputs.state["alpha"])
+    assert loss.item() == 0
+    assert torch.equal(slope, torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e25])
+def test_the_size_of_gradients_does_not_matter(size: float) -> None:
+    gradients = torch.randn(3, 12, generator=torch.Generator().manual_seed(4))
+    expected = ConflictLoss().loss(_inputs(gradients))
+    torch.testing.assert_close(ConflictLoss().loss(_inputs(size * gradients)), expected)
+
+
+def test_a_gradient_that_overflowed_counts_as_none() -> None:
+    gradients = torch.tensor([[1.0, float("inf")], [-1.0, -1.0], [1.0, 1.0]])
+    without = torch.where(gradients.isfinite().all(-1, keepdim=True), gradients, 0.0)
+    torch.testing.assert_close(ConflictLoss().loss(_inputs(gradients)), ConflictLoss().loss(_inputs(without)))

@@ -23,6 +23,7 @@ KIND = {
         "stateful": "each layer's router goes on from the `state` of the one before",
         "two_passes": "trained on two passes over the same tokens, whose outputs `consistency` compares",
         "compiles": "gives the same routing under `torch.compile`",
+        "expert_rows": "scores experts by a token's products with the rows of its parameter `weight` [E, D]",
         "keeps_weights": "its parameter `weight` may hold the rows [E, D] of a trained top-k router",
     },
 }

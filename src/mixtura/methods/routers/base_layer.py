@@ -15,7 +15,7 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 102,
     "title": "BASE Layers: Simplifying Training of Large, Sparse Models",
-    "tags": ["looks_ahead", "causal_inference", "batch_dependent", "reads:training"],
+    "tags": ["expert_rows", "looks_ahead", "causal_inference", "batch_dependent", "reads:training"],
 }
 
 

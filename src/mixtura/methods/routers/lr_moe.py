@@ -16,6 +16,7 @@ METHOD = {
     "paper": 75,
     "title": ("Language-Routing Mixture of Experts for Multilingual and Code-Switching Speech Recognition"),
     "tags": [
+        "expert_rows",
         "token_independent",
         "lowest_index",
         "shared",

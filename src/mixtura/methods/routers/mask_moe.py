@@ -16,7 +16,7 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 117,
     "title": "MaskMoE: Boosting Token-Level Learning via Routing Mask in Mixture-of-Experts",
-    "tags": ["token_independent", "reads:token_ids"],
+    "tags": ["expert_rows", "token_independent", "reads:token_ids"],
 }
 
 

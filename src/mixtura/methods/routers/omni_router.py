@@ -12,7 +12,7 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 144,
     "title": ("Omni-Router: Sharing Routing Decisions in Sparse Mixture-of-Experts for Speech Recognition"),
-    "tags": ["token_independent", "lowest_index", "shared"],
+    "tags": ["expert_rows", "token_independent", "lowest_index", "shared"],
 }
 
 

@@ -19,7 +19,7 @@ METHOD = {
         "Patch-level Routing in Mixture-of-Experts is Provably Sample-efficient for Convolutional Neural "
         "Networks"
     ),
-    "tags": ["looks_ahead", "reads:sequence_ids"],
+    "tags": ["expert_rows", "looks_ahead", "reads:sequence_ids"],
 }
 
 

@@ -11,7 +11,7 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 122,
     "title": "ReMoE: Fully Differentiable Mixture-of-Experts with ReLU Routing",
-    "tags": ["token_independent"],
+    "tags": ["expert_rows", "token_independent"],
 }
 
 

@@ -24,6 +24,7 @@ METHOD = {
     "paper": 35,
     "title": "ReXMoE: Reusing Experts with Minimal Overhead in Mixture-of-Experts",
     "tags": [
+        "expert_rows",
         "normalized",
         "token_independent",
         "lowest_index",

@@ -21,7 +21,7 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 86,
     "title": "Towards More Effective and Economic Sparsely-Activated Model",
-    "tags": ["token_independent", "lowest_index"],
+    "tags": ["expert_rows", "token_independent", "lowest_index"],
 }
 
 
