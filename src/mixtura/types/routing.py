@@ -5,7 +5,7 @@ Import them from `mixtura.types`, which also has the legend of shape letters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -105,6 +105,9 @@ class RouterInput:
         selection_bias: added to scores when choosing, never to weights.
         allowed: the experts a token may go to.
         experts: the layer's experts, to run or to read.
+
+    Raises:
+        UserError: a field does not have one row for each token, or is not of its kind of numbers.
     """
 
     x: Float[Tensor, "T D"]
@@ -126,11 +129,43 @@ class RouterInput:
     allowed: Bool[Tensor, "T E"] | None = None
     experts: ExpertsHandle | None = None
 
+    def __post_init__(self) -> None:
+        if self.x.dim() != 2:
+            raise UserError(f"x of RouterInput must be [T, D], got a shape of {tuple(self.x.shape)}")
+        _check_field("valid", self.valid, self.x.shape[:1], "bool")
+        for name in ("sequence_ids", "positions", "token_ids"):
+            _check_field(name, getattr(self, name), self.x.shape[:1], "int")
+        for name, values in self.labels.items():
+            _check_field(f"labels[{name!r}]", values, self.x.shape[:1], "int")
+        for name in ("attention", "allowed", "state"):
+            _check_field(name, getattr(self, name), self.x.shape[:1], "bool" if name == "allowed" else "")
+
+    def require_fit(self, shape: LayerShape, owner: str) -> None:
+        """Raise unless sizes of tokens and experts are those that ``owner`` is made for.
+
+        Raises:
+            UserError: a size is another; the message names it.
+        """
+        _check_size(owner, "tokens of {} features", self.x.shape[-1], shape.d_model)
+        for name, values in (("selection_bias", self.selection_bias), ("allowed", self.allowed)):
+            if values is not None:
+                _check_size(owner, f"{{}} experts in {name}", values.shape[-1], shape.num_experts)
+        if self.experts is not None:
+            _check_size(owner, "{} experts", self.experts.shape.num_experts, shape.num_experts)
+
     @staticmethod
     def of(x: Float[Tensor, "T D"], **fields: Any) -> RouterInput:
         """An input in which every token counts; other fields by name."""
         fields.setdefault("valid", torch.ones(x.shape[0], dtype=torch.bool, device=x.device))
         return RouterInput(x=x, **fields)
+
+    @property
+    def may_look_ahead(self) -> bool:
+        """Whether all of a sequence's tokens may decide about each: in training, and always in an encoder.
+
+        At inference in a decoder how many tokens come, and which, is not known when a token is routed.
+        """
+        return self.training or not self.causal
 
     def need(self, name: str, owner: str) -> Any:
         """The field ``name``, which ``owner`` cannot do without.
@@ -163,6 +198,29 @@ class RouterInput:
         if self.sequence_ids is not None:
             return self.sequence_ids
         return torch.zeros(self.x.shape[0], dtype=torch.long, device=self.x.device)
+
+
+def _check_field(name: str, values: Tensor | None, rows: Sequence[int], kind: str) -> None:
+    """Raise `UserError` unless a field of `RouterInput` has one row a token and is of its kind of numbers."""
+    if values is None:
+        return
+    flat = kind == "int" or name == "valid"
+    if tuple(values.shape if flat else values.shape[:1]) != tuple(rows):
+        raise UserError(
+            f"{name} of RouterInput must have one {'entry' if flat else 'row'} for each of {rows[0]} tokens, "
+            f"got a shape of {tuple(values.shape)}"
+        )
+    whole = not (values.is_floating_point() or values.is_complex())
+    if (kind == "bool" and values.dtype != torch.bool) or (kind == "int" and not whole):
+        wanted = "true or false" if kind == "bool" else "whole numbers"
+        raise UserError(f"{name} of RouterInput must be {wanted}, got {values.dtype}")
+
+
+def _check_size(owner: str, what: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise UserError(
+            f"{owner} is made for {what.format(wanted)}, got {got}; give it the ones of its own layer"
+        )
 
 
 @final

@@ -76,5 +76,5 @@ def test_words_beyond_the_table_wrap_around_and_wrong_counts_are_refused() -> No
     assert torch.equal(
         routed(router, torch.tensor([3])).expert_ids, routed(router, torch.tensor([13])).expert_ids
     )
-    with pytest.raises(UserError, match="table of 10 entries"):
+    with pytest.raises(UserError, match="made for 10 vocabulary entries"):
         router.refit(torch.ones(9))

@@ -59,12 +59,11 @@ def test_the_locality_loss_by_hand() -> None:
     valid = torch.arange(40) < 36
     routing = router(RouterInput(x=tokens(), valid=valid, sequence_ids=sequences))
     expected = torch.zeros(())
-    for node, (rows, target) in enumerate(
-        [(slice(0, 20), [0.4, 0.4, 0.1, 0.1]), (slice(20, 36), [0.1, 0.1, 0.4, 0.4])]
-    ):
+    # The second sequence is cut, so that both nodes have half of the valid tokens.
+    for rows, target in ((slice(0, 18), [0.4, 0.4, 0.1, 0.1]), (slice(18, 36), [0.1, 0.1, 0.4, 0.4])):
         means = routing.scores[rows].mean(0)
         divergence = sum(p * math.log(p / q) for p, q in zip(means.tolist(), target, strict=True))
-        expected = expected + (20, 16)[node] / 36 * divergence
+        expected = expected + divergence / 2
     torch.testing.assert_close(routing.losses["locality"], 3 * expected)
 
 
@@ -87,6 +86,19 @@ def test_the_loss_draws_tokens_to_their_own_node() -> None:
         loss.backward()
         optimizer.step()
     assert local_share() > max(before, 0.8)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 3])
+def test_the_loss_alone_keeps_nodes_even_however_many_sequences(num_sequences: int) -> None:
+    router = LocMoe(SHAPE, pooled_width=12, coefficient=1.0)
+    x = torch.randn(96, 24, generator=torch.Generator().manual_seed(1))
+    inputs = RouterInput.of(x, sequence_ids=torch.arange(96) * num_sequences // 96)
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        router(inputs).losses["locality"].backward()
+        optimizer.step()
+    assert (router(inputs).load[:2].sum() - 48).abs() <= 16
 
 
 def test_the_lowest_capacity_is_that_of_the_angle() -> None:
@@ -112,5 +124,7 @@ def test_random_directions_are_no_nearer_than_the_bound_says() -> None:
 def test_there_must_be_room_for_orthogonal_rows() -> None:
     with pytest.raises(SettingError, match="pooled_width"):
         LocMoe(SHAPE, pooled_width=3)
+    with pytest.raises(SettingError, match="at most 3 for tokens of 3 features, got 4 experts"):
+        LocMoe(LayerShape(d_model=3, d_expert=8, num_experts=4))
     with pytest.raises(SettingError, match="must divide the 4 experts"):
         LocMoe(SHAPE, num_nodes=3)

@@ -79,5 +79,5 @@ def test_before_any_counts_low_ids_are_the_frequent_ones() -> None:
 
 
 def test_counts_of_another_vocabulary_are_refused() -> None:
-    with pytest.raises(UserError, match="masks for 10 entries"):
+    with pytest.raises(UserError, match="made for 10 vocabulary entries"):
         fitted().refit(torch.ones(11))

@@ -76,14 +76,26 @@ def test_no_token_is_lost_and_no_place_left_empty() -> None:
     assert plain.load.min() < 7 <= rectified.load.min()
 
 
-def test_a_decoder_fills_nothing_outside_training() -> None:
-    router = RectifyRouter(SHAPE, intra_gpu=False)
-    placed = {
-        causal: router(RouterInput.of(tokens(), sequence_ids=SEQUENCES, causal=causal)).load.sum().item()
-        for causal in (True, False)
-    }
-    assert placed[False] == 48
-    assert placed[True] < 48
+def test_a_decoder_at_inference_is_plain_top_k() -> None:
+    router = RectifyRouter(SHAPE, top_k=2, capacity_factor=0.5)
+    whole = router(RouterInput.of(tokens(), sequence_ids=SEQUENCES))
+    assert torch.bincount(whole.token_ids).unique().tolist() == [2]
+    table = torch.zeros(48, 6, dtype=torch.bool)
+    table[whole.token_ids, whole.expert_ids] = True
+    expected = torch.zeros_like(table).scatter(1, (tokens() @ router.weight.T).topk(2).indices, True)
+    assert torch.equal(table, expected)
+    limited = router(RouterInput.of(tokens(), sequence_ids=SEQUENCES, causal=False))
+    assert limited.token_ids.numel() != whole.token_ids.numel() or not torch.equal(
+        limited.expert_ids, whole.expert_ids
+    )
+
+
+def test_one_sequence_has_experts_on_every_gpu() -> None:
+    router = RectifyRouter(SHAPE, capacity_factor=0.25, fill_in=False)
+    routing = router(RouterInput.of(tokens(), training=True))
+    assert (routing.load[:3].sum() - routing.load[3:].sum()).abs() <= 12
+    assert routing.demand is not None
+    assert not torch.equal(routing.load, routing.demand)
 
 
 def test_gpus_must_divide_the_experts() -> None:

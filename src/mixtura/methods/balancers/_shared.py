@@ -82,10 +82,3 @@ def violation(counts: Num[Tensor, " E"]) -> Float[Tensor, ""]:
     """
     exact = counts.to(torch.float32)
     return exact.max() / exact.mean().clamp(min=torch.finfo(torch.float32).tiny) - 1
-
-
-def squared_variation(values: Float[Tensor, " E"]) -> Float[Tensor, ""]:
-    """The squared coefficient of variation: variance over squared mean; 0 where nothing is used."""
-    mean = values.mean()
-    variance = values.var(unbiased=False)
-    return torch.where(mean == 0, variance * 0, variance / mean.square().clamp(min=1e-10))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.balancers._shared import mean_scores, squared_variation
+from mixtura.methods.balancers._shared import mean_scores
+from mixtura.methods.routers._losses import squared_variation
 from mixtura.methods.routers._shared import exact
 from mixtura.types import BalancerInput
 

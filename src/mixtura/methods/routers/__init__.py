@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mixtura.errors import UserError, check_range
 from mixtura.types import LayerShape, RouterInput, Routing
+
+N = TypeVar("N", int, float)
 
 KIND = {
     "base": "Router",
@@ -35,11 +41,26 @@ class Router(nn.Module, ABC):
     Routing keeps nothing on the module: losses, the state for the next layer and the history for later
     tokens are returned in the `Routing`. Parameters are drawn from the method's own ``seed``. What a
     method promises and needs is said by the tags of its file.
+
+    Attributes:
+        choice_settings: the settings, if there are any, that say how many experts a token has.
     """
+
+    choice_settings: ClassVar[tuple[str, ...]] = ("top_k",)
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
         self.shape = shape
+
+    def __call__(self, inputs: RouterInput) -> Routing:
+        """The routing of T tokens; see `forward`.
+
+        Raises:
+            UserError: the input is of a layer of other sizes, or lacks what the method cannot do without.
+        """
+        inputs.require_fit(self.shape, type(self).__name__)
+        routed: Routing = super().__call__(inputs)
+        return routed
 
     @abstractmethod
     def forward(self, inputs: RouterInput) -> Routing:
@@ -51,6 +72,20 @@ class Router(nn.Module, ABC):
             UserError: a field of the input that the method cannot do without is not there.
         """
 
+    @classmethod
+    def does_without(cls, settings: Mapping[str, Any]) -> frozenset[str]:
+        """Of the fields that ``reads:`` tags name, those that the method so set can always do without."""
+        del settings
+        return frozenset()
+
+    def require_pool(self, num_layers: int) -> None:
+        """Raise unless the method suits a layer that reaches the experts of so many layers.
+
+        Raises:
+            UserError: it is set for another number.
+        """
+        del num_layers
+
     def consistency(self, first: Tensor, second: Tensor) -> Tensor:
         """What to add to the training loss for the model's logits ``[T, V]`` of two passes.
 
@@ -58,3 +93,39 @@ class Router(nn.Module, ABC):
         """
         del second
         return first.new_zeros(())
+
+    def within(self, name: str, value: N, low: float, high: float) -> N:
+        """A setting's value, if it is in the range.
+
+        Raises:
+            SettingError: it is not.
+        """
+        check_range(type(self).__name__, name, value, low, high)
+        return value
+
+    def handed(self, inputs: RouterInput, width: int, what: str = "logits") -> Tensor | None:
+        """The state, ``width`` of ``what`` a token, that the router of the layer before handed on, if any.
+
+        Raises:
+            UserError: it is of another width.
+        """
+        state = inputs.state
+        if state is not None and state.shape[1:] != (width,):
+            raise UserError(
+                f"{type(self).__name__} needs a state of {width} {what} a token, got {tuple(state.shape)}; "
+                "give all MoE layers the same router and as many experts"
+            )
+        return state
+
+    def chose(
+        self,
+        inputs: RouterInput,
+        chosen: Int[Tensor, "T K"],
+        weights: Float[Tensor, "T K"],
+        **parts: Any,
+    ) -> Routing:
+        """The routing in which every token chose K experts, its weights in the tokens' dtype.
+
+        An id of E or more is an absent choice. ``parts`` are those of `Routing.from_choices`.
+        """
+        return Routing.from_choices(chosen, weights.to(inputs.x.dtype), valid=inputs.valid, **parts)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixtura.types import Routing
@@ -19,6 +19,23 @@ Overflow = Literal["drop", "next"]
 def room(valid: Bool[Tensor, " T"], num_experts: int, factor: float, top_k: int = 1) -> int:
     """Tokens an expert has room for: ``factor`` times its even share of ``top_k`` each, rounded up."""
     return math.ceil(factor * top_k * int(valid.sum()) / num_experts)
+
+
+def places_in_rounds(
+    chosen: Int[Tensor, "T K"], priority: Float[Tensor, " T"], valid: Bool[Tensor, " T"], num_experts: int
+) -> Int[Tensor, "T K"]:
+    """Each choice's place at its expert, from 0: first all first choices, then all second ones, and so on.
+
+    In each round tokens of higher ``priority`` go before others, of equal ones the earlier. Padding and
+    absent choices, of ids of E or more, stand in no expert's queue.
+    """
+    order = torch.sort(priority.detach(), descending=True, stable=True).indices
+    asked = chosen.clamp(max=num_experts).masked_fill(~valid[:, None], num_experts)[order].T.flatten()
+    by_expert = torch.sort(asked, stable=True)
+    counts = torch.bincount(asked, minlength=num_experts + 1)
+    places = torch.arange(asked.numel(), device=asked.device) - (counts.cumsum(0) - counts)[by_expert.values]
+    places = torch.empty_like(places).scatter(0, by_expert.indices, places)
+    return torch.empty_like(chosen).index_copy(0, order, places.view(chosen.shape[1], -1).T.contiguous())
 
 
 def limit(

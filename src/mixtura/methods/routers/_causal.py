@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixtura.methods.routers._shared import exact, masked, softmax
+from mixtura.methods.routers._shared import exact, full_precision, masked, softmax
 from mixtura.types import RouterInput
 
 
+@full_precision()
 def attended_before(
     values: Float[Tensor, "T W"],
     table: Float[Tensor, "S C W1"],

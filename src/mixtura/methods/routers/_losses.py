@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.methods.routers._shared import choice_shares
+from mixtura.methods.routers._shared import choice_shares, full_precision
 
 
 def mean_of_valid(values: Float[Tensor, " T"], valid: Bool[Tensor, " T"]) -> Float[Tensor, ""]:
@@ -27,6 +27,7 @@ def unevenness(
     return scores.shape[1] * (shares * means).sum()
 
 
+@full_precision()
 def contrast(
     first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], temperature: float, block: int = 256
 ) -> Float[Tensor, ""]:
@@ -43,8 +44,16 @@ def contrast(
     return total / max(first.shape[0], 1)
 
 
+@full_precision()
 def alikeness(outputs: Float[Tensor, "T K D"]) -> Float[Tensor, " T"]:
     """The mean cosine of a token's K outputs, over all pairs, that of one with itself counted as 0."""
     directions = F.normalize(outputs, dim=-1)
     cosines = directions @ directions.transpose(1, 2)
     return (cosines * (1 - torch.eye(outputs.shape[1], device=outputs.device))).mean((1, 2))
+
+
+def squared_variation(values: Float[Tensor, " E"]) -> Float[Tensor, ""]:
+    """The squared coefficient of variation: variance over squared mean; 0 where nothing is used."""
+    mean = values.mean()
+    variance = values.var(unbiased=False)
+    return torch.where(mean == 0, variance * 0, variance / mean.square().clamp(min=1e-10))

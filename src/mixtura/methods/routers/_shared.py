@@ -7,20 +7,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, check_range
+from mixtura.errors import SettingError, UserError, check_range
 from mixtura.types import LayerShape, RouterInput
 
 # Devices on which products may be rounded without their operands being so.
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
+def generator_of(seed: int) -> torch.Generator:
+    """A generator of a seed, which may be any whole number."""
+    known = -(1 << 63) <= seed < 1 << 64
+    return torch.Generator().manual_seed(seed if known else seed % (1 << 64))
+
+
 def drawn(seed: int, *shape: int, scale: float = 1.0) -> nn.Parameter:
     """A parameter from a normal distribution of variance ``scale`` over its last size."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     values = torch.randn(shape, generator=generator, device=generator.device)
     return nn.Parameter(values * math.sqrt(scale / shape[-1]))
 
@@ -30,11 +36,33 @@ def router_weight(shape: LayerShape, seed: int, scale: float = 1.0) -> nn.Parame
     return drawn(seed, shape.num_experts, shape.d_model, scale=scale)
 
 
+def keep(owner: nn.Module, name: str, values: Tensor, *, trained: bool = False) -> None:
+    """Give a module these values: to be trained as a parameter, or else as a buffer.
+
+    A parameter that must not be trained is not told from others by what loads a model anew.
+    """
+    if trained:
+        owner.register_parameter(name, nn.Parameter(values.detach()))
+    else:
+        owner.register_buffer(name, values.detach())
+
+
 def orthogonal(num_rows: int, width: int, seed: int, gain: float = 0.1) -> nn.Parameter:
     """Rows of length ``gain`` at right angles, as far as ``width`` allows, turned at random."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     rows = torch.empty(num_rows, width, device=generator.device)
     return nn.Parameter(nn.init.orthogonal_(rows, gain=gain, generator=generator))
+
+
+def check_counts(owner: str, counts: Num[Tensor, " V"], num_words: int) -> None:
+    """Raise `UserError` unless there is one count, finite and not negative, for each vocabulary entry."""
+    if counts.shape != (num_words,):
+        raise UserError(
+            f"{owner} is made for {num_words} vocabulary entries, got {tuple(counts.shape)} counts; "
+            "give one count an entry"
+        )
+    if not counts.is_meta and not ((counts >= 0) & (counts < torch.inf)).all():
+        raise UserError(f"counts of {owner} must be finite and not negative; count the entries of a text")
 
 
 def check_parts(owner: str, name: str, count: int, num_experts: int) -> None:
@@ -44,9 +72,15 @@ def check_parts(owner: str, name: str, count: int, num_experts: int) -> None:
         raise SettingError(f"{name} of {owner} must divide the {num_experts} experts, got {count}")
 
 
-def dealt(sequences: Int[Tensor, " T"], count: int) -> Int[Tensor, " T"]:
-    """Which of ``count`` places, such as nodes, each token is at: sequences in equal runs, first to last."""
-    return sequences * count // (int(sequences.max()) + 1 if sequences.numel() else 1)
+def dealt(sequences: Int[Tensor, " T"], valid: Bool[Tensor, " T"], count: int) -> Int[Tensor, " T"]:
+    """Which of ``count`` places, such as nodes, each token is at: equally many valid tokens at each.
+
+    Tokens go in the order of their sequences, so where sequences are equally long and as many as fill
+    the places, each is whole at one; a longer one is cut. Padding is where the token before it is.
+    """
+    order = torch.sort(sequences, stable=True).indices
+    before = torch.zeros_like(order).scatter(0, order, valid[order].long().cumsum(0) - 1)
+    return (before.clamp(min=0) * count).div(valid.sum().clamp(min=1), rounding_mode="floor")
 
 
 def exact(values: Tensor) -> Tensor:
@@ -127,10 +161,13 @@ def best_of_groups(
 ) -> Int[Tensor, "T K"]:
     """The ``count`` best experts within the ``top_groups`` best of ``num_groups`` equal runs of experts.
 
-    A group is rated by the sum of its ``rated_by`` highest scores (DeepSeek-V2: 1, DeepSeek-V3: 2).
+    A group is rated by the sum of its ``rated_by`` highest scores (DeepSeek-V2: 1, DeepSeek-V3: 2), of
+    fewer where others are minus infinity; a group in which all are is taken last.
     """
     grouped = scores.view(scores.shape[0], num_groups, scores.shape[1] // num_groups)
-    ratings = grouped.sort(-1, descending=True).values[..., :rated_by].sum(-1)
+    highest = grouped.sort(-1, descending=True).values[..., :rated_by]
+    ratings = highest.masked_fill(highest.isneginf(), 0.0).sum(-1)
+    ratings = ratings.masked_fill(highest[..., 0].isneginf(), -torch.inf)
     kept = torch.zeros_like(ratings, dtype=torch.bool).scatter(-1, best(ratings, top_groups), True)
     inside = kept[..., None].expand_as(grouped).reshape(scores.shape)
     return best(scores.masked_fill(~inside, -torch.inf), count)
@@ -150,9 +187,44 @@ def choice_shares(
     return counts / counts.sum().clamp(min=1), means
 
 
-def to_sum_one(weights: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-    """Each token's weights over their sum; zeros stay zeros."""
-    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+def to_sum_one(
+    weights: Float[Tensor, "T K"], total: Float[Tensor, "T 1"] | None = None
+) -> Float[Tensor, "T K"]:
+    """Each token's weights over their sum, or over ``total``; zeros stay zeros.
+
+    A sum so small that its inverse would overflow in the way back, as that of probabilities that all
+    but vanish is, has no gradient.
+    """
+    total = weights.sum(-1, keepdim=True) if total is None else total
+    tiny = torch.finfo(weights.dtype).tiny
+    sure = total > tiny**0.8
+    lost = weights.detach() / total.detach().clamp(min=tiny)
+    return torch.where(sure, weights / torch.where(sure, total, 1.0), lost)
+
+
+def best_weighed(
+    scores: Float[Tensor, "T E"], count: int, *, renormalize: bool = True
+) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+    """Each token's ``count`` experts of highest score; these scores, over their sum if ``renormalize``."""
+    chosen = best(scores, count)
+    weights = scores.gather(-1, chosen)
+    return chosen, to_sum_one(weights) if renormalize else weights
+
+
+def half_up(value: float) -> int:
+    """The nearest whole number, a half being rounded up."""
+    return math.floor(value + 0.5)
+
+
+def beside_unused(value: Tensor, *parameters: Tensor) -> Tensor:
+    """The value, through which parameters get a gradient of zeros that this layer may have no use for.
+
+    Several processes that train together wait for the gradient of every parameter.
+    """
+    if not torch.is_grad_enabled():
+        return value
+    nothing = sum((parameter.flatten()[0] * 0.0 for parameter in parameters), value.new_zeros(()))
+    return value + nothing.to(value)
 
 
 def normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -230,6 +302,7 @@ def by_position(
     return table.index_put((sequences[rows], positions[rows]), values[rows])
 
 
+@full_precision()
 def attended(
     values: Float[Tensor, "T R"], inputs: RouterInput, owner: str
 ) -> tuple[Float[Tensor, "T R"], dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, exact_logits, softmax
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
@@ -61,11 +61,6 @@ class AutonomyOfExperts(Router):
 
     def forward(self, inputs: RouterInput) -> Routing:
         experts: ExpertsHandle = inputs.need("experts", "AutonomyOfExperts")
-        if experts.shape.num_experts != self.shape.num_experts:
-            raise UserError(
-                f"AutonomyOfExperts is made for {self.shape.num_experts} experts, "
-                f"got {experts.shape.num_experts}; give it the experts of its own layer"
-            )
         matrices = experts.up if experts.gate is None else experts.gate
         norms = torch.stack([exact_logits(inputs.x, matrix).norm(dim=-1) for matrix in matrices], dim=-1)
         chosen = best(norms, self.top_k)

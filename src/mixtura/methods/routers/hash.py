@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.routers import Router
+from mixtura.methods.routers._shared import check_counts, generator_of
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -70,7 +71,7 @@ class Hash(Router):
         self.num_words = num_words
         self.assignment = assignment
         self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed)
         drawn = torch.rand(num_words, shape.num_experts, generator=generator, device=generator.device)
         ranked = drawn.argsort(-1)[:, :top_k]
         if assignment == "balanced":
@@ -78,7 +79,7 @@ class Hash(Router):
             # Each run of E entries meets every expert; from run to run other experts go together.
             steps = max((shape.num_experts - 1) // max(top_k - 1, 1), 1)
             apart = 1 + (place // shape.num_experts) % steps
-            ranked = (place + apart * torch.arange(top_k)) % shape.num_experts
+            ranked = (place + apart * torch.arange(top_k, device=place.device)) % shape.num_experts
         self.register_buffer("table", ranked)
 
     def forward(self, inputs: RouterInput) -> Routing:
@@ -95,13 +96,9 @@ class Hash(Router):
         The most frequent entry comes first; each goes to the experts least busy so far.
 
         Raises:
-            UserError: there is not one count for each of ``num_words`` entries.
+            UserError: there is not one count, finite and not negative, for each of ``num_words`` entries.
         """
-        if counts.shape != (self.num_words,):
-            raise UserError(
-                f"Hash has a table of {self.num_words} entries, got {tuple(counts.shape)} counts; "
-                "give one count an entry"
-            )
+        check_counts("Hash", counts, self.num_words)
         often = counts.tolist()
         busy: list[tuple[float, int]] = [(0.0, expert) for expert in range(self.shape.num_experts)]
         for word in torch.sort(counts, descending=True, stable=True).indices.tolist():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
-from mixtura.methods.routers._shared import best, drawn, exact, exact_logits, softmax
+from mixtura.methods.routers._shared import best, drawn, exact_logits, keep, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -30,8 +30,9 @@ class HyperRouter(Router):
     highest logit, weighted by a softmax over those; of equal logits the lowest index wins.
 
     Shapes:
-        ``x [T, D]`` to ``T * top_k`` assignments; parameters ``embedding [embedding_width]``,
-        ``hidden [hidden_width, embedding_width]`` and ``output [E * (D + 1), hidden_width]``.
+        ``x [T, D]`` to ``T * top_k`` assignments; one parameter, ``embedding [embedding_width]``, and the
+        buffers (with ``train_hypernet`` parameters) ``hidden [hidden_width, embedding_width]`` and
+        ``output [E * (D + 1), hidden_width]``.
 
     Raises:
         SettingError: ``top_k`` is not in [1, E], or a width not in [1, 1e6].
@@ -60,6 +61,9 @@ class HyperRouter(Router):
         abstract); ``HyperRouterGate`` in giangdip2410/HyperRouter.
     """
 
+    hidden: Tensor
+    output: Tensor
+
     def __init__(
         self,
         shape: LayerShape,
@@ -81,16 +85,17 @@ class HyperRouter(Router):
         self.seed = seed
         rows = shape.num_experts * (shape.d_model + 1)
         self.embedding = drawn(seed, embedding_width, scale=embedding_width)
-        self.hidden = drawn(seed + 1, hidden_width, embedding_width).requires_grad_(train_hypernet)
+        hidden = drawn(seed + 1, hidden_width, embedding_width)
         # Half of the hidden units' mean square is lost in the ReLU.
-        self.output = drawn(seed + 2, rows, hidden_width, scale=2 / shape.d_model)
-        self.output.requires_grad_(train_hypernet)
+        output = drawn(seed + 2, rows, hidden_width, scale=2 / shape.d_model)
+        for name, values in (("hidden", hidden), ("output", output)):
+            keep(self, name, values, trained=train_hypernet)
         self._remade = Remade()
 
     def made(self) -> tuple[Tensor, Tensor]:
         """The rows ``[E, D]`` and biases ``[E]`` that the hypernetwork makes of the embedding."""
-        features = F.relu(F.linear(exact(self.embedding), exact(self.hidden)))
-        table = F.linear(features, exact(self.output)).view(self.shape.num_experts, -1)
+        features = F.relu(exact_logits(self.embedding[None], self.hidden))
+        table = exact_logits(features, self.output).view(self.shape.num_experts, -1)
         return table[:, :-1], table[:, -1]
 
     def forward(self, inputs: RouterInput) -> Routing:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._losses import mean_of_valid
-from mixtura.methods.routers._shared import best, drawn, exact, exact_logits, to_sum_one
+from mixtura.methods.routers._shared import best, drawn, exact, exact_logits, full_precision, to_sum_one
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -27,6 +27,9 @@ METHOD = {
         "routing is trained by likelihood alone",
     },
 }
+
+# The narrowest a Gaussian becomes, in units of the codes: tokens that repeat would make it a point.
+_LEAST = 1e-4
 
 
 @final
@@ -55,7 +58,7 @@ class IdaMoe(Router):
 
     Differences from the paper:
         Written from the abstract and a summary: that encoder and decoder are linear, the scaling of
-        tokens and the coefficients are ours.
+        tokens, the least deviation of 1e-4 and the coefficients are ours.
 
     Cost:
         With a single token a call what counts is that all ``E * num_groups`` precisions are made, and the
@@ -120,11 +123,13 @@ class IdaMoe(Router):
             "reconstruction": self.reconstruction_coefficient * mean_of_valid(error, inputs.valid),
         }
 
+    @full_precision()
     def _log_density(self, codes: Float[Tensor, "T R"]) -> Float[Tensor, "T EG"]:
         """The logarithm of each Gaussian's share of the mixture's density at each code."""
-        means, spread = self.means.to(codes), self.log_deviations.to(codes)
-        precision = torch.exp(-2 * spread)
-        distance = codes.square() @ precision.T - 2 * codes @ (means * precision).T
+        means, variance = self.means.double(), torch.exp(2 * self.log_deviations.double()) + _LEAST**2
+        # Narrow Gaussians take differences of numbers far larger than what is left of them.
+        known, precision = codes.double(), 1 / variance
+        distance = known.square() @ precision.T - 2 * known @ (means * precision).T
         distance = distance + (means.square() * precision).sum(-1)
-        scale = spread.sum(-1) + 0.5 * self.num_dims * math.log(2 * math.pi)
-        return F.log_softmax(self.mixing.to(codes), dim=-1) - scale - 0.5 * distance
+        scale = 0.5 * (variance.log().sum(-1) + self.num_dims * math.log(2 * math.pi))
+        return (F.log_softmax(self.mixing.double(), dim=-1) - scale - 0.5 * distance).to(codes)

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
+from mixtura.errors import SettingError, check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
-from mixtura.methods.routers._shared import best, check_parts, dealt, drawn, exact, softmax
+from mixtura.methods.routers._shared import best, check_parts, dealt, drawn, exact, exact_logits, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -30,9 +30,9 @@ class LocMoe(Router):
     Neighbouring features are averaged into ``pooled_width`` groups (default: E). The experts' rows on
     these are kept orthonormal, so that experts stay apart: the orthonormal factor of ``weight``. The
     ``top_k`` experts of highest softmax probability are taken, weighted by it; of equal ones the lowest
-    index wins. Sequences and experts are spread over ``num_nodes`` in equal runs. The loss ``locality``
-    is the divergence of each node's mean probabilities from a target that gives its own experts
-    ``local_share``, averaged over nodes by their tokens.
+    index wins. Tokens, by sequence, and experts are spread over ``num_nodes`` in equal runs. The loss
+    ``locality`` is the divergence of each node's mean probabilities from a target that gives its own
+    experts ``local_share``, averaged over nodes by their tokens.
 
     Shapes:
         ``x [T, D]`` to ``T * top_k`` assignments; one parameter, ``weight [E, pooled_width]``.
@@ -47,7 +47,8 @@ class LocMoe(Router):
         True
 
     Differences from the paper:
-        Sequences are dealt out to imagined nodes. The lowest capacity is derived by us from the angle that
+        Sequences are dealt out to imagined nodes; where they are too few or of unequal length, one is cut, so
+        that all nodes have as many tokens. The lowest capacity is derived by us from the angle that
         the abstract names, and not applied. Only the abstract and its summary were at hand.
 
     Cost:
@@ -73,6 +74,11 @@ class LocMoe(Router):
     ) -> None:
         super().__init__(shape)
         width = shape.num_experts if pooled_width is None else pooled_width
+        if shape.num_experts > shape.d_model:
+            raise SettingError(
+                f"LocMoe has rows at right angles, at most {shape.d_model} for tokens of {shape.d_model} "
+                f"features, got {shape.num_experts} experts; choose fewer experts or another router"
+            )
         check_range("LocMoe", "top_k", top_k, 1, shape.num_experts)
         check_range("LocMoe", "pooled_width", width, shape.num_experts, shape.d_model)
         check_range("LocMoe", "temperature", temperature, 1e-3, 1e3)
@@ -96,13 +102,13 @@ class LocMoe(Router):
         c is the smallest cosine of a token and the row of its expert. Of random directions at most the
         inverse of that exponential lie as near to a row: with less room it may not see even one.
         """
-        cosines = (F.normalize(self._pooled(x), dim=-1) @ self.rows().T).amax(-1).tolist()
+        cosines = exact_logits(F.normalize(self._pooled(x), dim=-1), self.rows()).amax(-1).tolist()
         square = max(min(cosines, default=0.0), 0.0) ** 2
         return math.exp(self.weight.shape[1] * square / (2 - square)) / self.shape.num_experts
 
     def forward(self, inputs: RouterInput) -> Routing:
         (rows,) = self._remade.of(self, [self.weight], lambda: (self.rows(),))
-        logits = self._pooled(inputs.x) @ rows.T / self.temperature
+        logits = exact_logits(self._pooled(inputs.x), rows) / self.temperature
         scores = softmax(logits)
         chosen = best(scores, self.top_k)
         weights = scores.gather(-1, chosen).to(inputs.x.dtype)
@@ -119,8 +125,9 @@ class LocMoe(Router):
         """The divergence of each node's mean probabilities from staying at home, by its tokens."""
         valid, total = inputs.valid, scores.new_zeros(())
         size = self.shape.num_experts // self.num_nodes
+        at = dealt(inputs.sequences, valid, self.num_nodes)
         for node in range(self.num_nodes if self.num_nodes > 1 else 0):
-            here = valid & (dealt(inputs.sequences, self.num_nodes) == node)
+            here = valid & (at == node)
             target = torch.full_like(scores[:1], (1 - self.local_share) / (self.shape.num_experts - size))
             target[:, node * size : (node + 1) * size] = self.local_share / size
             means = scores[here].sum(0) / here.sum().clamp(min=1)

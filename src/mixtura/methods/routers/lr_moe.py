@@ -74,9 +74,8 @@ class LrMoe(Router):
         self.weight = router_weight(shape, seed)
 
     def forward(self, inputs: RouterInput) -> Routing:
-        size = (inputs.x.shape[0], self.shape.num_experts)
-        losses = {}
-        if inputs.state is None:
+        handed, losses = self.handed(inputs, self.shape.num_experts), {}
+        if handed is None:
             logits = exact_logits(inputs.x, self.weight)
             languages = inputs.labels.get("language")
             if languages is not None:
@@ -88,13 +87,8 @@ class LrMoe(Router):
                     )
                 each = F.cross_entropy(logits, languages.where(known, 0), reduction="none")
                 losses["language"] = self.coefficient * mean_of_valid(each, known)
-        elif inputs.state.shape == size:
-            logits = exact(inputs.state)
         else:
-            raise UserError(
-                f"LrMoe needs a state of {self.shape.num_experts} logits a token, got "
-                f"{tuple(inputs.state.shape)}; give all layers that share it as many experts"
-            )
+            logits = exact(handed)
         scores = softmax(logits)
         chosen = best(logits, 1)
         weights = scores.gather(-1, chosen) if self.weighted else scores.new_ones(chosen.shape)

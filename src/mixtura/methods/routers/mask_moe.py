@@ -8,9 +8,18 @@ import torch
 from jaxtyping import Bool, Num
 from torch import Tensor
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, masked, present, router_weight, softmax
+from mixtura.methods.routers._shared import (
+    best,
+    check_counts,
+    exact_logits,
+    generator_of,
+    masked,
+    present,
+    router_weight,
+    softmax,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -100,19 +109,15 @@ class MaskMoe(Router):
         """Take as frequent the entries most used in a text with these word counts; masks stay as drawn.
 
         Raises:
-            UserError: there is not one count for each of ``num_words`` entries.
+            UserError: there is not one count, finite and not negative, for each of ``num_words`` entries.
         """
-        if counts.shape != (self.num_words,):
-            raise UserError(
-                f"MaskMoe has masks for {self.num_words} entries, got {tuple(counts.shape)} counts; "
-                "give one count an entry"
-            )
+        check_counts("MaskMoe", counts, self.num_words)
         order = torch.sort(counts, descending=True, stable=True).indices
         used = counts[order].to(torch.float64).cumsum(0)
         # What more frequent entries make together decides, so the most frequent one always counts.
         frequent = torch.zeros(self.num_words, dtype=torch.bool, device=counts.device)
         frequent[order] = used - counts[order] < self.frequent_share * used[-1]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = generator_of(self.seed)
         size = (self.num_words, self.shape.num_experts)
         drawn = torch.rand(size, generator=generator, device=generator.device)
         rank = drawn.argsort(-1).argsort(-1).to(counts.device)

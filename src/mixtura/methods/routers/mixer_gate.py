@@ -6,12 +6,21 @@ from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtura.errors import UserError, check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._clusters import k_means
-from mixtura.methods.routers._shared import best, exact, exact_logits, normal_like, router_weight, softmax
+from mixtura.methods.routers._shared import (
+    best,
+    exact,
+    exact_logits,
+    full_precision,
+    keep,
+    normal_like,
+    router_weight,
+    softmax,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -34,7 +43,7 @@ class MixerGate(Router):
     squares. Of equal scores the expert of lowest index is chosen.
 
     Shapes:
-        ``x [T, D]`` to T assignments; ``weight [E, D]`` and ``bias [E]``, without gradient.
+        ``x [T, D]`` to T assignments; the buffers ``weight [E, D]`` and ``bias [E]``.
 
     Raises:
         SettingError: ``noise`` is not in [0, 1e6], ``num_iterations`` not in [1, 1e6], or ``tolerance``
@@ -51,12 +60,17 @@ class MixerGate(Router):
 
     Differences from the paper:
         Training the contexts themselves and the experts in turns is the caller's. That the gate is left
-        as it is where clustering fails is as in the authors' code.
+        as it is where clustering fails is as in the authors' code, which starts the centres near zero and
+        goes on from those of the time before; here they start at contexts drawn anew, which fails less often
+        but more often settles on a clustering that is not the best.
 
     Reference:
         Towards Foundational Models for Dynamical System Reconstruction: Hierarchical Meta-Learning via
         Mixture of Experts (paper 2, abstract); the authors' code, ddrous/MixER, as summarised.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -75,8 +89,8 @@ class MixerGate(Router):
         self.num_iterations = num_iterations
         self.tolerance = tolerance
         self.seed = seed
-        self.weight = router_weight(shape, seed).requires_grad_(False)
-        self.bias = nn.Parameter(torch.zeros(shape.num_experts), requires_grad=False)
+        keep(self, "weight", router_weight(shape, seed))
+        keep(self, "bias", torch.zeros(shape.num_experts))
 
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x.detach(), self.weight) + self.bias
@@ -86,6 +100,7 @@ class MixerGate(Router):
         return Routing.from_choices(chosen, ones, scores=scores, logits=logits, valid=inputs.valid)
 
     @torch.no_grad()
+    @full_precision()
     def refit(
         self, contexts: Float[Tensor, "C D"], losses: Float[Tensor, "C E"], generator: torch.Generator
     ) -> bool:
@@ -94,10 +109,16 @@ class MixerGate(Router):
         It fails where a cluster stays empty or clustering does not settle; try again at a later step.
 
         Raises:
-            UserError: there are fewer contexts than experts.
+            UserError: there are fewer contexts than experts, or not a loss for each under each expert.
         """
         if contexts.shape[0] < self.shape.num_experts:
             raise UserError(f"MixerGate needs {self.shape.num_experts} contexts, got {contexts.shape[0]}")
+        wanted = (contexts.shape[0], self.shape.num_experts)
+        if contexts.shape[1] != self.shape.d_model or losses.shape != wanted:
+            raise UserError(
+                f"MixerGate needs contexts of {self.shape.d_model} features and losses of shape {wanted}, "
+                f"got {tuple(contexts.shape)} and {tuple(losses.shape)}; give a loss for every pair"
+            )
         clusters = k_means(
             exact(contexts),
             self.shape.num_experts,

@@ -8,14 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
+    beside_unused,
     best,
     choice_shares,
     drawn,
     exact,
     exact_logits,
+    full_precision,
     softmax,
     to_sum_one,
 )
@@ -72,6 +74,8 @@ class MoePlusPlus(Router):
         SkyworkAI/MoE-plus-plus.
     """
 
+    choice_settings = ("num_choices",)
+
     def __init__(
         self,
         shape: LayerShape,
@@ -102,15 +106,13 @@ class MoePlusPlus(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         num_experts, total = self.shape.num_experts, self.gate.shape[0]
         logits = exact_logits(exact_logits(inputs.x, self.inner).tanh(), self.gate)
-        if inputs.state is not None:
-            if inputs.state.shape != logits.shape:
-                found = tuple(inputs.state.shape)
-                raise UserError(f"MoePlusPlus needs a state of {total} logits a token, got {found}; "
-                                "give all MoE layers as many experts")  # fmt: skip
-            logits = logits + exact_logits(inputs.state, self.residual)
+        before = self.handed(inputs, total)
+        if before is not None:
+            logits = logits + exact_logits(before, self.residual)
         scores = softmax(logits)
         chosen = best(scores, self.num_choices)
         weights = to_sum_one(scores.gather(-1, chosen) * (chosen < total - self.num_zero))
+        weights = beside_unused(weights, self.residual)
         used, likely = choice_shares(chosen, scores, inputs.valid)
         eta = torch.where(torch.arange(total, device=used.device) < num_experts, 1.0, self.tau)
         table = torch.zeros_like(scores).scatter(-1, chosen, weights)[:, num_experts:]
@@ -121,6 +123,7 @@ class MoePlusPlus(Router):
             state=logits, extra=self._free(inputs, table),
         )  # fmt: skip
 
+    @full_precision()
     def _free(self, inputs: RouterInput, table: Float[Tensor, "T Z"]) -> Float[Tensor, "T D"]:
         """What the experts that compute nothing add to the output."""
         x = exact(inputs.x)
@@ -128,5 +131,5 @@ class MoePlusPlus(Router):
         shares = exact_logits(x, self.mix.flatten(0, 1)).unflatten(-1, (self.num_constant, 2)).softmax(-1)
         of_x, of_vectors = (constant[..., None] * shares).unbind(-1)
         copied = of_x.sum(-1) + rest[:, : self.num_copy].sum(-1)
-        output = torch.addcmul(of_vectors @ exact(self.constant), copied[:, None], x)
+        output = torch.addcmul(of_vectors @ self.constant.to(of_vectors), copied[:, None], x.to(of_vectors))
         return torch.where(inputs.valid[:, None], output, 0.0).to(inputs.x.dtype)

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
-from mixtura.methods.routers._shared import best, exact, exact_logits, softmax
+from mixtura.methods.routers._shared import best, exact, exact_logits, full_precision, softmax
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -67,11 +67,6 @@ class MoeX(Router):
 
     def forward(self, inputs: RouterInput) -> Routing:
         experts: ExpertsHandle = inputs.need("experts", "MoeX")
-        if experts.shape.num_experts != self.shape.num_experts:
-            raise UserError(
-                f"MoeX is made for {self.shape.num_experts} experts, got {experts.shape.num_experts}; "
-                "give it the experts of its own layer"
-            )
         matrices = experts.up if experts.gate is None else experts.gate
         mean, spread = self._remade.of(self, [matrices], lambda: _over_neurons(matrices))
         logits = _expected_sparsity(inputs.x, mean, spread)
@@ -82,6 +77,7 @@ class MoeX(Router):
         )
 
 
+@full_precision()
 def _over_neurons(matrices: Float[Tensor, "E F D"]) -> tuple[Float[Tensor, "E D"], Float[Tensor, "E D"]]:
     """Mean and variance of each expert's weights over its neurons, one expert in the cache at a time."""
     share = exact(matrices.new_full((1, matrices.shape[1]), 1 / matrices.shape[1]))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
-from mixtura.methods.balancers._shared import squared_variation
 from mixtura.methods.routers import Router
+from mixtura.methods.routers._losses import squared_variation
 from mixtura.methods.routers._shared import best, exact_logits, normal_like, router_weight, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 

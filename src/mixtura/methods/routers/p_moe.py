@@ -100,6 +100,7 @@ def _softmax_over_tokens(
     owners = sequences[:, None].expand_as(logits)
     peak = logits.new_full((count, logits.shape[1]), -torch.inf)
     peak = peak.scatter_reduce(0, owners, known.detach(), "amax")
-    power = torch.where(kept, (logits - peak[sequences]).exp(), 0.0)
+    # What is not kept must not be computed with either: an infinite power has no gradient of 0.
+    power = torch.where(kept, logits - peak[sequences], -torch.inf).exp()
     total = torch.zeros_like(peak).index_add(0, sequences, power)
     return power / torch.where(kept, total[sequences], 1.0)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax, to_sum_one
+from mixtura.methods.routers._shared import (
+    beside_unused,
+    best_weighed,
+    exact,
+    exact_logits,
+    router_weight,
+    softmax,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -61,23 +68,11 @@ class PreGated(Router):
         self.first = router_weight(shape, seed + 1)
 
     def forward(self, inputs: RouterInput) -> Routing:
-        handed = inputs.state
-        if handed is None:
-            handed = exact_logits(inputs.x, self.first)
-        elif handed.shape != (inputs.x.shape[0], self.shape.num_experts):
-            raise UserError(
-                f"PreGated needs a state of {self.shape.num_experts} logits a token, "
-                f"got {tuple(handed.shape)}; give neighbouring layers as many experts"
-            )
-        logits = exact(handed)
+        handed = self.handed(inputs, self.shape.num_experts)
+        logits = exact_logits(inputs.x, self.first) if handed is None else exact(handed)
         scores = softmax(logits)
-        chosen = best(scores, self.top_k)
-        weights = to_sum_one(scores.gather(-1, chosen))
-        return Routing.from_choices(
-            chosen,
-            weights.to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-            state=exact_logits(inputs.x, self.weight),
-        )
+        chosen, weights = best_weighed(scores, self.top_k)
+        # The first layer alone uses ``first``, and nothing uses what the last hands on.
+        weights = beside_unused(weights, self.first, self.weight)
+        state = exact_logits(inputs.x, self.weight)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits, state=state)

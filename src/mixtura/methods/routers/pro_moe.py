@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
+from mixtura.errors import SettingError, check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, cosine_logits, drawn, exact, softmax
+from mixtura.methods.routers._shared import best, cosine_logits, drawn, exact, full_precision, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -62,6 +62,8 @@ class ProMoe(Router):
         the authors' code, ali-vilab/ProMoE.
     """
 
+    choice_settings = ("per_token",)
+
     def __init__(
         self,
         shape: LayerShape,
@@ -73,6 +75,11 @@ class ProMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
+        if shape.num_experts < 2:
+            raise SettingError(
+                "ProMoe keeps one expert for unconditional tokens, so it needs two at least, got "
+                f"{shape.num_experts}"
+            )
         check_range("ProMoe", "per_token", per_token, 1, shape.num_experts - 1)
         check_range("ProMoe", "contrastive_coefficient", contrastive_coefficient, 0, 1e6)
         check_range("ProMoe", "temperature", temperature, 1e-3, 1e3)
@@ -109,6 +116,7 @@ class ProMoe(Router):
             losses=losses,
         )
 
+    @full_precision()
     def _contrast(self, x: Float[Tensor, "N D"], chosen: Int[Tensor, "N K"]) -> Float[Tensor, ""]:
         """How badly prototypes tell the mean of their own tokens from those of the others'."""
         member = F.one_hot(chosen, self.prototypes.shape[0]).sum(1).to(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixtura.errors import UserError, check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, drawn, exact_logits, softmax, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, drawn, exact_logits, full_precision, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -99,19 +99,15 @@ class RMoe(Router):
                 f"RMoe is made for {self.num_layers} layers, got layer {inputs.layer}, counted from 0; "
                 "give it num_layers=, the number of MoE layers"
             )
-        state = self._next_state(exact_logits(inputs.x, self.project[inputs.layer]), inputs.state)
+        state = self._next_state(
+            exact_logits(inputs.x, self.project[inputs.layer]), self.handed(inputs, self.num_dims, "numbers")
+        )
         logits = exact_logits(state, self.rows[inputs.layer])
         scores = softmax(logits)
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-            state=state,
-        )
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits, state=state)
 
+    @full_precision()
     def _next_state(self, seen: Float[Tensor, "T R"], state: Tensor | None) -> Float[Tensor, "T R"]:
         before = torch.zeros_like(seen) if state is None else state.to(seen)
         weights = (self.input_weight, self.hidden_weight, self.input_bias, self.hidden_bias)

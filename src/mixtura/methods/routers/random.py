@@ -73,7 +73,7 @@ class Random(Router):
     def _by_position(self, positions: Int[Tensor, " T"]) -> Float[Tensor, "T E"]:
         """Numbers in [0, 1) that look random and depend on position, expert and seed alone."""
         experts = torch.arange(self.shape.num_experts, device=positions.device)
-        mixed = (positions[:, None] * self.shape.num_experts + experts + self.seed * 40503) % 2**31
+        mixed = (positions[:, None] * self.shape.num_experts + experts + self.seed * 40503 % 2**31) % 2**31
         for factor in (0x45D9F3B, 0x2C1B3C6D, 0x297A2D39):
             # Products stay below 2^61, so no integer overflows.
             mixed = ((mixed ^ (mixed >> 15)) * factor) % 2**31

@@ -62,7 +62,10 @@ class ReadMe(Router):
     Differences from the paper:
         There the router is one step of turning a dense model into experts: argmax, weight 1, trained by
         `distillation` in turns with the model. Here the weight is the probability by default, so that the
-        task trains it too, and embeddings start from noise instead of the model's.
+        task trains it too, and embeddings start from noise instead of the model's. The released block is
+        normed before both of its parts, has biases, several layers and heads and a feed-forward of its own
+        width, and does not scale products; here it is one head, a feed-forward four times as wide and one
+        norm at the end.
 
     Cost:
         Many tokens take top-k's time or less, for words are looked up instead of multiplied. With a
@@ -99,7 +102,7 @@ class ReadMe(Router):
         self.head = drawn(seed + 4, shape.num_experts, width)
 
     def forward(self, inputs: RouterInput) -> Routing:
-        logits, history = inputs.state, {}
+        logits, history = self.handed(inputs, self.shape.num_experts), {}
         if logits is None:
             words = exact(self.embedding)[inputs.need("token_ids", "ReadMe") % self.num_words]
             table = by_position(torch.cat([words, torch.ones_like(words[:, :1])], -1), inputs, "ReadMe")

@@ -38,8 +38,9 @@ class RectifyRouter(Router):
     ``intra_gpu``: an assignment that finds no room goes to the expert of highest score among those on the
     token's own GPU that the token is not yet at, full or not: the limit is on what GPUs send each other.
     ``fill_in``: places still empty are filled by those valid tokens, not yet there, that score the expert
-    highest. Weights are softmax scores; of equal ones
-    the lowest index wins. The first of ``num_gpus`` has the first sequences and experts, and so on.
+    highest. Weights are softmax scores; of equal ones the lowest index wins. The first of ``num_gpus`` has
+    the first sequences and experts, and so on, and all have as many tokens. Room and empty places are the
+    whole batch's, which a decoder does not know at inference: there it is plain top-k.
 
     Shapes:
         ``x [T, D]`` to about ``T * top_k`` assignments; one parameter, ``weight [E, D]``.
@@ -49,13 +50,13 @@ class RectifyRouter(Router):
 
     Example:
         >>> router = RectifyRouter(LayerShape(d_model=4, d_expert=8, num_experts=4), fill_in=False)
-        >>> same = RouterInput.of(torch.ones(8, 4), sequence_ids=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+        >>> same = RouterInput.of(torch.ones(8, 4), training=True, sequence_ids=torch.arange(8) // 4)
         >>> router(same).load.tolist(), router(same).demand.tolist()
         ([0, 2, 0, 6], [0, 0, 0, 8])
 
     Differences from the paper:
         Sequences are dealt out to imagined GPUs. With ``top_k`` above 1 an expert the token is at already
-        is passed over. A decoder fills nothing outside training. Only the abstract was at hand.
+        is passed over. What a decoder does at inference is ours. Only the abstract was at hand.
 
     Cost:
         With a single token a call what counts is the number of operations: places are counted and filled
@@ -93,17 +94,19 @@ class RectifyRouter(Router):
         plain = Routing.from_choices(
             chosen, scores.gather(-1, chosen).to(inputs.x.dtype), scores=scores, logits=logits, valid=valid
         )
+        if not inputs.may_look_ahead:
+            return plain
         capacity = room(valid, self.shape.num_experts, self.capacity_factor, self.top_k)
         kept = limit(plain, capacity)
         wanted, placed = _table(plain), _table(kept)
         dropped = wanted.sum(-1, keepdim=True) - placed.sum(-1, keepdim=True)
-        if self.fill_in and (inputs.training or not inputs.causal):
+        if self.fill_in:
             open_scores = scores.masked_fill(wanted | ~valid[:, None], -torch.inf)
             placed = placed | _highest(open_scores, capacity - kept.load, dim=0)
         if self.intra_gpu:
             experts = torch.arange(self.shape.num_experts, device=valid.device)
-            here = dealt(inputs.sequences, self.num_gpus)[:, None]
-            near = dealt(experts, self.num_gpus) == here
+            here = dealt(inputs.sequences, valid, self.num_gpus)[:, None]
+            near = dealt(experts, torch.ones_like(experts, dtype=torch.bool), self.num_gpus) == here
             placed = placed | _highest(scores.masked_fill(placed | ~near, -torch.inf), dropped, dim=1)
         rows, columns = placed.nonzero(as_tuple=True)
         weights = scores[rows, columns].to(inputs.x.dtype)

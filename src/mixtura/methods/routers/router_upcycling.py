@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixtura.errors import UserError, check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, drawn, exact, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, drawn, exact, full_precision
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -106,14 +106,14 @@ class RouterUpcycling(Router):
         self.key.copy_(torch.einsum("rwd,ed->rew", exact(keys), exact(features).to(exact(keys))))
 
     def forward(self, inputs: RouterInput) -> Routing:
-        queries = torch.einsum("td,rwd->trw", exact(inputs.x), exact(self.query))
-        products = torch.einsum("trw,rew->tre", queries, exact(self.key)) / self.width**0.5
-        scores = products.softmax(-1).mean(1)
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=scores,
-            logits=products.mean(1),
-            valid=inputs.valid,
-        )
+        scores = self._votes(exact(inputs.x)).softmax(-1).mean(1)
+        logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)
+
+    @full_precision()
+    def _votes(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T R E"]:
+        """What each router gives each expert, before the softmax."""
+        queries = torch.einsum("td,rwd->trw", x, self.query.to(x))
+        products: Tensor = torch.einsum("trw,rew->tre", queries, self.key.to(x))
+        return torch.div(products, self.width**0.5)

@@ -18,6 +18,7 @@ from mixtura.methods.routers._shared import (
     by_position,
     exact,
     exact_logits,
+    full_precision,
     router_weight,
     softmax,
     to_sum_one,
@@ -104,6 +105,7 @@ class SimilarityAware(Router):
             history=history | {"tokens": table},
         )  # fmt: skip
 
+    @full_precision()
     def _alike(self, inputs: RouterInput) -> tuple[Float[Tensor, "T C"], Float[Tensor, "S C D1"]]:
         """How much each token counts the tokens of its sequence, by position; the tokens known so far."""
         x, positions = exact(inputs.x), inputs.need("positions", "SimilarityAware")

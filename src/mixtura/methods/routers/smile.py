@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
+from mixtura.methods.routers._levels import two_levels
 from mixtura.methods.routers._losses import unevenness
-from mixtura.methods.routers._shared import best, check_parts, drawn, exact_logits, softmax
+from mixtura.methods.routers._shared import check_parts, drawn, exact_logits
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -83,24 +84,18 @@ class Smile(Router):
 
     def forward(self, inputs: RouterInput) -> Routing:
         size = self.shape.num_experts // self.num_nodes
-        node_logits = exact_logits(inputs.x, self.node_weight)
         local_logits = exact_logits(inputs.x, self.local_weight)
         local_logits = local_logits.unflatten(-1, (local_logits.shape[1] // size, size))
         local_logits = local_logits.expand(-1, self.num_nodes, -1)
-        nodes, inside = softmax(node_logits), local_logits.softmax(-1)
-        node = best(nodes, 1)
-        within = inside.gather(1, node[..., None].expand(-1, 1, size)).squeeze(1)
-        local = best(within, 1)
-        return Routing.from_choices(
-            node * size + local,
-            (nodes.gather(-1, node) * within.gather(-1, local)).to(inputs.x.dtype),
-            scores=(nodes[..., None] * inside).flatten(1),
-            logits=(node_logits[..., None] + local_logits).flatten(1),
-            valid=inputs.valid,
-            losses={
-                "inter_node": self.inter_coefficient * unevenness(node, nodes, inputs.valid),
-                "intra_node": self.intra_coefficient * self._within_nodes(node, local, within, inputs.valid),
-            },
+        levels = two_levels(exact_logits(inputs.x, self.node_weight), local_logits, 1)
+        node, local, within = levels.place, levels.local, levels.within
+        losses = {
+            "inter_node": self.inter_coefficient * unevenness(node, levels.places, inputs.valid),
+            "intra_node": self.intra_coefficient * self._within_nodes(node, local, within, inputs.valid),
+        }
+        weights = levels.places.gather(-1, node) * within.gather(-1, local)
+        return self.chose(
+            inputs, levels.chosen, weights, scores=levels.scores, logits=levels.logits, losses=losses
         )
 
     def _within_nodes(self, node: Tensor, local: Tensor, within: Tensor, valid: Tensor) -> Tensor:

@@ -6,16 +6,9 @@ from typing import final
 
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
+from mixtura.methods.routers._levels import two_levels
 from mixtura.methods.routers._losses import unevenness
-from mixtura.methods.routers._shared import (
-    best,
-    check_parts,
-    drawn,
-    exact_logits,
-    router_weight,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import check_parts, drawn, exact_logits, router_weight, to_sum_one
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -80,19 +73,15 @@ class SwitchAndMixture(Router):
         self.weight = router_weight(shape, seed)
 
     def forward(self, inputs: RouterInput) -> Routing:
-        size = self.shape.num_experts // self.num_groups
-        logits = exact_logits(inputs.x, self.weight)
-        groups = softmax(exact_logits(inputs.x, self.group_weight))
-        inside = logits.view(-1, self.num_groups, size).softmax(-1)
-        group = best(groups, 1)
-        local_scores = inside.gather(1, group[..., None].expand(-1, 1, size)).squeeze(1)
-        local = best(local_scores, self.group_top_k)
-        weights = groups.gather(-1, group) * to_sum_one(local_scores.gather(-1, local))
-        return Routing.from_choices(
-            group * size + local,
-            weights.to(inputs.x.dtype),
-            scores=(groups[..., None] * inside).flatten(1),
-            logits=logits,
-            valid=inputs.valid,
-            losses={"balance": self.balance_coefficient * unevenness(group, groups, inputs.valid)},
+        local_logits = exact_logits(inputs.x, self.weight).unflatten(-1, (self.num_groups, -1))
+        levels = two_levels(exact_logits(inputs.x, self.group_weight), local_logits, self.group_top_k)
+        shares = to_sum_one(levels.within.gather(-1, levels.local))
+        crowding = unevenness(levels.place, levels.places, inputs.valid)
+        return self.chose(
+            inputs,
+            levels.chosen,
+            levels.places.gather(-1, levels.place) * shares,
+            scores=levels.scores,
+            logits=levels.logits,
+            losses={"balance": self.balance_coefficient * crowding},
         )

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import final
 
-from torch.nn import functional as F
-
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, masked, present, router_weight, softmax, to_sum_one
+from mixtura.methods.routers._shared import (
+    best,
+    masked,
+    plain_logits,
+    present,
+    router_weight,
+    softmax,
+    to_sum_one,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -64,7 +70,7 @@ class TopK(Router):
         self.weight = router_weight(shape, seed)
 
     def forward(self, inputs: RouterInput) -> Routing:
-        logits = F.linear(inputs.x, self.weight)
+        logits = plain_logits(inputs.x, self.weight)
         scores = softmax(masked(logits, inputs.allowed))
         wanted = scores if inputs.selection_bias is None else scores + inputs.selection_bias
         wanted = masked(wanted, inputs.allowed)

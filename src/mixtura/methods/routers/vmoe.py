@@ -6,14 +6,11 @@ from dataclasses import replace
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from torch.nn import functional as F
 
 from mixtura.errors import check_range
-from mixtura.methods.balancers._shared import squared_variation
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import room
+from mixtura.methods.routers._capacity import places_in_rounds, room
+from mixtura.methods.routers._losses import squared_variation
 from mixtura.methods.routers._shared import best, exact_logits, normal_like, router_weight, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
@@ -104,23 +101,14 @@ class Vmoe(Router):
         chosen = best(scores, self.top_k)
         weights = scores.gather(-1, chosen)
         wanted = torch.bincount(chosen[inputs.valid].flatten(), minlength=self.shape.num_experts)
-        if inputs.training or not inputs.causal:
+        if inputs.may_look_ahead:
+            rated = {
+                "best": weights[:, 0],
+                "sum": weights.sum(-1),
+                "arrival": torch.zeros_like(weights[:, 0]),
+            }
             capacity = room(inputs.valid, self.shape.num_experts, self.capacity_factor, self.top_k)
-            kept = self._queue(chosen, weights.detach(), inputs.valid) < capacity
-            chosen = chosen.masked_fill(~kept, self.shape.num_experts)
-        routing = Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid,
-            losses=losses,
-        )  # fmt: skip
+            places = places_in_rounds(chosen, rated[self.priority], inputs.valid, self.shape.num_experts)
+            chosen = chosen.masked_fill(places >= capacity, self.shape.num_experts)
+        routing = self.chose(inputs, chosen, weights, scores=scores, logits=logits, losses=losses)
         return replace(routing, demand=wanted)
-
-    def _queue(
-        self, chosen: Int[Tensor, "T K"], weights: Float[Tensor, "T K"], valid: Bool[Tensor, " T"]
-    ) -> Int[Tensor, "T K"]:
-        """Each choice's place at its expert: all first choices by priority, then all second ones."""
-        rated = {"best": weights[:, 0], "sum": weights.sum(-1), "arrival": torch.zeros_like(weights[:, 0])}
-        order = torch.sort(rated[self.priority], descending=True, stable=True).indices
-        ids = chosen[order].T.flatten()
-        asked = F.one_hot(ids, self.shape.num_experts) * valid[order].repeat(self.top_k)[:, None]
-        places = (asked.cumsum(0) - asked).gather(-1, ids[:, None])
-        return torch.empty_like(chosen).index_copy(0, order, places.view(self.top_k, -1).T.contiguous())

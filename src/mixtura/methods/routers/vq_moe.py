@@ -15,6 +15,7 @@ from mixtura.methods.routers._shared import (
     drawn,
     exact,
     exact_logits,
+    full_precision,
     router_weight,
     softmax,
     to_sum_one,
@@ -24,7 +25,7 @@ from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 143,
     "title": "On the effectiveness of discrete representations in sparse mixture of experts",
-    "tags": ["token_independent", "lowest_index", "keeps_weights", "reads:experts", "reads:training"],
+    "tags": ["token_independent", "lowest_index", "reads:experts", "reads:training"],
     "gaps": {
         "check_gradient_matches_differences": "the branch's gradient passes straight through the codes",
     },
@@ -111,8 +112,10 @@ class VqMoe(Router):
 
         rows = inputs.valid.nonzero().squeeze(-1)
         x, codes = exact(inputs.x)[rows], exact(self.codes)
+        codes = codes.to(x)
         # Squared distances but for the token's own square, which is the same for every entry.
-        nearest = torch.addmm(codes.square().sum(-1), x, codes.T, alpha=-2).detach().argmin(-1)
+        with full_precision():
+            nearest = torch.addmm(codes.square().sum(-1), x, codes.T, alpha=-2).detach().argmin(-1)
         found = codes[nearest]
         q = self._normed(x + self.contribution * (found - x).detach()).to(inputs.x.dtype)
         made = experts.run(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, drawn, exact_logits, softmax, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, drawn, exact_logits, full_precision, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -65,13 +65,8 @@ class YuanAttention(Router):
         query, key, value = exact_logits(inputs.x, self.weight).chunk(3, dim=-1)
         # One head of width 1 for each token, over its experts.
         query, key, value = (part[:, None, :, None] for part in (query, key, value))
-        logits = F.scaled_dot_product_attention(query, key, value, scale=1.0).flatten(1)
+        with full_precision():
+            logits = F.scaled_dot_product_attention(query, key, value, scale=1.0).flatten(1)
         scores = softmax(logits)
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)
