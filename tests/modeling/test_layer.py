@@ -176,7 +176,7 @@ def test_nothing_is_dropped_without_a_capacity_and_the_rest_with_one() -> None:
     plain = MoELayer(create("routers", "top_k", SHAPE, top_k=2), Experts(SHAPE))
     assert plain(RouterInput.of(x))[1].load.sum() == 24
     limited = MoELayer(plain.router, plain.experts, capacity=Capacity(factor=1.0))
-    output, routing = limited(RouterInput.of(x))
+    output, routing = limited(RouterInput.of(x, training=True))
     assert routing.load.max() == 4  # 24 assignments over 6 experts
     assert routing.demand is not None
     assert routing.demand.max() == 12
@@ -190,7 +190,7 @@ def test_overflow_may_go_to_the_next_best_expert() -> None:
         Experts(SHAPE),
         capacity=Capacity(factor=1.0, overflow="next"),
     )
-    _, routing = layer(RouterInput.of(x))
+    _, routing = layer(RouterInput.of(x, training=True))
     assert routing.load.tolist() == [2] * 6
     order = routing.scores[0].argsort(descending=True)
     by_token = dict(zip(routing.token_ids.tolist(), routing.expert_ids.tolist(), strict=True))
@@ -203,8 +203,30 @@ def test_room_may_go_to_the_heaviest_first() -> None:
     x = tokens(1) * torch.linspace(0.1, 1.0, 10)[:, None]
     router = create("routers", "top_k", SHAPE, top_k=1, renormalize=False)
     layer = MoELayer(router, Experts(SHAPE), capacity=Capacity(factor=1.2, order="weight"))
-    _, routing = layer(RouterInput.of(x))
-    assert routing.token_ids.tolist() == [8, 9]
+    for mode in ({"training": True}, {"causal": False}):
+        _, routing = layer(RouterInput.of(x, **mode))
+        assert routing.token_ids.tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("order", ["arrival", "weight"])
+def test_a_decoder_at_inference_routes_token_by_token_as_at_once_whatever_the_capacity(order: str) -> None:
+    capacity = construct(Capacity, factor=0.5, order=order)
+    layer = MoELayer(create("routers", "top_k", SHAPE, top_k=1), Experts(SHAPE), capacity=capacity)
+    x = tokens(8)
+    whole, _ = layer(RouterInput.of(x))
+    steps = [layer(RouterInput.of(x[t : t + 1], decoding=t > 0))[0] for t in range(8)]
+    torch.testing.assert_close(torch.cat(steps), whole)
+
+
+def test_a_pool_must_be_of_as_many_layers_as_the_router_is_set_for() -> None:
+    own, other = Experts(SHAPE, seed=0), Experts(SHAPE, seed=1)
+    alone = create("routers", "rex_moe", SHAPE, reuse=2)
+    with pytest.raises(UserError, match="reuse=2 is for a pool of 2 layers' experts, got 1"):
+        MoELayer(alone, own)
+    pool = ExpertPool([own, other])
+    with pytest.raises(UserError, match="reuse=1 is for a pool of 1 layers' experts, got 2"):
+        MoELayer(create("routers", "rex_moe", pool.shape), pool)
+    assert MoELayer(create("routers", "rex_moe", pool.shape, reuse=2), pool)(RouterInput.of(tokens(2)))
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,9 @@ class SharedExpert(nn.Module):
 class Capacity:
     """A limit on tokens per expert: ``factor`` times its even share of the assignments, rounded up.
 
-    ``order`` and ``overflow`` are those of `mixtura.methods.routers._capacity.limit`.
+    It holds in training and in encoders. A decoder does not know at inference how many tokens are to come,
+    and would drop other ones token by token than in a whole sequence: there nothing is dropped. ``order``
+    and ``overflow`` are those of `mixtura.methods.routers._capacity.limit`.
 
     Raises:
         SettingError: ``factor`` is not in [1e-6, 1e6], where nothing or everything would be dropped.
@@ -227,7 +229,8 @@ class MoELayer(nn.Module):
         capacity: a limit on tokens per expert; without one nothing is dropped.
 
     Raises:
-        UserError: router and experts are of different sizes, or a mixer is given a capacity.
+        UserError: router and experts are of different sizes, the router is set for a pool of another size,
+            or a mixer is given a capacity.
     """
 
     def __init__(
@@ -246,6 +249,8 @@ class MoELayer(nn.Module):
             )
         if capacity is not None and isinstance(router, Mixer):
             raise UserError("a mixer sends no token anywhere, so it takes no capacity; leave capacity out")
+        if isinstance(router, Router):
+            router.require_pool(len(experts.members) if isinstance(experts, ExpertPool) else 1)
         self.router = router
         self.experts = experts
         self.shared = shared
@@ -280,7 +285,7 @@ class MoELayer(nn.Module):
         if inputs.experts is None and "reads:experts" in declared_tags(type(self.router)):
             inputs = replace(inputs, experts=self._handle())
         routing: Routing = self.router(inputs)
-        if self.capacity is not None:
+        if self.capacity is not None and inputs.may_look_ahead:
             routing = self.capacity.apply(routing)
         if ties is not None:
             routing = _tied(routing, ties)

@@ -96,7 +96,8 @@ def _router(
     choice, kind = (plan.router, "routers") if plan.mixer is None else (plan.mixer, "mixers")
     assert choice is not None
     if "shared" not in declared_tags(choice.method(kind)):
-        made: Router | Mixer = create(kind, choice.name, shape, **choice.with_defaults(kind, seed=seed))
+        values = choice.with_defaults(kind, seed=seed, reuse=plan.pool)
+        made: Router | Mixer = create(kind, choice.name, shape, **values)
         return made
     key = json.dumps([kind, choice.name, dict(choice.settings), str(shape)], sort_keys=True)
     if key not in shared:

@@ -51,7 +51,7 @@ def test_the_second_is_kept_with_a_chance_of_twice_its_weight() -> None:
 def test_first_choices_of_later_tokens_go_before_second_choices_of_earlier_ones() -> None:
     # Token 0 prefers expert 0, then 1; tokens 1 and 2 prefer 1, then 0. Room for two each.
     x = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
-    routing = plain(1.0)(RouterInput.of(x))
+    routing = plain(1.0)(RouterInput.of(x, training=True))
     assert list(zip(routing.token_ids.tolist(), routing.expert_ids.tolist(), strict=True)) == [
         (0, 0),
         (1, 0),
@@ -65,7 +65,21 @@ def test_first_choices_of_later_tokens_go_before_second_choices_of_earlier_ones(
 def test_padding_takes_no_room() -> None:
     x = torch.tensor([[2.0, 1.0, 0.0]]).expand(4, -1)
     valid = torch.tensor([False, False, False, True])
-    assert plain(1.0)(RouterInput.of(x, valid=valid)).token_ids.tolist() == [3, 3]
+    assert plain(1.0)(RouterInput.of(x, valid=valid, training=True)).token_ids.tolist() == [3, 3]
+
+
+def test_later_tokens_do_not_decide_earlier_ones_choices_at_inference_in_a_decoder() -> None:
+    router = Gshard(LayerShape(d_model=4, d_expert=8, num_experts=4))
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4))
+    first = [2.0, 1.0, 0.0, 0.0]
+    rivals = torch.tensor([[first, [0.0, 2.0, 1.0, 0.0]], [first, [0.0, 0.0, 2.0, 1.0]]])
+    modes = {"decoder": {}, "training": {"training": True}, "encoder": {"causal": False}}
+    experts = {}
+    for name, mode in modes.items():
+        routings = [router(RouterInput.of(x, **mode)) for x in rivals]
+        experts[name] = [one.expert_ids[one.token_ids == 0].tolist() for one in routings]
+    assert experts == {"decoder": [[0, 1], [0, 1]], "training": [[0], [0, 1]], "encoder": [[0], [0, 1]]}
 
 
 def test_one_expert_is_too_few() -> None:

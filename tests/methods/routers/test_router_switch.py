@@ -25,7 +25,7 @@ def test_equals_the_router_of_switch_transformers() -> None:
     x = tokens()
     mask, probabilities, _ = theirs(x[None])
     expected = mask[0] * probabilities[0]
-    routing = ours(RouterInput.of(x))
+    routing = ours(RouterInput.of(x, causal=False))
     found = torch.zeros(40, 4)
     found[routing.token_ids, routing.expert_ids] = routing.weights
     assert routing.load.max() == 10, "the case must drop tokens"
@@ -34,7 +34,7 @@ def test_equals_the_router_of_switch_transformers() -> None:
 
 def test_earlier_tokens_go_first_and_the_rest_are_absent() -> None:
     x = tokens(1).expand(10, -1)
-    routing = Switch(SHAPE, capacity_factor=1.25)(RouterInput.of(x))
+    routing = Switch(SHAPE, capacity_factor=1.25)(RouterInput.of(x, causal=False))
     # 10 tokens want one of 4 experts: room for ceil(1.25 * 10 / 4) = 4.
     assert routing.token_ids.tolist() == [0, 1, 2, 3]
     assert routing.demand is not None
@@ -44,7 +44,7 @@ def test_earlier_tokens_go_first_and_the_rest_are_absent() -> None:
 def test_padding_takes_no_room() -> None:
     x = tokens(1).expand(10, -1)
     valid = torch.arange(10) >= 6
-    routing = Switch(SHAPE, capacity_factor=2.0)(RouterInput(x=x, valid=valid))
+    routing = Switch(SHAPE, capacity_factor=2.0)(RouterInput(x=x, valid=valid, training=True))
     assert routing.token_ids.tolist() == [6, 7]
 
 
@@ -70,3 +70,11 @@ def test_computes_in_float32_whatever_the_model() -> None:
     assert routing.logits.dtype == torch.float32
     assert routing.weights.dtype == torch.bfloat16
     torch.testing.assert_close(routing.logits, x.float() @ router.weight.float().T)
+
+
+def test_a_decoder_at_inference_has_no_limit() -> None:
+    x = torch.ones(10, SHAPE.d_model)
+    router = Switch(SHAPE, capacity_factor=1.0)
+    assert router(RouterInput.of(x)).load.max() == 10
+    for mode in ({"training": True}, {"causal": False}):
+        assert router(RouterInput.of(x, **mode)).load.max() == -(-10 // SHAPE.num_experts)

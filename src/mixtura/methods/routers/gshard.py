@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import final
 
 import torch
 
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import limit, room
-from mixtura.methods.routers._shared import (
-    best,
-    exact_logits,
-    router_weight,
-    softmax,
-    to_sum_one,
-    uniform_like,
-)
+from mixtura.methods.routers._capacity import places_in_rounds, room
+from mixtura.methods.routers._shared import best_weighed, exact_logits, router_weight, softmax, uniform_like
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
     "paper": None,
     "title": "GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding",
-    "tags": ["batch_dependent", "lowest_index", "keeps_weights", "reads:training", "reads:generator"],
+    "tags": [
+        "looks_ahead",
+        "causal_inference",
+        "batch_dependent",
+        "lowest_index",
+        "keeps_weights",
+        "reads:training",
+        "reads:causal",
+        "reads:generator",
+    ],
 }
 
 
@@ -34,7 +37,8 @@ class Gshard(Router):
     of twice its weight, so that it is left out where it matters little (``random_second``). An expert
     has room for ``2 * capacity_factor * tokens / experts`` tokens, rounded up; all first choices go
     before all second ones, and earlier tokens before later ones. Of equal scores the expert of lowest
-    index is chosen.
+    index is chosen. Room and queue are those of the whole batch, which a decoder does not know at
+    inference: there it has no limit.
 
     Shapes:
         ``x [T, D]`` to at most 2T assignments; one parameter, ``weight [E, D]``.
@@ -44,14 +48,15 @@ class Gshard(Router):
 
     Example:
         >>> shape = LayerShape(d_model=2, d_expert=8, num_experts=4)
-        >>> same = RouterInput.of(torch.ones(6, 2))
+        >>> same = RouterInput.of(torch.ones(6, 2), training=True)
         >>> sorted(Gshard(shape, capacity_factor=1.0)(same).load.tolist())
         [0, 0, 3, 3]
 
     Differences from the paper:
         Tokens of the whole batch share one capacity instead of being cut into groups with one each. Its
         balancing loss, which counts first choices only, is left to a balancer. Without a generator the
-        second expert is always kept, as in evaluation.
+        second expert is always kept, as in evaluation. That there is no limit at inference in a decoder is
+        ours.
 
     Reference:
         GShard: Scaling Giant Models with Conditional Computation and Automatic Sharding.
@@ -76,20 +81,18 @@ class Gshard(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x, self.weight)
         scores = softmax(logits)
-        chosen = best(scores, 2)
-        weights = to_sum_one(scores.gather(-1, chosen))
-        tokens = torch.arange(weights.shape[0], device=weights.device)
-        second = tokens
+        chosen, weights = best_weighed(scores, 2)
         if inputs.training and self.random_second and inputs.generator is not None:
             luck = uniform_like(weights[:, 1].detach(), inputs.generator)
-            second = (2 * weights[:, 1].detach() > luck).nonzero().squeeze(-1)
-        # First choices stand before all second ones in every expert's queue.
-        routing = Routing.from_assignments(
-            torch.cat([tokens, second]),
-            torch.cat([chosen[:, 0], chosen[second, 1]]),
-            torch.cat([weights[:, 0], weights[second, 1]]).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
-        return limit(routing, room(inputs.valid, self.shape.num_experts, self.capacity_factor, 2))
+            unlucky = 2 * weights[:, 1].detach() <= luck
+            absent = torch.stack([torch.zeros_like(unlucky), unlucky], dim=-1)
+            chosen = chosen.masked_fill(absent, self.shape.num_experts)
+        plain = self.chose(inputs, chosen, weights, scores=scores, logits=logits)
+        if not inputs.may_look_ahead:
+            return plain
+        arrival = torch.zeros_like(weights[:, 0])
+        places = places_in_rounds(chosen, arrival, inputs.valid, self.shape.num_experts)
+        capacity = room(inputs.valid, self.shape.num_experts, self.capacity_factor, 2)
+        kept = chosen.masked_fill(places >= capacity, self.shape.num_experts)
+        limited = self.chose(inputs, kept, weights, scores=scores, logits=logits)
+        return replace(limited, demand=plain.load)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mixtura.errors import SettingError, check_range
+from mixtura.errors import SettingError, UserError, check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     best,
@@ -39,7 +39,8 @@ METHOD = {
 class RexMoe(Router):
     """Choose among the experts of ``reuse`` adjacent layers, whose number grows during training.
 
-    The layer's experts are an `ExpertPool` of its own and its neighbours', own ones first. The
+    The layer's experts are an `ExpertPool` of its own and its neighbours', own ones first; ``reuse`` must be
+    the number of layers in it, as models set it by themselves, and is 1 without a pool: plain top-k. The
     ``top_k`` most probable are chosen, weighted by their probabilities over their sum. Up to
     ``start_step`` as many experts are candidates as one layer has, from ``end_step`` on all, in between
     linearly more; outside training all. Which are left out is drawn anew each time, the same for all
@@ -56,7 +57,7 @@ class RexMoe(Router):
     Example:
         >>> from mixtura.modeling.layer import ExpertPool, Experts
         >>> own, neighbour = (Experts(LayerShape(4, 8, 3), seed=seed) for seed in (0, 1))
-        >>> router = RexMoe(ExpertPool([own, neighbour]).shape, top_k=2)
+        >>> router = RexMoe(ExpertPool([own, neighbour]).shape, top_k=2, reuse=2)
         >>> start = router(RouterInput.of(torch.eye(4), step=0, training=True))
         >>> bool((start.expert_ids < 3).all())
         True
@@ -74,7 +75,7 @@ class RexMoe(Router):
         shape: LayerShape,
         *,
         top_k: int = 2,
-        reuse: int = 2,
+        reuse: int = 1,
         start_step: int = 10_000,
         end_step: int = 30_000,
         keep_out: Literal["reused", "any"] = "reused",
@@ -94,6 +95,13 @@ class RexMoe(Router):
         self.keep_out = keep_out
         self.seed = seed
         self.weight = router_weight(shape, seed)
+
+    def require_pool(self, num_layers: int) -> None:
+        if num_layers != self.reuse:
+            raise UserError(
+                f"RexMoe with reuse={self.reuse} is for a pool of {self.reuse} layers' experts, got "
+                f"{num_layers}; set reuse to the number of layers whose experts it reaches, 1 without a pool"
+            )
 
     def num_candidates(self, step: int) -> int:
         """How many of the pool's experts may be chosen at a step of training."""

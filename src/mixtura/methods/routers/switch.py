@@ -13,7 +13,16 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 132,
     "title": "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity",
-    "tags": ["batch_dependent", "lowest_index", "keeps_weights", "reads:training", "reads:generator"],
+    "tags": [
+        "looks_ahead",
+        "causal_inference",
+        "batch_dependent",
+        "lowest_index",
+        "keeps_weights",
+        "reads:training",
+        "reads:causal",
+        "reads:generator",
+    ],
 }
 
 
@@ -22,7 +31,8 @@ class Switch(Router):
     """Send each token to its one most probable expert, unless that expert is full.
 
     An expert has room for ``capacity_factor * tokens / experts`` tokens (rounded up), earlier tokens
-    first; a token without room gets no expert and passes by the layer. The expert's output is
+    first; a token without room gets no expert and passes by the layer. How many tokens there will be is
+    not known at inference in a decoder, where there is no limit. The expert's output is
     multiplied by its probability. In training the router's input is multiplied by noise drawn from
     [1 - jitter, 1 + jitter]. The router computes in float32 whatever the model's dtype.
 
@@ -36,13 +46,14 @@ class Switch(Router):
         >>> import torch
         >>> shape = LayerShape(d_model=4, d_expert=8, num_experts=2)
         >>> same = torch.ones(6, 4)
-        >>> Switch(shape, capacity_factor=1.0)(RouterInput.of(same)).load.tolist()
+        >>> Switch(shape, capacity_factor=1.0)(RouterInput.of(same, training=True)).load.tolist()
         [3, 0]
 
     Differences from the paper:
         The limit counts valid tokens, so padding neither takes nor makes room. Without a generator
         there is no jitter. Rows are drawn from a plain, not a truncated, normal distribution of
-        variance 0.1 / D.
+        variance 0.1 / D. One factor holds in training and, in encoders, at inference, where the paper
+        gives more room; that decoders have no limit at inference is ours.
 
     Reference:
         Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity
@@ -74,4 +85,6 @@ class Switch(Router):
             logits=logits,
             valid=inputs.valid,
         )
+        if not inputs.may_look_ahead:
+            return routing
         return limit(routing, room(inputs.valid, self.shape.num_experts, self.capacity_factor))
