@@ -23,7 +23,7 @@ def test_temperature_falls_geometrically_and_stays() -> None:
 
 @pytest.mark.parametrize("activation", ["none", "sigmoid", "tanh", "gelu"])
 def test_weights_by_a_plain_loop(activation: str) -> None:
-    router = DenseToSparse(SHAPE, start=0.5, end=0.5, threshold=0.15, activation=activation)
+    router = DenseToSparse(SHAPE, start=0.5, end=0.5, threshold=0.9, activation=activation)
     routing = router(RouterInput.of(tokens()))
     logits = tokens() @ router.weight.T
     activated = {
@@ -61,6 +61,16 @@ def test_without_activation_temperature_and_weights_are_one_parameter_with_it_th
 
 
 def test_the_most_probable_expert_is_used_whatever_the_threshold() -> None:
-    routing = DenseToSparse(SHAPE, start=2.0, threshold=1.0)(RouterInput.of(tokens()))
+    routing = DenseToSparse(SHAPE, start=2.0, threshold=6.0)(RouterInput.of(tokens()))
     assert torch.equal(routing.token_ids.sort().values, torch.arange(40))
     assert torch.equal(routing.scores.argmax(-1)[routing.token_ids], routing.expert_ids)
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 24, 64, 128])
+def test_any_number_of_experts_begins_dense_and_ends_sparse(num_experts: int) -> None:
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    router = DenseToSparse(LayerShape(64, 8, num_experts))
+    used = [router(RouterInput.of(x, step=step)).load.sum().item() / 200 for step in (0, 500, 1000)]
+    assert used[0] == num_experts
+    assert used[0] >= used[1] >= used[2]
+    assert used[2] < 0.8 * num_experts

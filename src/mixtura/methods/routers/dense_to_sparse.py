@@ -26,18 +26,18 @@ class DenseToSparse(Router):
 
     The probabilities are ``softmax(activation(logits) / temperature)``. The temperature falls
     geometrically from ``start`` to ``end`` over the first ``num_steps`` optimizer steps and stays there. A
-    token uses the experts whose probability is at least ``threshold``, and the most probable one always;
-    their probabilities are divided by their sum. An ``activation`` before the softmax unties temperature
-    and weights, which the paper shows to make their estimates converge at polynomial rates; ``"none"`` is
-    the plain gate, where scaling temperature and weights alike changes nothing. Of equal probabilities the
-    lowest index is the one always used.
+    token uses the experts whose probability is at least ``threshold`` times the even share 1 / E, and the
+    most probable one always; their probabilities are divided by their sum. An ``activation`` before the
+    softmax unties temperature and weights, which the paper shows to make their estimates converge at
+    polynomial rates; ``"none"`` is the plain gate, where scaling temperature and weights alike changes
+    nothing. Of equal probabilities the lowest index is the one always used.
 
     Shapes:
         ``x [T, D]`` to between T and ``T * E`` assignments; one parameter, ``weight [E, D]``.
 
     Raises:
         SettingError: ``start`` or ``end`` is not in [1e-3, 1e3], ``num_steps`` not in [1, 1e8], or
-            ``threshold`` not in [0, 1].
+            ``threshold`` not in [0, 1e6].
 
     Example:
         >>> shape = LayerShape(d_model=4, d_expert=8, num_experts=3)
@@ -47,7 +47,8 @@ class DenseToSparse(Router):
 
     Differences from the paper:
         The paper analyses the gate at a fixed temperature; the schedule and the threshold, which makes a
-        small probability none, are ours. Only the abstract was at hand.
+        small probability none, are ours. The threshold goes by the even share, because at a high temperature
+        all probabilities are near it, however many experts there are. Only the abstract was at hand.
 
     Reference:
         Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts? (paper 183, abstract).
@@ -60,7 +61,7 @@ class DenseToSparse(Router):
         start: float = 2.0,
         end: float = 0.05,
         num_steps: int = 1000,
-        threshold: float = 0.05,
+        threshold: float = 0.4,
         activation: Literal["none", "sigmoid", "tanh", "gelu"] = "sigmoid",
         seed: int = 0,
     ) -> None:
@@ -68,7 +69,7 @@ class DenseToSparse(Router):
         check_range("DenseToSparse", "start", start, 1e-3, 1e3)
         check_range("DenseToSparse", "end", end, 1e-3, 1e3)
         check_range("DenseToSparse", "num_steps", num_steps, 1, 1e8)
-        check_range("DenseToSparse", "threshold", threshold, 0, 1)
+        check_range("DenseToSparse", "threshold", threshold, 0, 1e6)
         self.start = start
         self.end = end
         self.num_steps = num_steps
@@ -83,7 +84,7 @@ class DenseToSparse(Router):
         chosen = best(scores, self.shape.num_experts)
         weights = scores.gather(-1, chosen)
         first = torch.arange(self.shape.num_experts, device=chosen.device) == 0
-        kept = (weights >= self.threshold) | first
+        kept = (weights >= self.threshold / self.shape.num_experts) | first
         weights = to_sum_one(weights * kept)
         return Routing.from_choices(
             chosen.masked_fill(~kept, self.shape.num_experts),
