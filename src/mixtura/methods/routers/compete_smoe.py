@@ -40,7 +40,7 @@ class CompeteSmoe(Router):
     over their sum. The loss ``router`` is the mean squared difference of the router's probabilities from
     the softmax of affinities (plus ``winners`` times that of the winners), ``diversity`` how alike winners'
     outputs are by cosine. Else the router's softmax decides. Of equal scores the lowest index wins. At
-    most ``max_layers`` layers compete in one step.
+    most ``max_layers`` layers compete in one step: all draw them alike, from the same ``schedule_seed``.
 
     Shapes:
         ``x [T, D]`` to ``T * top_k`` assignments; one parameter, ``weight [E, D]``.
@@ -72,6 +72,7 @@ class CompeteSmoe(Router):
         router_coefficient: float = 1.0,
         winners: float = 0.0,
         diversity_coefficient: float = 0.01,
+        schedule_seed: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
@@ -79,16 +80,18 @@ class CompeteSmoe(Router):
         check_range("CompeteSmoe", "rate", rate, 0, 1)
         check_range("CompeteSmoe", "warm_up", warm_up, 0, 1e8)
         check_range("CompeteSmoe", "max_layers", max_layers, 1, 1e6)
+        check_range("CompeteSmoe", "schedule_seed", schedule_seed, 0, 1 << 31)
         self.top_k, self.rate, self.warm_up, self.max_layers = top_k, rate, warm_up, max_layers
         self.router_coefficient, self.winners = router_coefficient, winners
-        self.diversity_coefficient, self.seed = diversity_coefficient, seed
+        self.diversity_coefficient, self.schedule_seed = diversity_coefficient, schedule_seed
+        self.seed = seed
         for name in ("router_coefficient", "winners", "diversity_coefficient"):
             check_range("CompeteSmoe", name, getattr(self, name), 0, 1e6)
         self.weight = router_weight(shape, seed)
 
     def competes(self, layer: int, step: int) -> bool:
         """Whether the experts of a layer compete on a training step: the same whenever it is asked."""
-        luck = random.Random(self.seed * 1_000_003 + step)
+        luck = random.Random(self.schedule_seed * 1_000_003 + step)
         drawn = [luck.random() < self.rate for _ in range(layer + 1)]
         return step >= self.warm_up and drawn[-1] and sum(drawn) <= self.max_layers
 
