@@ -39,8 +39,9 @@ def set_router(
     """Put a router in place of those of an ordinary transformers MoE model.
 
     A router tagged ``keeps_weights`` uses the model's own router weights, live: training it trains them.
-    Any other starts from random numbers and must be trained, which ``train=True`` acknowledges. A setting
-    ``top_k`` (and the groups, where the method has them) is the model's own unless given. The experts run
+    Any other starts from random numbers and must be trained, which ``train=True`` acknowledges. The setting
+    that says how many experts a token has (and the groups, where the method has them) is the model's own
+    unless given. The experts run
     through mixtura's backend, in which tokens may have any number of experts. ``output_router_logits``,
     ``generate`` and training go on working; the router's own losses are added to the model's loss in
     training. ``save_pretrained`` writes the ordinary checkpoint and, beside it, ``router.json`` and
@@ -64,7 +65,7 @@ def set_router(
     """
     cls = load_method("routers", router)
     tags = declared_tags(cls)
-    _refuse(cls, tags, train)
+    _refuse(cls, tags, train, settings)
     rerouting = Rerouting.of(model)
     seats = require_layers(rerouting, layers)
     made = _made(router, cls, tags, seats, settings)
@@ -81,10 +82,10 @@ def set_router(
     return rerouting
 
 
-def _refuse(cls: type[Any], tags: frozenset[str], train: bool) -> None:
+def _refuse(cls: type[Any], tags: frozenset[str], train: bool, settings: dict[str, Any]) -> None:
     """Raise `UserError` for a router that cannot do its work inside a transformers model."""
     for name, what in _NOT_GIVEN.items():
-        if f"reads:{name}" in tags:
+        if f"reads:{name}" in tags and name not in cls.does_without(settings):
             raise UserError(
                 f"{cls.__name__} reads {name}, and a transformers forward does not hand {what} to routers; "
                 "choose a router without the tag reads:" + name
@@ -109,7 +110,7 @@ def _made(
     made: list[Router] = []
     for seat in seats:
         layer = seat.layer
-        own: dict[str, Any] = {"top_k": layer.top_k}
+        own: dict[str, Any] = dict.fromkeys(cls.choice_settings, layer.top_k)
         if "renormalize" in known and hasattr(seat.gate, "norm_topk_prob"):
             own |= {"renormalize": bool(seat.gate.norm_topk_prob)}
         if {"num_groups", "top_groups"} <= known.keys():
@@ -127,6 +128,7 @@ def _made(
             made.append(made[0])
             continue
         made.append(create("routers", name, shape, **filled))
+        made[-1].require_pool(1)
     return made
 
 

@@ -64,6 +64,8 @@ class AdaMoe(Router):
         repository CengZihao/AdaMoE.
     """
 
+    choice_settings = ("num_choices",)
+
     def __init__(
         self,
         shape: LayerShape,

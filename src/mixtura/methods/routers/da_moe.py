@@ -43,7 +43,7 @@ class DaMoe(Router):
         ``x [T, D]`` to between T and ``T * max_experts`` assignments; one parameter, ``weight [E, D]``.
 
     Raises:
-        SettingError: ``mean_experts`` or ``max_experts`` is not in [1, E].
+        SettingError: ``mean_experts`` is not in [1, E], or ``max_experts`` not in [1, 1e6].
         UserError: attention or positions are not given.
 
     Example:
@@ -61,6 +61,8 @@ class DaMoe(Router):
         DA-MoE: Towards Dynamic Expert Allocation for Mixture-of-Experts Models (paper 64, abstract).
     """
 
+    choice_settings = ("mean_experts",)
+
     def __init__(
         self,
         shape: LayerShape,
@@ -72,7 +74,7 @@ class DaMoe(Router):
     ) -> None:
         super().__init__(shape)
         check_range("DaMoe", "mean_experts", mean_experts, 1, shape.num_experts)
-        check_range("DaMoe", "max_experts", max_experts, 1, shape.num_experts)
+        check_range("DaMoe", "max_experts", max_experts, 1, 1e6)
         self.mean_experts = mean_experts
         self.max_experts = max_experts
         self.renormalize = renormalize
@@ -82,9 +84,10 @@ class DaMoe(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x, self.weight)
         scores = softmax(logits)
-        count = (self.mean_experts * _importance(inputs) + 0.5).floor().clamp(1, self.max_experts)
-        chosen = best(scores, self.max_experts)
-        extra = torch.arange(self.max_experts, device=chosen.device) >= count[:, None]
+        most = min(self.max_experts, self.shape.num_experts)
+        count = (self.mean_experts * _importance(inputs) + 0.5).floor().clamp(1, most)
+        chosen = best(scores, most)
+        extra = torch.arange(most, device=chosen.device) >= count[:, None]
         weights = scores.gather(-1, chosen).masked_fill(extra, 0.0)
         if self.renormalize:
             weights = to_sum_one(weights)

@@ -8,7 +8,14 @@ import torch
 
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, rank_in_sequence, router_weight, softmax
+from mixtura.methods.routers._shared import (
+    best_weighed,
+    exact_logits,
+    half_up,
+    rank_in_sequence,
+    router_weight,
+    softmax,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -35,7 +42,8 @@ class ExpertChoice(Router):
     taken. An expert's output is weighted by its score.
 
     Choosing among a sequence's tokens needs all of them. At inference in a decoder each token therefore
-    takes its ``capacity_factor`` best experts itself, which costs the same on average.
+    takes its ``capacity_factor`` best experts itself, the factor rounded to the nearest whole number, a half
+    up; with a whole factor that costs the same on average.
 
     Shapes:
         ``x [T, D]`` to about ``capacity_factor * T`` assignments; one parameter, ``weight [E, D]``.
@@ -56,6 +64,8 @@ class ExpertChoice(Router):
         Mixture-of-Experts with Expert Choice Routing (paper 94, abstract).
     """
 
+    choice_settings = ("capacity_factor",)
+
     def __init__(
         self,
         shape: LayerShape,
@@ -74,10 +84,9 @@ class ExpertChoice(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x, self.weight)
         scores = softmax(logits)
-        if inputs.causal and not inputs.training:
-            chosen = best(scores, round(self.capacity_factor))
-            weights = scores.gather(-1, chosen).to(inputs.x.dtype)
-            return Routing.from_choices(chosen, weights, scores=scores, logits=logits, valid=inputs.valid)
+        if not inputs.may_look_ahead:
+            chosen, weights = best_weighed(scores, half_up(self.capacity_factor), renormalize=False)
+            return self.chose(inputs, chosen, weights, scores=scores, logits=logits)
         groups = inputs.sequences if self.group == "sequence" else torch.zeros_like(inputs.sequences)
         sizes = torch.bincount(groups[inputs.valid], minlength=int(groups.max()) + 1 if groups.numel() else 0)
         room = torch.ceil(self.capacity_factor * sizes / self.shape.num_experts)

@@ -49,6 +49,8 @@ class M6T(Router):
         M6-T: Exploring Sparse Expert Models and Beyond (paper 139, abstract).
     """
 
+    choice_settings = ("num_prototypes",)
+
     def __init__(self, shape: LayerShape, *, num_prototypes: int = 2, seed: int = 0) -> None:
         super().__init__(shape)
         check_range("M6T", "num_prototypes", num_prototypes, 1, shape.num_experts)

@@ -75,6 +75,8 @@ class S2Moe(Router):
         S2MoE: Robust Sparse Mixture of Experts via Stochastic Learning (paper 141, abstract).
     """
 
+    choice_settings = ("top_k", "inference_top_k")
+
     def __init__(
         self,
         shape: LayerShape,

@@ -37,8 +37,8 @@ class SigmaMoe(Router):
         ``x [T, D]`` to ``T * k`` assignments, k of `num_active`; one parameter, ``weight [E, D]``.
 
     Raises:
-        SettingError: ``top_k`` or ``start_k`` is not in [1, E], ``num_lower`` not in [0, 4096], or
-            ``switch_step`` not in [0, 1e8].
+        SettingError: ``top_k`` is not in [1, E], ``start_k`` not in [1, 1e6], ``num_lower`` not in
+            [0, 4096], or ``switch_step`` not in [0, 1e8].
 
     Example:
         >>> router = SigmaMoe(LayerShape(d_model=4, d_expert=8, num_experts=8), switch_step=100, start_k=8)
@@ -68,7 +68,7 @@ class SigmaMoe(Router):
     ) -> None:
         super().__init__(shape)
         check_range("SigmaMoe", "top_k", top_k, 1, shape.num_experts)
-        check_range("SigmaMoe", "start_k", start_k, 1, shape.num_experts)
+        check_range("SigmaMoe", "start_k", start_k, 1, 1e6)
         check_range("SigmaMoe", "num_lower", num_lower, 0, 4096)
         check_range("SigmaMoe", "switch_step", switch_step, 0, 1e8)
         self.top_k = top_k
@@ -85,7 +85,7 @@ class SigmaMoe(Router):
             return self.top_k
         # Layers go by pairs; the division rounds up.
         lowered = -(-self.start_k * (self.num_lower - layer // 2 * 2) // self.num_lower)
-        return max(self.top_k, lowered)
+        return min(max(self.top_k, lowered), self.shape.num_experts)
 
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x, self.weight)

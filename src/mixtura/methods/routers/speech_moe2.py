@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,11 @@ class SpeechMoe2(Router):
         self.words = drawn(seed + 1, vocab_size, width, scale=width)
         self.domains = drawn(seed + 2, num_domains + 1, width, scale=width)
         self.accents = drawn(seed + 3, num_accents + 1, width, scale=width)
+
+    @classmethod
+    def does_without(cls, settings: Mapping[str, Any]) -> frozenset[str]:
+        del settings
+        return frozenset({"labels"})
 
     def forward(self, inputs: RouterInput) -> Routing:
         words = self.words[inputs.need("token_ids", "SpeechMoe2") % self.vocab_size]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from collections.abc import Mapping
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -55,6 +56,10 @@ class StableMoe(Router):
     Differences from the paper:
         Losses are means over tokens; words beyond ``vocab_size`` share rows. An expert there contains its
         residual, so mixing output and input is a plain weight here. No convolution or transformer is taught.
+        The released run weighs ``distil`` by 0.3 and lets experts take twice their share of tokens at most,
+        the rest passing by; here the default is 1, and a limit is the layer's ``Capacity``. When the second
+        stage begins the light router has no gradient any more, for which several processes that train
+        together must be told to look (``find_unused_parameters``).
 
     Reference:
         StableMoE: Stable Routing Strategy for Mixture of Experts (paper 106); Hunter-DDM/stablemoe.
@@ -84,6 +89,10 @@ class StableMoe(Router):
         self.weight = orthogonal(shape.num_experts, shape.d_model, seed)
         self.light_weight = orthogonal(shape.num_experts, width, seed + 1)
         self.words = drawn(seed + 2, vocab_size, width, scale=width)
+
+    @classmethod
+    def does_without(cls, settings: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset({"history"} if settings.get("context", "word") == "word" else ())
 
     def forward(self, inputs: RouterInput) -> Routing:
         products = exact_logits(inputs.x, self.weight)
