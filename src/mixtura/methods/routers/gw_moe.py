@@ -59,7 +59,8 @@ class GwMoe(Router):
     Differences from the paper:
         The threshold is a share of the highest entropy instead of nats, so that it does not depend on E.
         Slots are counted in order of arrival, as in the released code; what that code adds for an uncertain
-        token is not its experts' outputs, and the paper's sum is used here.
+        token is not its experts' outputs, and the paper's sum is used here. With ``top_k=1`` the weight of a
+        sure token is 1 unless ``renormalize`` is off, so that only uncertain ones train the router.
 
     Reference:
         GW-MoE: Resolving Uncertainty in MoE Router with Global Workspace Theory (paper 129); repository

@@ -41,8 +41,9 @@ class Moge(Router):
         (4, 4)
 
     Differences from the paper:
-        Its auxiliary loss evens out experts inside the groups: use a balancer. Whether the chosen scores are
-        renormalised is not said in the abstract, which is all that was at hand; the default leaves them.
+        Its auxiliary loss evens out experts inside the groups: use a balancer. Public code that runs the
+        model leaves the chosen scores as they are, which is the default, and multiplies them by a learned
+        scale for each expert, which is not here. Only the abstract was at hand.
 
     Reference:
         Pangu Pro MoE: Mixture of Grouped Experts for Efficient Sparsity (paper 162, abstract).

@@ -31,8 +31,8 @@ class NormalizedSigmoid(Router):
     probability. The weights are the chosen scores over their sum (``over="chosen"``), or over the sum of
     all experts' scores (``"all"``). Of equal scores the expert of lowest index is taken; a
     ``selection_bias`` is added when choosing and never enters the weights. The gate of DeepSeek-V3, which
-    is this one within groups of experts, is the router ``deepseek_v3``; without any normalising it is
-    ``sigmoid_top_k``.
+    is this one within groups of experts, is the router ``deepseek_v3``, which can also leave out the
+    normalising.
 
     Shapes:
         ``x [T, D]`` to ``T * top_k`` assignments; one parameter, ``weight [E, D]``.
@@ -79,7 +79,7 @@ class NormalizedSigmoid(Router):
         wanted = masked(wanted, inputs.allowed)
         chosen = best(wanted, self.top_k)
         weights = scores.gather(-1, chosen).masked_fill(wanted.gather(-1, chosen).isneginf(), 0.0)
-        weights = to_sum_one(weights) if self.over == "chosen" else weights / scores.sum(-1, keepdim=True)
+        weights = to_sum_one(weights, None if self.over == "chosen" else scores.sum(-1, keepdim=True))
         return Routing.from_choices(
             present(chosen, wanted),
             weights.to(inputs.x.dtype),
