@@ -62,3 +62,24 @@ def _to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _mark(path: Path, quantization: dict[str, object]) -> None:
     file = path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantization}))
+
+
+def write_safetensors(file: Path, entries: dict[str, tuple[str, list[int], bytes]]) -> None:
+    """A safetensors file of any types, which the library's own writer may not know."""
+    header, content = {}, b""
+    for name, (kind, shape, data) in entries.items():
+        header[name] = {
+            "dtype": kind,
+            "shape": shape,
+            "data_offsets": [len(content), len(content) + len(data)],
+        }
+        content += data
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def raw_entries(tensors: dict[str, Tensor]) -> dict[str, tuple[str, list[int], bytes]]:
+    return {
+        name: ("F32", list(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }

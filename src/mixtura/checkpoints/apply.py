@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import mixtura
 from mixtura.checkpoints.applying.blueprint import Blueprint, blueprint
-from mixtura.checkpoints.applying.card import CardFacts, model_card, name_of_source
+from mixtura.checkpoints.applying.card import CardFacts, Measured, model_card, name_of_source
 from mixtura.checkpoints.applying.checking import check_plan
 from mixtura.checkpoints.applying.config import config_json
 from mixtura.checkpoints.applying.shards import Shard, index_json, pack_shards, write_text
@@ -51,6 +51,7 @@ def apply_plan(
     workers: int = 1,
     source_name: str | None = None,
     name: str | None = None,
+    measured: Measured | None = None,
 ) -> Path:
     """Write the checkpoint that `plan` makes of the one in `source`, to `out`.
 
@@ -74,6 +75,7 @@ def apply_plan(
             depend on it.
         source_name: what the model card calls the source (default: the hub's name or the folder's).
         name: what the model card calls the result (default: the folder's name).
+        measured: what the model card says of the loss, if it was measured.
 
     Returns:
         `out`.
@@ -98,7 +100,7 @@ def apply_plan(
     terms = _terms(plan, source, shard_bytes, names)
     staging = Staging(out, terms)
     staging.check_terms()
-    made = _Made(view, plan, blueprint(view, plan), terms)
+    made = _Made(view, plan, blueprint(view, plan), terms, measured)
     shards = pack_shards(made.blueprint.units, shard_bytes)
     with staging:
         if not staging.was_published:
@@ -129,6 +131,7 @@ class _Made:
     plan: Plan
     blueprint: Blueprint
     terms: Terms
+    measured: Measured | None
 
 
 def _terms(plan: Plan, source: Path, shard_bytes: int, names: tuple[str, str]) -> Terms:
@@ -247,6 +250,8 @@ def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> No
         num_bytes_before=view.num_bytes,
         num_bytes_after=made.blueprint.num_bytes,
         ordinary=made.blueprint.ordinary,
+        left_out=made.blueprint.left_out,
+        measured=made.measured,
     )
     write_text(folder / "README.md", model_card(facts))
     _check_opens(folder, ordinary=made.blueprint.ordinary)

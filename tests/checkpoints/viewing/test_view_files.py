@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import tiny_model
 from safetensors.torch import load_file, save_file
+from tiny_scaled import raw_entries, write_safetensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -48,27 +49,6 @@ def write_shards(path: Path, shards: dict[str, dict[str, Tensor]], listed: dict[
         (path / name).parent.mkdir(exist_ok=True)
         save_file(tensors, path / name, {"format": "pt"})
     (path / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
-
-
-def write_safetensors(file: Path, entries: dict[str, tuple[str, list[int], bytes]]) -> None:
-    """A safetensors file of any types, which the library's own writer may not know."""
-    header, content = {}, b""
-    for name, (kind, shape, data) in entries.items():
-        header[name] = {
-            "dtype": kind,
-            "shape": shape,
-            "data_offsets": [len(content), len(content) + len(data)],
-        }
-        content += data
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content)
-
-
-def raw_entries(tensors: dict[str, Tensor]) -> dict[str, tuple[str, list[int], bytes]]:
-    return {
-        name: ("F32", list(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        for name, tensor in tensors.items()
-    }
 
 
 @pytest.mark.parametrize("keep_shards", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -16,10 +15,9 @@ from mixtura.checkpoints.applying.packing import packed_units
 from mixtura.checkpoints.applying.shards import Unit
 from mixtura.checkpoints.packed import LayerRecord
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
+from mixtura.checkpoints.viewing.edits import renumbered
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.types import Plan, Quantize
-
-_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 @final
@@ -31,11 +29,13 @@ class Blueprint:
         units: what writes its tensors, in order.
         layers: what it holds of each MoE layer.
         ordinary: whether it is an ordinary checkpoint of its family, not of the mixtura format.
+        left_out: the beginnings of names of layers that the model has not and that do not go along.
     """
 
     units: tuple[Unit, ...]
     layers: tuple[LayerRecord, ...]
     ordinary: bool
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -64,16 +64,21 @@ def blueprint(view: DiskView, plan: Plan) -> Blueprint:
             made = packed_units(view, layer, own, actions[layer.index])
             experts = tuple(unit.record for unit in made)
             names = sorted(_expert_names(layer), key=rank.__getitem__)
-            changed.update({**dict.fromkeys(names, ()), names[0]: made})
+            changed.update({**dict.fromkeys((*names, *view.beside_experts(layer)), ()), names[0]: made})
         else:
             changed.update({**_own_units(view, layer, own), **_fused_units(view, layer, own)})
         layers.append(LayerRecord(layer.index, layer.name, own, experts))
+    even = is_even(view, kept)
+    fewer = any(len(kept[layer.index]) < layer.num_experts for layer in view.layers)
+    # With one number in the config for all layers, those that nothing is known of cannot keep the old one.
+    left_out = view.layers_beyond if even and fewer else ()
+    changed.update({name: () for name in view.unused_names if name.startswith(left_out)})
     units = [
         unit
         for name in order
         for unit in (changed[name] if name in changed else (CopyRows.of(view.entries[name]),))
     ]
-    return Blueprint(tuple(units), tuple(layers), not actions and is_even(view, kept))
+    return Blueprint(tuple(units), tuple(layers), not actions and even, left_out)
 
 
 def is_even(view: DiskView, kept: Mapping[int, tuple[int, ...]]) -> bool:
@@ -140,23 +145,15 @@ def _own_units(view: DiskView, layer: DiskLayer, kept: tuple[int, ...]) -> dict[
         for name in layer.expert_tensor_names(expert):
             units[name] = ()
             if expert in kept:
-                number = _renumbered(name, layer.num_experts, kept)
+                number = renumbered(name, layer.num_experts, kept)
                 watch = Watch(layer.index, "expert", (expert,), exponents=_is_exponents(view, name))
                 units[name] = (CopyRows.of(view.entries[name], name=number, watch=watch),)
+    for name, expert in view.beside_experts(layer).items():
+        units[name] = ()
+        if expert in kept:
+            number = renumbered(name, layer.num_experts, kept)
+            units[name] = (CopyRows.of(view.entries[name], name=number),)
     return units
-
-
-def _renumbered(name: str, num_experts: int, kept: tuple[int, ...]) -> str:
-    """The name with its expert's number after the drop.
-
-    Two layers may share one list of names (experts for text first, for images after); the second
-    one's then start where the first one's end.
-    """
-    match = _EXPERT_NUMBER.search(name)
-    assert match is not None
-    share, expert = divmod(int(match.group()), num_experts)
-    number = share * len(kept) + kept.index(expert)
-    return f"{name[: match.start()]}{number}{name[match.end() :]}"
 
 
 def _fused_units(view: DiskView, layer: DiskLayer, kept: tuple[int, ...]) -> dict[str, Sequence[Unit]]:

@@ -42,8 +42,32 @@ or used from the command line: `mixtura generate {name} "a prompt"`.
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a result was measured to lose against its source, on text that it was not chosen by.
+
+    Attributes:
+        kl: the Kullback-Leibler divergence to the source, in nats per token.
+        kl_interval: its 95 % interval.
+        same_token: the share of tokens for which both find the same one likeliest.
+        num_tokens: how many tokens of text that was.
+        text: what the text was.
+    """
+
+    kl: float
+    kl_interval: tuple[float, float] | None = None
+    same_token: float | None = None
+    num_tokens: int | None = None
+    text: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
-    """What a model card says. ``num_experts`` is by decoder layer, before any drop."""
+    """What a model card says.
+
+    ``num_experts`` is by decoder layer, before any drop. ``left_out`` are the beginnings of names of layers
+    that did not go along. ``measured`` is how much was lost, if somebody measured it.
+    """
 
     name: str
     source: Path
@@ -53,6 +77,8 @@ class CardFacts:
     num_bytes_before: int
     num_bytes_after: int
     ordinary: bool
+    left_out: tuple[str, ...] = ()
+    measured: Measured | None = None
 
 
 def name_of_source(source: Path) -> str:
@@ -90,7 +116,10 @@ def model_card(facts: CardFacts) -> str:
         *(f"| {what} | {number} |" for what, number in _counts(facts)),
         "",
         *_dropped_lines(facts.plan),
-        f"Every tensor outside the experts is the source's, byte for byte{_except_routers(facts.plan)}. "
+        *_left_out_lines(facts),
+        *_measured_lines(facts.measured),
+        f"Every {'other ' if facts.left_out else ''}tensor outside the experts is the source's, byte for "
+        f"byte{_except_routers(facts.plan)}. "
         "`plan.json` says what was done to each expert.",
         "",
         "## Use",
@@ -104,6 +133,12 @@ def model_card(facts: CardFacts) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def with_measured(card: str, measured: Measured) -> str:
+    """A card that `model_card` wrote before anything was measured, with what was measured since."""
+    before, start, after = card.partition("\nEvery ")
+    return before + "\n" + "\n".join(_measured_lines(measured)) + start + after
 
 
 def _metadata(facts: CardFacts) -> str:
@@ -150,6 +185,35 @@ def _dropped_lines(plan: Plan) -> list[str]:
         for layer, experts in plan.dropped().items()
     ]
     return [*lines, ""] if lines else []
+
+
+def _left_out_lines(facts: CardFacts) -> list[str]:
+    if not facts.left_out:
+        return []
+    names = ", ".join(f"`{name}*`" for name in facts.left_out)
+    return [
+        f"Left out: {names}, which the source has for predicting several tokens ahead. They have as many "
+        "experts as the layers had before, and `config.json` has one number for both; it now says that there "
+        "are none.",
+        "",
+    ]
+
+
+def _measured_lines(measured: Measured | None) -> list[str]:
+    if measured is None:
+        return []
+    interval = (
+        ""
+        if measured.kl_interval is None
+        else " (95 % interval {:.2g} to {:.2g})".format(*measured.kl_interval)
+    )
+    lines = [f"- KL divergence to the source: {measured.kl:.2g} nats per token{interval}"]
+    if measured.same_token is not None:
+        lines.append(f"- same most likely token: {measured.same_token:.1%}")
+    where = [] if measured.num_tokens is None else [f"{measured.num_tokens} tokens"]
+    where += [] if measured.text is None else [measured.text]
+    of = f" ({', '.join(where)})" if where else ""
+    return [f"Measured against the source on text that it was not chosen by{of}:", "", *lines, ""]
 
 
 def _except_routers(plan: Plan) -> str:

@@ -9,13 +9,16 @@ from typing import Any
 
 from mixtura.checkpoints.applying.blueprint import Blueprint, is_even
 from mixtura.checkpoints.packed import FORMAT_VERSION, QUANT_METHOD
+from mixtura.checkpoints.viewing.beyond import without_prediction
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY
-from mixtura.checkpoints.viewing.disk import DiskView
+from mixtura.checkpoints.viewing.disk import DiskView, compute_dtype
 from mixtura.checkpoints.viewing.probe import CountField
 
 # transformers reads weights from the file of this name and stops with its text where it is none.
 _REFUSAL_KEY = "transformers_weights"
 _REFUSAL = "this model is in the mixtura format: load its directory with mixtura.load"
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def config_json(view: DiskView, made: Blueprint) -> str:
@@ -26,6 +29,11 @@ def config_json(view: DiskView, made: Blueprint) -> str:
     transformers refuse it in words instead of loading it without its experts.
     """
     raw = copy.deepcopy(view.raw_config)
+    if not any(key in part for part in (raw, raw.get("text_config") or {}) for key in _DTYPE_KEYS):
+        # Of the weights that are written, others may be the first, from which the dtype would be inferred.
+        raw["dtype"] = str(compute_dtype(view.config)).removeprefix("torch.")
+    if made.left_out:
+        without_prediction(raw)
     counts = {layer.index: layer.num_experts for layer in made.layers}
     if is_even(view, {layer.index: layer.kept for layer in made.layers}):
         for layer in view.layers:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 from mixtura.checkpoints.applying.shards import flush_to_disk
 
-# What is written anew or tells of the source's weights only.
+# What is written anew.
 _REPLACED = {"config.json", "plan.json", "experts.json", "measured.json", "report.html"}
+# What tells of the source's weights: how they were trained, what they scored, their other formats, checksums.
+_OF_THE_SOURCE = re.compile(
+    r"(card|params|metrics|scores|training\w*|train_config|trainer_state|adapter_config|router"
+    r"|\w*_results|eval\w*|recipe\w*)\.(jsonl?|ya?ml|csv|tsv|txt|md)"
+    r"|(sha\d*|md5)-?sums?(\.txt)?|config\.json\..+|events\.out\..+|.+\.(log|sha256|sha512|md5|sig|asc)"
+)
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz",
     ".h5", ".msgpack", ".onnx", ".gguf", ".ggml", ".tflite", ".ot", ".zip", ".tar", ".gz",
@@ -23,7 +30,8 @@ def side_files(source: Path) -> tuple[Path, ...]:
     """Files of a checkpoint directory that go along unchanged, relative to it, by name.
 
     Left out: weights in any format, pickles (whatever they are called), hidden files, the model card
-    (a new one is written) and files of more than 64 MiB that are not a tokenizer's.
+    (a new one is written), what tells of the source's weights and is not true of the result (their training,
+    evaluations, checksums) and files of more than 64 MiB that are not a tokenizer's.
     """
     found = [path for path in source.iterdir() if path.is_file() and _goes_along(path)]
     for folder in _FOLDERS:
@@ -44,6 +52,8 @@ def copy_side_files(source: Path, names: tuple[Path, ...], target: Path) -> None
 def _goes_along(path: Path) -> bool:
     name = path.name.lower()
     if name.startswith((".", "readme")) or name in _REPLACED or name.endswith(".index.json"):
+        return False
+    if _OF_THE_SOURCE.fullmatch(name):
         return False
     if path.suffix.lower() in _WEIGHT_SUFFIXES:
         return False

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.checkpoints.viewing.base import LayerView, ModelView
+from mixtura.checkpoints.viewing.beyond import beside_experts, layers_beyond, without_prediction
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
 from mixtura.checkpoints.viewing.droppable import Drops, check_drops
-from mixtura.checkpoints.viewing.edits import TensorEdit, pruned_config, tensor_edits
+from mixtura.checkpoints.viewing.edits import TensorEdit, pruned_config, renumbered, tensor_edits
 from mixtura.checkpoints.viewing.formats import Decoder, StoredTensor, stored_tensors
 from mixtura.checkpoints.viewing.headers import TensorFiles
-from mixtura.checkpoints.viewing.mapping import ShapeModel, Source, add_tied, map_sources
+from mixtura.checkpoints.viewing.mapping import EXPERT_NUMBER, ShapeModel, Source, add_tied, map_sources
 from mixtura.checkpoints.viewing.meta import build_from_config, named_tensors
 from mixtura.checkpoints.viewing.opening import OpenedFiles, no_collection, open_files
 from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
@@ -208,7 +209,41 @@ class DiskView(ModelView):
         """
         kept = check_drops(self.layers, drops)
         sites = [layer.site for layer in self.layers]
-        return tensor_edits(sites, self.sources, self.stored, kept, self._config)
+        edits = tensor_edits(sites, self.sources, self.stored, kept, self._config)
+        for layer in self.layers:
+            for name, expert in self.beside_experts(layer).items():
+                edits[name] = TensorEdit(
+                    renumbered(name, layer.num_experts, kept[layer.index])
+                    if expert in kept[layer.index]
+                    else None
+                )
+        if any(len(kept[layer.index]) < layer.num_experts for layer in self.layers):
+            edits.update(
+                {name: TensorEdit(None) for name in self.unused_names if name.startswith(self.layers_beyond)}
+            )
+        return edits
+
+    @cached_property
+    def layers_beyond(self) -> tuple[str, ...]:
+        """The beginnings of names of layers with as many experts that transformers does not load.
+
+        They go when experts go: the config has one number for them and for the layers that were watched.
+        """
+        used = {
+            part
+            for source in self.sources.values()
+            for name in source.names
+            for part in self.stored[name].parts
+        }
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        return layers_beyond(self.unused_names, used, shapes, {layer.num_experts for layer in self.layers})
+
+    def beside_experts(self, layer: DiskLayer) -> dict[str, int]:
+        """What transformers does not load of single experts of a layer, and the expert of each name."""
+        own = layer.expert_tensor_names(0)
+        number = min((int(match.group()) for name in own if (match := EXPERT_NUMBER.search(name))), default=0)
+        found = beside_experts(self.unused_names, own).items()
+        return {name: n - number for name, n in found if number <= n < number + layer.num_experts}
 
     def pruned_config(self, drops: Drops) -> dict[str, Any]:
         """``config.json`` of the checkpoint without these experts.
@@ -217,7 +252,10 @@ class DiskView(ModelView):
         """
         kept = check_drops(self.layers, drops)
         sites = [layer.site for layer in self.layers]
-        return pruned_config(self.raw_config, self._config, sites, self.count_fields, kept)
+        changed = pruned_config(self.raw_config, self._config, sites, self.count_fields, kept)
+        if self.layers_beyond and any(len(kept[layer.index]) < layer.num_experts for layer in self.layers):
+            without_prediction(changed)
+        return changed
 
     def parameter(self, name: str) -> Tensor:
         """One parameter by the model's own name, converted and decoded."""

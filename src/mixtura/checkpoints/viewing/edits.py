@@ -140,6 +140,19 @@ def _experts_before(source: Source, parameter: str, sites: Sequence[Site], kept:
     return total
 
 
+def renumbered(name: str, num_experts: int, kept: Sequence[int]) -> str:
+    """A name of one expert that stays with its number after a drop.
+
+    Two layers may share one list of names (experts for text first, for images after); the second one's
+    then start where the first one's end.
+    """
+    match = EXPERT_NUMBER.search(name)
+    assert match is not None
+    share, expert = divmod(int(match.group()), num_experts)
+    number = share * len(kept) + list(kept).index(expert)
+    return f"{name[: match.start()]}{number}{name[match.end() :]}"
+
+
 def pruned_config(
     raw: dict[str, Any], config: Any, sites: Sequence[Site], fields: Mapping[str, CountField], kept: Kept
 ) -> dict[str, Any]:
