@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import ClassVar, final
 
 # What was asked for is mistyped, missing or damaged: other words or files are needed.
 EXIT_USER_ERROR = 2
@@ -57,6 +57,32 @@ class OutputError(UserError):
 
 class SettingError(UserError):
     """A setting of a method or command that is unknown, of the wrong type or out of range."""
+
+
+@final
+class MixturaWarning(UserWarning):
+    """Something a user should know of though the work goes on; the command line shows its sentence."""
+
+
+def one_line(message: object, most: int = 2000) -> str:
+    """A message without line breaks and other white space in a row, cut where it is very long.
+
+    >>> one_line("a\\n  b")
+    'a b'
+    """
+    line = " ".join(str(message).split())
+    return line if len(line) <= most else line[:most] + "…"
+
+
+def counted_names(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> counted_names(["a", "b"]), counted_names("abcdef")
+    ('a, b', 'a, b, c and 3 more')
+    """
+    every = list(names)
+    rest = len(every) - most
+    return ", ".join(every[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> tuple[str, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import warnings
 from importlib import import_module
+from typing import Any
 
 import typer
 
 import mixtura
-from mixtura.errors import UserError
+from mixtura.errors import MixturaWarning, UserError, one_line
 
 # Command -> line shown by `mixtura --help`; the function of that name lives in the file of that name
 # (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
@@ -65,14 +68,36 @@ def main() -> None:
     """Run the command line. A user's error is one sentence and its exit code; Ctrl-C is 130."""
     # The hub is asked only when a command needs it; tokenizers warns about forks nobody asked for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _show_every_character()
     try:
-        build_app()()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", MixturaWarning)
+            warnings.showwarning = _shown_by(warnings.showwarning)
+            build_app()()
     except UserError as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"error: {message}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written by halves; a fit asked for again continues", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _show_every_character() -> None:
+    """Let names that are no text, and terminals that know few characters, show as escapes instead of fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _shown_by(others: Any) -> Any:
+    """Shows our warnings as sentences, and others as they were shown."""
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, MixturaWarning):
+            typer.echo(f"warning: {one_line(message)}", err=True)
+        else:
+            others(message, category, *where, **more)
+
+    return show

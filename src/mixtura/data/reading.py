@@ -1,42 +1,57 @@
-"""Read a user's text: files and directories of UTF-8 text, or JSONL of several shapes."""
+"""Read a user's text: files and directories of UTF-8 text, or records as training tools write them."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
-from mixtura.data.records import Document
-from mixtura.errors import UserError
+from mixtura.data.records import Document, TextError, readable
+from mixtura.data.shapes import document_of, has_shape
+from mixtura.errors import MixturaWarning, counted_names
 
 SHORTEST_TEXT = 200
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
 
 @final
-class TextError(UserError):
-    """A text that cannot be used: missing, empty, too short, not UTF-8 or malformed."""
+class _NotTextError(Exception):
+    """A file that is no text; says why."""
 
 
 def read(path: str | Path, tokenizer: Any | None = None) -> tuple[Document, ...]:
     """Read a file, or all files of a directory that are not hidden.
 
-    A `.jsonl` file holds an object on each line, with "text", or with "prompt" and "answer", or
-    with "messages" (a list of {"role", "content"}, worded by the tokenizer's chat template); a
-    "domain" beside them is kept. Any other file is one document of UTF-8 text. The domain of a
-    document is else the sub-directory it lies in, or its file's name without the ending.
+    A `.jsonl` file holds an object on each line, a `.json` file may hold a list of them: with "text", with
+    "prompt" and "answer" or "completion", with "instruction", "input" and "output", or with "messages" or
+    "conversations", which the tokenizer's chat template words. A "domain" beside them is kept. Any other
+    file is one document of UTF-8 text. The domain of a document is else the sub-directory it lies in, or
+    its file's name without the ending. Files of a directory that are no text are left out with a warning.
 
     Raises:
         TextError: where the path is missing, a file is not UTF-8 or has a malformed line, or there
             is too little text.
     """
     root = Path(path)
-    if not root.exists():
-        raise TextError(f"no text at {root}; give a file or directory of UTF-8 text or JSONL")
-    files = [root] if root.is_file() else _visible_files(root)
-    if not files:
-        raise TextError(f"the directory {root} holds no files; put UTF-8 text or .jsonl files there")
-    documents = [document for file in files for document in _read_file(file, root, tokenizer)]
+    files = _files(root)
+    documents: list[Document] = []
+    left_out: dict[str, str] = {}
+    for file in files:
+        try:
+            text = _text_of(file)
+        except _NotTextError as reason:
+            if file == root:
+                raise TextError(f"{file} {reason}; give a file of UTF-8 text") from None
+            left_out[file.relative_to(root).as_posix()] = f"{file} {reason}"
+            continue
+        documents += _read_file(file, root, text, tokenizer)
+    if len(left_out) == len(files):
+        first = next(iter(left_out.values()))
+        raise TextError(f"{root} holds no file of UTF-8 text: {first}; convert it or give other text")
+    if left_out:
+        warnings.warn(f"left out of {root}, as no UTF-8 text: {counted_names(left_out)}", MixturaWarning, 2)
     size = sum(len(document.text) for document in documents)
     if not documents or size == 0:
         raise TextError(f"{root} is empty; at least {SHORTEST_TEXT} characters of text are needed")
@@ -45,83 +60,78 @@ def read(path: str | Path, tokenizer: Any | None = None) -> tuple[Document, ...]
     return tuple(documents)
 
 
-def _visible_files(root: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(root.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    ]
+def _files(root: Path) -> list[Path]:
+    """The file itself, or the files of a directory that are not hidden."""
+    try:
+        if not root.exists():
+            raise TextError(f"no text at {root}; give a file or directory of UTF-8 text or JSONL")
+        if not root.is_dir():
+            return [root]
+        files = [
+            file
+            for file in sorted(root.rglob("*"))
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+        ]
+    except (OSError, ValueError) as error:
+        # A name that is too long, say: a text where its path belongs.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TextError(f"no text can be read at {str(root)[:80]!r}: {reason}; give a path") from None
+    if not files:
+        raise TextError(f"the directory {root} holds no files; put UTF-8 text or .jsonl files there")
+    return files
 
 
-def _read_file(file: Path, root: Path, tokenizer: Any | None) -> Iterator[Document]:
-    relative = file.relative_to(root) if file != root else Path(file.name)
-    domain = relative.parts[0] if len(relative.parts) > 1 else relative.stem
-    name = relative.as_posix()
+def _text_of(file: Path) -> str:
+    if file.is_char_device() or file.is_block_device():
+        raise _NotTextError("is a device")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TextError(
-            f"{file} is not UTF-8 text (byte {error.start}); convert it or leave it out"
-        ) from error
+        raise _NotTextError(f"is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise TextError(
-            f"{file} cannot be read: {error.strerror}; make it readable or leave it out"
-        ) from error
+        raise _NotTextError(f"cannot be read: {error.strerror}") from None
     if "\0" in text:
-        raise TextError(f"{file} is binary (byte {text.index(chr(0))} is zero); give UTF-8 text")
-    if file.suffix == ".jsonl":
-        yield from _read_lines(file, text, domain, name, tokenizer)
-    elif text.strip():
-        yield Document(text, domain, name)
+        raise _NotTextError(f"is binary (byte {text.encode().index(0)} is zero)")
+    return text
 
 
-def _read_lines(file: Path, text: str, domain: str, name: str, tokenizer: Any | None) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{where} is not JSON ({error.msg}); give one object a line") from error
-        if not isinstance(entry, dict):
-            raise TextError(f"{where} is not a JSON object; give one object a line")
-        label = entry.get("domain", domain)
-        yield _document(entry, str(label), f"{name}:{number}", where, tokenizer)
+def _read_file(file: Path, root: Path, text: str, tokenizer: Any | None) -> Iterator[Document]:
+    relative = file.relative_to(root) if file != root else Path(file.name)
+    domain = readable(relative.parts[0] if len(relative.parts) > 1 else relative.stem)
+    name = readable(relative.as_posix())
+    kind = file.suffix.lower()
+    listed = _listed(text) if kind == ".json" else None
+    entries: Iterator[tuple[int, Any]]
+    if kind in _LINES:
+        entries = ((number, _parsed(line, f"{file}, line {number}")) for number, line in _numbered(text))
+        word = "line"
+    elif listed is not None:
+        entries, word = iter(enumerate(listed, start=1)), "entry"
+    else:
+        if text.strip():
+            yield Document(text, domain, name)
+        return
+    for number, entry in entries:
+        yield document_of(entry, domain, f"{name}:{number}", f"{file}, {word} {number}", tokenizer)
 
 
-def _document(entry: dict[str, Any], domain: str, name: str, where: str, tokenizer: Any | None) -> Document:
-    """The document that one JSON object describes."""
-    if "text" in entry:
-        return Document(_string(entry, "text", where), domain, name)
-    if "prompt" in entry and "answer" in entry:
-        prompt, answer = _string(entry, "prompt", where), _string(entry, "answer", where)
-        gap = "" if not prompt or prompt[-1].isspace() else "\n"
-        return Document(prompt + gap + answer, domain, name, prompt + gap, answer)
-    if "messages" in entry:
-        return Document(_chat(entry["messages"], where, tokenizer), domain, name)
-    raise TextError(f'{where} has neither "text" nor "prompt" with "answer" nor "messages"; give one of them')
+def _numbered(text: str) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
-def _string(entry: dict[str, Any], key: str, where: str) -> str:
-    value = entry[key]
-    if not isinstance(value, str):
-        raise TextError(f'"{key}" in {where} must be a string, got {type(value).__name__}')
-    return value
-
-
-def _chat(messages: Any, where: str, tokenizer: Any | None) -> str:
-    """A conversation as the model's chat template words it."""
-    good = isinstance(messages, list) and messages
-    if not good or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise TextError(f'"messages" in {where} must be a list of objects with "role" and "content"')
-    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-        raise TextError(f'"messages" in {where} need a model with a chat template; give "text" instead')
+def _parsed(line: str, where: str) -> Any:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:
-        raise TextError(
-            f"the model's chat template does not take the messages in {where}: {error}"
-        ) from error
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise TextError(f"{where} is not JSON ({reason}); give one object a line") from None
+
+
+def _listed(text: str) -> list[Any] | None:
+    """The list of records that a `.json` file holds; None where it holds something else, which is text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_records = isinstance(found, list) and bool(found) and has_shape(found[0])
+    return found if is_records else None

@@ -5,6 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from mixtura.errors import UserError
+
+
+@final
+class TextError(UserError):
+    """A text that cannot be used: missing, empty, too short, not UTF-8 or malformed."""
+
+
+def readable(text: str) -> str:
+    """A string with U+FFFD in place of each half of a surrogate pair, which is no text and has no tokens.
+
+    JSON can write such halves and the shell's arguments can hold them; two that belong together are joined.
+
+    >>> readable("a\\ud83d"), readable("\\ud83d" + "\\ude00") == "\\U0001f600"
+    ('a\ufffd', True)
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
 
 @final
 @dataclass(frozen=True, slots=True)
