@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mixtura.data.records import Document
+from mixtura.data.records import Document, TextError, readable
 from mixtura.errors import SettingError
 
 
@@ -61,12 +61,75 @@ class TokenBatch:
         )
 
 
-def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text with the tokenizer's start token, once, where it uses one."""
+def encode_text(
+    text: str, tokenizer: Any, num_embeddings: int | None = None, *, begin: bool = True
+) -> list[int]:
+    """Token ids of a text with the tokenizer's start token, once, where it uses one.
+
+    A chat template writes the start token itself. Without `begin` the text goes on after another one and
+    gets no token that is not in it.
+
+    Raises:
+        TextError: the model has no embedding for one of them; see `check_ids`.
+    """
+    return encode_texts([text], tokenizer, num_embeddings, begin=begin)[0]
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: Any, num_embeddings: int | None = None, *, begin: bool = True
+) -> list[list[int]]:
+    """Token ids of texts at once, each as `encode_text` gives them."""
     start = getattr(tokenizer, "bos_token", None)
-    begun = bool(start) and text.startswith(str(start))
-    ids: list[int] = tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
-    return ids
+    mended = [readable(text) for text in texts]
+    bare = [not begin or (bool(start) and text.startswith(str(start))) for text in mended]
+    found: dict[int, list[int]] = {}
+    for special in (False, True):
+        places = [place for place in range(len(texts)) if bare[place] != special]
+        if places:
+            chosen = [mended[place] for place in places]
+            encoded = tokenizer(chosen, add_special_tokens=special, verbose=False)["input_ids"]
+            found |= dict(zip(places, encoded, strict=True))
+    made = [found[place] for place in range(len(texts))]
+    for ids in made:
+        check_ids(ids, tokenizer, num_embeddings)
+    return made
+
+
+def check_ids(ids: Sequence[int], tokenizer: Any, num_embeddings: int | None) -> None:
+    """Refuse tokens that a model with so many embeddings has none for; None checks nothing.
+
+    A tokenizer may well have more tokens than its model has embeddings as long as no text has those.
+
+    Raises:
+        TextError: there is such a token; the message has both numbers.
+    """
+    highest = max(ids, default=0)
+    if num_embeddings is not None and highest >= num_embeddings:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise TextError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings} embeddings, and the text "
+            f"has token {highest}, {token!r}; give the tokenizer the model was trained with, or resize its "
+            "embeddings"
+        )
+
+
+def num_embeddings_of(config: Any) -> int | None:
+    """How many tokens a model with a configuration of transformers has embeddings for, if that says so."""
+    found = getattr(config.get_text_config(), "vocab_size", None)
+    return found if isinstance(found, int) else None
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many embeddings a model for a tokenizer needs: one more than its highest id, gaps included."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def pad_id(
+    tokenizer: Any, num_embeddings: int | None = None, names: Sequence[str] = ("pad_token_id",)
+) -> int:
+    """A token to pad with: the first of the tokenizer's that the model has an embedding for, else 0."""
+    found = [token for name in names if (token := getattr(tokenizer, name, None)) is not None]
+    return next((int(token) for token in found if num_embeddings is None or token < num_embeddings), 0)
 
 
 def _chunks(ids: list[int], max_length: int) -> Iterator[list[int]]:
@@ -78,35 +141,41 @@ def _chunks(ids: list[int], max_length: int) -> Iterator[list[int]]:
 
 
 def _parts(
-    documents: Sequence[Document], domain: str, tokenizer: Any, max_length: int
+    documents: Sequence[Document], domain: str, tokenizer: Any, max_length: int, num_embeddings: int | None
 ) -> Iterator[list[int]]:
     """The sequences of one domain, encoded as they are asked for."""
     for document in documents:
         if document.domain == domain:
-            yield from _chunks(encode_text(document.text, tokenizer), max_length)
+            yield from _chunks(encode_text(document.text, tokenizer, num_embeddings), max_length)
 
 
 def encode_documents(
-    documents: Sequence[Document], tokenizer: Any, max_length: int = 512, max_tokens: int | None = None
+    documents: Sequence[Document],
+    tokenizer: Any,
+    max_length: int = 512,
+    max_tokens: int | None = None,
+    num_embeddings: int | None = None,
 ) -> TokenBatch:
     """Encode documents, cut them into sequences and pad these on the right.
 
     Longer documents give several sequences. Under `max_tokens` the domains are filled evenly: the
     next sequence always comes from the domain that has the fewest tokens so far. Sequences are
-    then sorted by length, longest first, which keeps padding small when the batch is split.
+    then sorted by length, longest first, which keeps padding small when the batch is split. With
+    `num_embeddings`, those of the model, no token is let through that has none.
 
     Raises:
         SettingError: where nothing is left to encode, or a size is too small.
+        TextError: the model has no embedding for one of the tokens.
     """
     if max_length < 2 or (max_tokens is not None and max_tokens < 2):
         raise SettingError(f"max_length and max_tokens must be at least 2, got {max_length}, {max_tokens}")
     names = tuple(dict.fromkeys(document.domain for document in documents))
-    queues = {name: _parts(documents, name, tokenizer, max_length) for name in names}
+    queues = {name: _parts(documents, name, tokenizer, max_length, num_embeddings) for name in names}
     rows = _fill_evenly(queues, max_tokens)
     if not rows:
         raise SettingError("there is no text to encode; give documents of at least two tokens")
     rows.sort(key=lambda row: -len(row[1]))
-    return _pad(rows, names, tokenizer)
+    return _pad(rows, names, pad_id(tokenizer, num_embeddings))
 
 
 def _fill_evenly(
@@ -130,10 +199,9 @@ def _fill_evenly(
     return rows
 
 
-def _pad(rows: list[tuple[str, list[int]]], names: tuple[str, ...], tokenizer: Any) -> TokenBatch:
+def _pad(rows: list[tuple[str, list[int]]], names: tuple[str, ...], pad: int) -> TokenBatch:
     width = max(len(ids) for _, ids in rows)
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
-    input_ids = torch.full((len(rows), width), int(pad), dtype=torch.int64)
+    input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
     for place, (_, ids) in enumerate(rows):
         input_ids[place, : len(ids)] = torch.tensor(ids, dtype=torch.int64)

@@ -19,6 +19,7 @@ from mixtura.checkpoints.apply import apply_plan
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import BudgetError, OutputError
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import smallest
@@ -91,6 +92,7 @@ def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
         calibration_tokens=request.calibration_tokens,
         held_out_tokens=request.held_out_tokens,
         seed=request.seed,
+        num_embeddings=num_embeddings_of(view.config),
     )
     settings = _settings(request, view, allowed, texts)
     with open_journal(_work_directory(request), settings) as journal:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -13,8 +14,11 @@ import torch
 
 from mixtura.data import text as data_text
 from mixtura.data.records import Document
+from mixtura.data.tokens import encode_text
 from mixtura.errors import UserError
 from mixtura.fitting.quality import HeldOut
+
+Encode = Callable[..., list[int]]
 
 _SHORTEST = 8
 _MOST_ANSWERS = 60
@@ -42,20 +46,23 @@ def load_texts(
     calibration_tokens: int,
     held_out_tokens: int,
     seed: int,
+    num_embeddings: int | None = None,
 ) -> Texts:
     """Read the user's text, or the text that comes with mixtura, and cut it into sequences.
 
-    A user's text is split by sequence: two of three calibrate, the third judges.
+    A user's text is split by sequence: two of three calibrate, the third judges. With ``num_embeddings``,
+    those of the model, no token is let through that has none.
 
     Raises:
-        UserError: the text is missing, unreadable or too short.
+        UserError: the text is missing, unreadable, too short or has tokens that the model has not.
     """
+    encode = partial(encode_text, tokenizer=tokenizer, num_embeddings=num_embeddings)
     if path is None:
         chars = _CHARS_PER_TOKEN * max(calibration_tokens, held_out_tokens)
-        calibration = _cut(data_text.calibration(chars, seed=seed), tokenizer, length)
-        held_out = _cut(data_text.held_out(chars, seed=seed), tokenizer, length)
+        calibration = _cut(data_text.calibration(chars, seed=seed), encode, length)
+        held_out = _cut(data_text.held_out(chars, seed=seed), encode, length)
     else:
-        every = _cut(data_text.read(path, tokenizer), tokenizer, length)
+        every = _cut(data_text.read(path, tokenizer), encode, length)
         calibration = [s for number, s in enumerate(every) if number % 3 != 2]
         held_out = [s for number, s in enumerate(every) if number % 3 == 2]
     if not calibration or not held_out:
@@ -90,13 +97,13 @@ class _Sequence:
         return self.answer_from < len(self.ids)
 
 
-def _cut(documents: Iterable[Document], tokenizer: Any, length: int) -> list[_Sequence]:
+def _cut(documents: Iterable[Document], encode: Encode, length: int) -> list[_Sequence]:
     sequences: list[_Sequence] = []
     for document in documents:
         if document.prompt is not None:
-            sequences += _question(document, tokenizer, length)
+            sequences += _question(document, encode, length)
             continue
-        ids = tokenizer(document.text, verbose=False)["input_ids"]
+        ids = encode(document.text)
         for start in range(0, len(ids), length):
             piece = tuple(ids[start : start + length])
             if len(piece) >= _SHORTEST:
@@ -104,11 +111,10 @@ def _cut(documents: Iterable[Document], tokenizer: Any, length: int) -> list[_Se
     return sequences
 
 
-def _question(document: Document, tokenizer: Any, length: int) -> list[_Sequence]:
+def _question(document: Document, encode: Encode, length: int) -> list[_Sequence]:
     prompt = str(document.prompt)
-    asked = tokenizer(prompt, verbose=False)["input_ids"]
-    answer = document.text[len(prompt) :]
-    written = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    asked = encode(prompt)
+    written = encode(document.text[len(prompt) :], begin=False)
     ids = (*asked, *written)
     if not asked or not written or len(ids) > length:
         return []

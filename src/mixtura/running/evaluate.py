@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mixtura.data.records import Document, Task
-from mixtura.data.tokens import encode_text
+from mixtura.data.tokens import encode_text, encode_texts, num_embeddings_of, pad_id
 from mixtura.running.decoding import decoding_config
 
 EXTRA_TOKENS = 16
@@ -20,10 +20,11 @@ def generate_completions(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy completions of prompts as one batch padded on the left, special tokens removed."""
-    encoded = [encode_text(prompt, tokenizer) for prompt in prompts]
+    num_embeddings = num_embeddings_of(model.config)
+    encoded = encode_texts(prompts, tokenizer, num_embeddings)
     width = max(len(ids) for ids in encoded)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    pad = getattr(tokenizer, "eos_token_id", None) or 0 if pad is None else pad
+    # It also stands after a completion that has ended, and is not shown there.
+    pad = pad_id(tokenizer, num_embeddings, ("pad_token_id", "eos_token_id"))
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded])
     device = next(model.parameters()).device
@@ -69,7 +70,7 @@ def text_bits(model: Any, tokenizer: Any, text: str, max_length: int = 512) -> f
     predicted from at least `max_length / 2` tokens before them. Without a start token the first
     token is not counted.
     """
-    ids = torch.tensor(encode_text(text, tokenizer))
+    ids = torch.tensor(encode_text(text, tokenizer, num_embeddings_of(model.config)))
     device = next(model.parameters()).device
     nats, done, start = 0.0, 1, 0
     while done < len(ids):

@@ -20,6 +20,8 @@ from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, Te
 from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
+from mixtura.data.shapes import word_chat
+from mixtura.data.tokens import encode_text, num_embeddings_of
 from mixtura.errors import UserError, check_range
 from mixtura.machine.releases import with_cache
 from mixtura.running.decoding import StopStrings, decoding_config
@@ -79,11 +81,12 @@ def generate(
 
     Raises:
         SettingError: ``max_new_tokens`` or ``temperature`` is out of range.
-        UserError: the prompt has no tokens or too many, or ``chat`` without a chat template.
+        UserError: the prompt has no tokens, too many or such as the model has not, or ``chat`` without a
+            chat template that takes it.
     """
     check_range("generate", "max_new_tokens", max_new_tokens, 1, 1 << 30)
     check_range("generate", "temperature", temperature, 0.0, 100.0)
-    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, num_embeddings=num_embeddings_of(model.config))
     _check_positions(model, prompt_ids.shape[0], max_new_tokens)
     clock = Clock(tokenizer, on_text)
     new = new_tokens(
@@ -113,18 +116,22 @@ def _check_positions(model: PreTrainedModel, num_prompt_tokens: int, max_new_tok
         )
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> Int[Tensor, " T"]:
+def encode_prompt(
+    tokenizer: Any, prompt: str, *, chat: bool = False, num_embeddings: int | None = None
+) -> Int[Tensor, " T"]:
     """A prompt's tokens.
 
     Raises:
-        UserError: there are none, or ``chat`` is asked of a tokenizer without a chat template.
+        UserError: there are none, the model has no embedding for one, or ``chat`` is asked of a tokenizer
+            whose chat template does not take it, or that has none.
     """
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("this model's tokenizer has no chat template; leave out --chat")
         message = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+        prompt = word_chat(message, tokenizer, "the prompt", add_generation_prompt=True)
+    # What a chat template leaves out its model has not learned to expect.
+    ids = encode_text(prompt, tokenizer, num_embeddings, begin=not chat)
     if not ids:
         raise UserError("the prompt is empty; give some text to continue")
     return torch.tensor(ids, dtype=torch.int64)

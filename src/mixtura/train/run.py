@@ -152,10 +152,12 @@ def _tokenizer(name: str) -> Any:
 
 
 def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
+    from mixtura.data.tokens import vocabulary_size
     from mixtura.modeling.family import MixturaConfig
 
+    num_tokens = vocabulary_size(tokenizer)
     follows = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": num_tokens,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -163,9 +165,9 @@ def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
         "seed": config.seed,
     }
     made = MixturaConfig(**(follows | config.model))
-    if made.vocab_size < len(tokenizer):
+    if made.vocab_size < num_tokens:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is {made.vocab_size}; leave it out"
+            f"the tokenizer has {num_tokens} tokens, but vocab_size is {made.vocab_size}; leave it out"
         )
     if made.max_position_embeddings < config.data.sequence_length:
         raise UserError(

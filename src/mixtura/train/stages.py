@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from mixtura.data.languages import LANGUAGES
 from mixtura.data.tasks import LARGEST, TASKS, language_weights, make_task
+from mixtura.data.tokens import encode_text
 from mixtura.errors import SettingError, UnknownNameError, check_range
 from mixtura.train.text import Stream, Windows, item
 
@@ -136,7 +137,7 @@ class StagedSequences(Dataset[dict[str, Any]]):
             (language,) = rng.choices(codes, language_weights(codes))
             (name,) = rng.choices(tuple(weights), tuple(weights.values()))
             task = make_task(name, language, rng, largest=stage.largest)
-            tokens += self._tokenizer(task.prompt + task.completion)["input_ids"]
+            tokens += encode_text(task.prompt + task.completion, self._tokenizer)
         return np.asarray(tokens[: self._length + 1], dtype=np.int64)
 
 

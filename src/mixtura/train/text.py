@@ -20,6 +20,7 @@ from mixtura.data import tasks
 from mixtura.data.corpora import training_documents
 from mixtura.data.reading import read
 from mixtura.data.text import DOMAINS
+from mixtura.data.tokens import encode_texts
 from mixtura.errors import SettingError, UnknownNameError, UserError
 
 Stream = NDArray[np.int64]
@@ -120,7 +121,7 @@ def encode(texts: Sequence[str], tokenizer: Any, key: str) -> Stream:
     """Texts one after another as one stream of tokens, in an order that ``key`` sets."""
     shuffled = list(texts)
     Random(key).shuffle(shuffled)
-    encoded = tokenizer(shuffled, verbose=False)["input_ids"]
+    encoded = encode_texts(shuffled, tokenizer)
     return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
 
 

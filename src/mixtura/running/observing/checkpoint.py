@@ -9,7 +9,7 @@ from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data import text as data_text
-from mixtura.data.tokens import TokenBatch, encode_documents
+from mixtura.data.tokens import TokenBatch, encode_documents, num_embeddings_of
 from mixtura.running.loading import load
 from mixtura.running.memory.available import available_bytes
 from mixtura.running.observing.passing import Observers, observe
@@ -38,7 +38,11 @@ def read_text(
     else:
         documents = data_text.read(text, tokenizer)
     return encode_documents(
-        documents, tokenizer, max_length=min(max_length, positions), max_tokens=max_tokens
+        documents,
+        tokenizer,
+        max_length=min(max_length, positions),
+        max_tokens=max_tokens,
+        num_embeddings=num_embeddings_of(view.config),
     )
 
 
