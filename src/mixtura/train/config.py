@@ -12,6 +12,7 @@ from mixtura.data.text import DOMAINS
 from mixtura.errors import SettingError, UnknownNameError, UserError, check_range, suggest
 from mixtura.methods.settings import fits
 from mixtura.train.stages import Stage, check_stages
+from mixtura.train.yaml_core import parse_yaml
 
 Record = TypeVar("Record")
 
@@ -173,14 +174,13 @@ def model_fields() -> tuple[str, ...]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not YAML: it is not UTF-8 text (byte {error.start})") from None
+    values = parse_yaml(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -189,12 +189,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse(value: str, change: str) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise SettingError(f"the value of {change!r} is not YAML; quote it") from None
+        return parse_yaml(value, f"the value of {change!r}")
+    except UserError as error:
+        raise SettingError(f"{error}; quote it") from None
 
 
 def _record(cls: type[Record], values: Any, where: str) -> Record:
@@ -217,11 +215,21 @@ def _record(cls: type[Record], values: Any, where: str) -> Record:
             read[key] = value
         else:
             name = str(wanted) if parts else getattr(wanted, "__name__", str(wanted))
-            raise SettingError(f"{key} of {where} must be of type {name}, got {value!r}")
+            hint = _hint(value, wanted)
+            raise SettingError(f"{key} of {where} must be of type {name}, got {value!r}{hint}")
     for item in fields(cls):  # type: ignore[arg-type]
         if item.name not in read and item.default is MISSING and item.default_factory is MISSING:
             raise SettingError(f"{where} needs {item.name}")
     return cls(**read)
+
+
+def _hint(value: Any, wanted: Any) -> str:
+    """What to write in YAML instead of a value of the wrong type, where that is easily said."""
+    if wanted is bool:
+        return "; write true or false"
+    if fits("", wanted) and isinstance(value, bool | int | float):
+        return f"; write it in quotes: '{value!r}'"
+    return ""
 
 
 def _places() -> dict[str, tuple[str, ...]]:
