@@ -1,19 +1,32 @@
 # `make demo` and `make test` set up a virtual environment in .venv on their own; nothing else is needed
-# but Python 3.11 or newer. PYTHON chooses the interpreter, TORCH the PyTorch requirement.
+# but Python 3.11 or newer. PYTHON chooses the interpreter. Versions are those of constraints.txt; of PyTorch,
+# say, another one is `make test CONSTRAINTS= TORCH=torch==2.12.0`. TESTED=1 enters in docs/versions.md with
+# which versions `test`, `test-newest` or `test-lowest` passed.
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
 # Without an NVIDIA driver, PyTorch's CPU build is a tenth of the size of the one PyPI would give.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
 BIN := $(VENV)/bin
+CONSTRAINED := $(addprefix --constraint ,$(CONSTRAINTS))
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+WORKERS ?= 2
+# Runs tests with the Python of a folder, under the name that docs/versions.md has for what is installed there.
+pytest = $(1)/python $(if $(TESTED),tests/versions_table.py $(2),-m pytest) -n $(WORKERS) --dist $(DIST)
+DIST ?= loadfile
 
-.PHONY: help demo test test-quick lint fix docs families bench sanitize aarch64 specimen clean
+.PHONY: help demo test test-quick test-newest test-lowest mutations lint fix docs families bench sanitize aarch64 specimen clean always
 
 help:
 	@echo "make demo        set up, then fit the specimen to half its memory (a few minutes)"
 	@echo "make test        set up, then lint, type-check and run every test"
 	@echo "make test-quick  the tests that take under two minutes together"
+	@echo "make test-newest the same with the newest versions that pyproject.toml allows, in $(NEWEST)"
+	@echo "make test-lowest the same with the lowest versions that it allows, in $(LOWEST)"
+	@echo "make mutations   put faults into a copy of the code, one by one: tests must find each (minutes)"
 	@echo "make lint fix    check the style; mend what can be mended"
 	@echo "make docs        write the generated pages again"
 	@echo "make families    run every check on every transformers family and write its table"
@@ -22,23 +35,46 @@ help:
 	@echo "make aarch64     run the portable kernels as 64-bit ARM in an emulator"
 	@echo "make specimen    train the model that comes with mixtura, with mixtura train (hours; resumable)"
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) $(CONSTRAINED) "$(TORCH)"
 	touch $@
 
 $(VENV)/.ready: pyproject.toml $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINED) --editable ".[test]"
+	touch $@
+
+# Whatever was released since is taken at every call.
+$(NEWEST)/.ready: pyproject.toml always
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --retries 1 --upgrade $(TORCH_INDEX) torch
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
+	touch $@
+
+$(LOWEST)/.ready: pyproject.toml tests/lowest_versions.py $(CONSTRAINTS)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --retries 1 $(TORCH_INDEX) -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/constraints.txt --editable ".[test]"
 	touch $@
 
 demo: $(VENV)/.ready
 	$(BIN)/mixtura fit --out demo-fit
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(call pytest,$(BIN),constraints)
 
 test-quick: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(call pytest,$(BIN),quick) -m "not slow"
+
+test-newest: $(NEWEST)/.ready
+	$(call pytest,$(NEWEST)/bin,newest) -m "not slow"
+
+test-lowest: $(LOWEST)/.ready
+	$(call pytest,$(LOWEST)/bin,lowest) -m "not slow"
+
+mutations: $(VENV)/.ready
+	$(BIN)/python tests/mutations.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check src tests benchmarks
@@ -61,7 +97,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/routers.py
 
 sanitize: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet nanobind
+	$(BIN)/python -m pip install --quiet $(CONSTRAINED) nanobind
 	cmake -S . -B build/sanitize -DMIXTURA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
@@ -87,6 +123,6 @@ specimen: $(VENV)/.ready
 	$(BIN)/python -m mixtura.train.specimen.make
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf src/mixtura/kernels/*.so *.a CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake
 	rm -rf .cmake .ninja_deps .ninja_log .skbuild-info.json
