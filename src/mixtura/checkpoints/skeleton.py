@@ -25,7 +25,7 @@ from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.checkpoints.viewing.disk import DiskView, compute_dtype
 from mixtura.checkpoints.viewing.meta import build_meta
 from mixtura.checkpoints.viewing.packed import PackedView
-from mixtura.checkpoints.viewing.sites import experts_modules
+from mixtura.checkpoints.viewing.wrappers import experts_modules
 from mixtura.errors import UnsupportedModelError
 from mixtura.kernels import register_backend
 

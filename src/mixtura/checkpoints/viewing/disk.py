@@ -30,7 +30,8 @@ from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
 from mixtura.checkpoints.viewing.quantization import check_readable, fp8_block, refuse_by_names, stated_format
 from mixtura.checkpoints.viewing.records import Site
 from mixtura.checkpoints.viewing.refusals import refuse_without_experts
-from mixtura.checkpoints.viewing.sites import experts_modules, find_sites
+from mixtura.checkpoints.viewing.sites import find_sites
+from mixtura.checkpoints.viewing.wrappers import experts_modules
 from mixtura.errors import suggest
 from mixtura.kernels import ExpertTensors
 

@@ -32,14 +32,14 @@ def drop_experts(model: Model, drops: Drops) -> Model:
     _check_plain(view.layers)
     _check_tied(view.layers, kept)
     fields = view.count_fields
-    old_config = copy.deepcopy(model.config)
+    old_config = copy.deepcopy(view.config)
     done: dict[int, Tensor] = {}
     for layer in view.layers:
         if len(kept[layer.index]) < layer.num_experts:
-            _cut_layer(model, layer, kept[layer.index], done)
+            _cut_layer(view.model, layer, kept[layer.index], done)
     for field in set(fields.values()):
         layers = [layer for layer in view.layers if fields[layer.stack] == field]
-        _update_attributes(model, layers, field, kept, old_config)
+        _update_attributes(view.model, layers, field, kept, old_config)
     return model
 
 

@@ -16,8 +16,9 @@ from mixtura.checkpoints.viewing.meta import build_meta, named_tensors
 from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
 from mixtura.checkpoints.viewing.records import ExpertWeights, Site
 from mixtura.checkpoints.viewing.refusals import refuse_without_experts
-from mixtura.checkpoints.viewing.sites import experts_modules, find_sites, submodule
-from mixtura.errors import UserError
+from mixtura.checkpoints.viewing.sites import find_sites
+from mixtura.checkpoints.viewing.wrappers import experts_modules, is_elsewhere, plain_model, submodule
+from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.kernels import ExpertTensors
 
 
@@ -75,30 +76,44 @@ class MemoryLayer(LayerView):
                     f"{None if value is None else list(value.shape)}"
                 )
             if old is not None:
-                old.copy_(value)
+                self._write(old, value)
 
     def set_router_weight(self, weight: Float[Tensor, "E D"]) -> None:
         """Write the router's rows."""
-        self.router_weight().copy_(weight)
+        self._write(self.router_weight(), weight)
 
     def set_correction_bias(self, bias: Float[Tensor, " E"]) -> None:
         """Write the selection bias. Raises `UserError` where the router has none."""
         held = self.correction_bias()
         if held is None:
             raise UserError(f"the router of layer {self.index} has no correction bias to set")
-        held.copy_(bias)
+        self._write(held, bias)
+
+    def _write(self, held: Tensor, value: Tensor) -> None:
+        if is_elsewhere(held):
+            raise UserError(
+                f"the weights of layer {self.index} are offloaded or sharded, so that nothing can be written "
+                "to them here; change the model before that"
+            )
+        held.copy_(value)
 
 
 @final
 class MemoryView(ModelView):
-    """A model in memory. Raises `UnsupportedModelError` for one without experts that it knows.
+    """A model in memory, or the one inside what wraps it for adapters, compilation or several processes.
 
     The layers are found when they are first asked for; make a new view after changing modules.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that mixtura knows, or they are sharded already.
+        UserError: what was given holds several models.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        model = plain_model(model)
         if next(experts_modules(model), None) is None:
             refuse_without_experts(str(getattr(getattr(model, "config", None), "model_type", "?")))
+        _require_shapes(model)
         self.model = model
 
     @property
@@ -137,6 +152,17 @@ class MemoryView(ModelView):
         """Bytes of all parameters and buffers, tied ones once."""
         storages = {id(tensor): tensor.nbytes for tensor in named_tensors(self.model).values()}
         return sum(storages.values())
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """Refuse a model whose parameters have been taken apart, so that nothing says where an expert is."""
+    for name, experts in experts_modules(model):
+        held = getattr(experts, "down_proj", None)
+        if not isinstance(held, Tensor) or held.ndim != 3:
+            raise UnsupportedModelError(
+                f"the parameters of {name} are sharded over processes (FSDP, DeepSpeed ZeRO-3), so that its "
+                "experts cannot be told apart; view the model, or change its routing, before it is sharded"
+            )
 
 
 def store_dtype(model: nn.Module) -> torch.dtype:

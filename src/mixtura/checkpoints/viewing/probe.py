@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from mixtura.checkpoints.viewing.meta import build_meta, named_tensors
-from mixtura.checkpoints.viewing.sites import experts_modules, ordered_stacks, stack_of
+from mixtura.checkpoints.viewing.sites import ordered_stacks, stack_of
+from mixtura.checkpoints.viewing.wrappers import experts_modules
 from mixtura.errors import UnsupportedModelError
 
 

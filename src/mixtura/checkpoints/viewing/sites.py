@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,41 +11,14 @@ from transformers.integrations import moe
 
 from mixtura.checkpoints.viewing.meta import named_tensors
 from mixtura.checkpoints.viewing.records import ExpertLayout, Site
+from mixtura.checkpoints.viewing.wrappers import experts_modules, plain_name, submodule
 from mixtura.types import LayerShape
 
 _ROUTER_NAMES = ("gate", "router")
 _BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp", "shared_expert_gate")
 _SIDE_STACK = re.compile(r"talker|vision|visual|audio|encoder")
-# How adapters call the module that they wrap.
-_WRAPPED = "base_layer"
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
-
-
-def inner(module: nn.Module) -> nn.Module:
-    """The module inside what wraps it for adapters."""
-    while isinstance(wrapped := getattr(module, _WRAPPED, None), nn.Module):
-        module = wrapped
-    return module
-
-
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """A module by its name in the plain model, also where adapters wrap what is on the way to it.
-
-    Raises:
-        AttributeError: there is none.
-    """
-    module = inner(model)
-    for part in name.split(".") if name else []:
-        module = inner(getattr(module, part))
-    return module
-
-
-def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules under transformers' common experts contract, with their names in the plain model."""
-    for name, module in model.named_modules():
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "is_concatenated"):
-            yield name.replace(f".{_WRAPPED}", ""), module
 
 
 def layout_of(experts: Any) -> ExpertLayout:
@@ -94,7 +66,7 @@ def stack_offsets(model: nn.Module, names: list[str]) -> dict[str, int]:
     for stack in ordered_stacks(names):
         offsets[stack] = total
         head = stack.partition(".*")[0]
-        total += len(list(model.get_submodule(head).children())) if head != stack else 1
+        total += len(list(submodule(model, head).children())) if head != stack else 1
     return offsets
 
 
@@ -102,7 +74,7 @@ def find_sites(model: nn.Module, expert_axes: dict[str, int]) -> tuple[Site, ...
     """Every MoE layer of ``model`` in order. ``expert_axes``: see `viewing.probe.expert_axes`."""
     modules = dict(experts_modules(model))
     offsets = stack_offsets(model, list(modules))
-    tensors = named_tensors(model)
+    tensors = {plain_name(name): tensor for name, tensor in named_tensors(model).items()}
     sites = [_site(model, name, module, offsets, tensors, expert_axes) for name, module in modules.items()]
     return tuple(sorted(sites, key=lambda site: site.index))
 
