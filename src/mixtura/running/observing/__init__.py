@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from mixtura.running.observing.passing import Observers, memory_digest, observe
+from mixtura.running.observing.entry import observe
+from mixtura.running.observing.passing import Observers, memory_digest
 
 __all__ = ["Observers", "memory_digest", "observe"]

@@ -9,6 +9,7 @@ from typing import Any, final
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.errors import UnsupportedModelError
 from mixtura.kernels import AssignmentObserver, register_backend
 from mixtura.running.observing.recorder import Cursor
@@ -66,7 +67,7 @@ def attached(model: nn.Module, observers: Mapping[str, AssignmentObserver], curs
         stack.callback(_set_training, training)
         model.eval()
         for name, observer in observers.items():
-            experts = model.get_submodule(name)
+            experts = submodule(model, name)
             stack.callback(_put_back, experts, _ATTRIBUTE, experts.__dict__.get(_ATTRIBUTE))
             setattr(experts, _ATTRIBUTE, observer)
             config: Any = experts.config

@@ -12,7 +12,7 @@ from mixtura.data import text as data_text
 from mixtura.data.tokens import TokenBatch, encode_documents, num_embeddings_of
 from mixtura.running.loading import load
 from mixtura.running.memory.available import available_bytes
-from mixtura.running.observing.passing import Observers, observe
+from mixtura.running.observing.passing import Observers, observe_model
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
 from mixtura.types.trace import Trace
 
@@ -84,7 +84,7 @@ def observe_checkpoint(
         batch_tokens = batch_tokens or max(1, DEFAULT_WORKING_BYTES // streamed.bytes_per_token(width))
     else:
         model = load(view.path)
-    return observe(
+    return observe_model(
         model,
         tokens,
         statistics=statistics,

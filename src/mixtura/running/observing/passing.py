@@ -6,8 +6,6 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -16,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.view import DiskLayer, LayerView, MemoryView, open_model
 from mixtura.checkpoints.viewing.packed import PackedLayer
+from mixtura.checkpoints.viewing.wrappers import plain_model, submodule
 from mixtura.data.tokens import TokenBatch
 from mixtura.errors import UserError
 from mixtura.kernels import AssignmentObserver
@@ -32,8 +30,8 @@ Observers = Callable[[LayerView], AssignmentObserver | None]
 DEFAULT_BATCH_TOKENS = 2048
 
 
-def observe(
-    model: nn.Module | MemoryView | str | PathLike[str],
+def observe_model(
+    model: nn.Module | MemoryView,
     tokens: TokenBatch,
     *,
     statistics: Sequence[str] = (),
@@ -44,51 +42,10 @@ def observe(
     layers: Sequence[LayerView] | None = None,
     source_digest: str | None = None,
 ) -> Trace:
-    """Run a model over text once and record which experts its tokens really reach.
-
-    What is recorded are the choices and weights as they enter the experts, so that every kind of
-    router is right by construction. No expert runs on a token that was not routed to it, and padding
-    reaches no expert. Afterwards the model is exactly as before, also after an error or Ctrl-C.
-
-    Args:
-        model: a causal language model of transformers with experts, a view of one in memory, or the
-            directory of a checkpoint, which is loaded if it fits in memory and streamed if not.
-        tokens: the text, from `mixtura.data.tokens.encode_documents`; padding may be on any side.
-        statistics: names of methods of the kind "statistics" to take of every assignment.
-        keep_choices: also keep every token's experts; grows with the text.
-        batch_tokens: tokens per forward, padding included; one sequence at least. By default 2048, or
-            as many as working memory allows where every forward reads the model from disk.
-        progress: show a bar on standard error, if that is a terminal.
-        observers: makes one more observer for a layer, to see the same pass (`None`: for none).
-        layers: the layers to record, for a model in memory whose experts are not its own parameters;
-            found in the model if not given.
-        source_digest: name of the weights for the trace, such as `checkpoints.digest.checkpoint_digest` of
-            the directory they were loaded from, so that plans made of the trace apply to it; by
-            default that of the directory, or of the config of a model in memory.
-
-    Raises:
-        UnknownNameError: no such statistic.
-        UserError: the text has no tokens.
-        CheckpointError: routing weights or statistics become NaN or infinite.
-        UnsupportedModelError: the model has no experts that mixtura can see.
-    """
-    if isinstance(model, str | PathLike):
-        from mixtura.running.observing.checkpoint import observe_checkpoint
-
-        return observe_checkpoint(
-            open_checkpoint(Path(model)),
-            tokens,
-            statistics=statistics,
-            keep_choices=keep_choices,
-            batch_tokens=batch_tokens,
-            progress=progress,
-            observers=observers,
-        )
-    view = model if isinstance(model, MemoryView) else None
-    module = view.model if view is not None else model
-    assert isinstance(module, nn.Module)
+    """Observe a model in memory; see `mixtura.running.observing.observe`."""
+    module = model.model if isinstance(model, MemoryView) else plain_model(model)
     if layers is None:
-        layers = (view or open_model(module)).layers
+        layers = (model if isinstance(model, MemoryView) else open_model(module)).layers
     if tokens.num_tokens == 0:
         raise UserError("there is no text to observe: every position is padding; give at least one token")
     # A statistic given as the path of its file is kept under its name.
@@ -99,7 +56,8 @@ def observe(
     with _bar(tokens.num_tokens, progress) as advance:
         ticker = _Ticker(cursor, len(recorders), advance)
         watching = {r.layer.name: Several([r, *_extra(r.layer, observers), ticker]) for r in recorders}
-        with attached(module, watching, cursor):
+        # What was compiled before does not know of the observers.
+        with attached(module, watching, cursor), torch.compiler.set_stance("force_eager"):
             _run(module, batches, cursor, recorders)
     return Trace(
         source_digest=memory_digest(module) if source_digest is None else source_digest,
@@ -167,7 +125,7 @@ def _expert_num_bytes(model: nn.Module, layer: LayerView) -> int:
     """Bytes of one expert as it is stored, on disk or in memory."""
     if isinstance(layer, DiskLayer | PackedLayer):
         return layer.expert_num_bytes
-    packed = getattr(getattr(model.get_submodule(layer.name), "mixtura_store", None), "num_bytes", None)
+    packed = getattr(getattr(submodule(model, layer.name), "mixtura_store", None), "num_bytes", None)
     if isinstance(packed, int):
         return packed // layer.num_experts
     return sum(tensor.nbytes for tensor in layer.native_expert(0) if tensor is not None)
