@@ -42,7 +42,7 @@ from __future__ import annotations
 from mixtura.rerouting.balancing import Balance, balance
 from mixtura.rerouting.core import Rerouting, restore
 from mixtura.rerouting.replaying import Recording, record_routing, replay_routing
-from mixtura.rerouting.saving import load_router
+from mixtura.rerouting.restoring import load_router
 from mixtura.rerouting.swapping import set_router
 
 __all__ = [

@@ -12,14 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mixtura.errors import UserError
-from mixtura.methods import create, declared_tags, load_method
+from mixtura.checkpoints.viewing.wrappers import is_elsewhere
+from mixtura.errors import UnsupportedModelError, UserError
+from mixtura.methods import create, declared_tags
 from mixtura.methods.balancers import Balancer
 from mixtura.modeling.balance import Counts, LayerBalance, mean_of_parts
+from mixtura.rerouting.arguments import Labels, num_labels
 from mixtura.rerouting.core import Rerouting
+from mixtura.rerouting.experts import experts_of
 from mixtura.rerouting.passes import Pass
 from mixtura.rerouting.saving import begin_saving
-from mixtura.rerouting.seats import BALANCE, Seat, experts_of
+from mixtura.rerouting.seats import Seat
+from mixtura.rerouting.states import balance_of, begin, biases, require_suited
 from mixtura.types import BalancerInput, Routing
 
 Named = str | tuple[str, dict[str, Any]]
@@ -41,8 +45,9 @@ def balance(
     model for several processes; a model with PEFT adapters is given as `get_peft_model` made it. Losses
     over the counts of the whole batch see those of this step's micro-batches so far, as the global-batch
     loss is published; `Balance.counting`, or `Balance.count_first` with a `Trainer`, makes them exact.
-    Where a loss is used that is not the model's own (label smoothing, ``compute_loss_func``), add
-    `Balance.loss` to it.
+    Where a loss is used that is not the model's own (label smoothing, ``compute_loss_func``, one on the
+    states of the decoder), add `Balance.loss` to it; a step whose balancing loss nobody took is warned of.
+    A `Trainer` that resumes, or that loads its best checkpoint at the end, gets that checkpoint's states.
     Leave the family's own ``output_router_logits`` off in training: it adds the loss of transformers, which
     pools all layers.
 
@@ -65,26 +70,10 @@ def balance(
         raise UserError(
             "the model is balanced already; give all balancers at once, or restore the model first"
         )
-    made = Balance(rerouting, [_created(name, given, rerouting) for name, given in pairs], seed)
+    made = Balance(rerouting, [create("balancers", name, **given) for name, given in pairs], seed)
     rerouting.balancers = [(name, dict(given)) for name, given in pairs]
     rerouting.listeners.append(made)
     begin_saving(rerouting)
-    return made
-
-
-def _created(name: str, settings: dict[str, Any], rerouting: Rerouting) -> Balancer:
-    needed = [
-        tag.partition(":")[2]
-        for tag in declared_tags(load_method("balancers", name))
-        if tag.startswith("needs_router:")
-    ]
-    set_here = {swap.router for swap in rerouting.swaps}
-    if needed and not set_here & set(needed):
-        raise UserError(
-            f"the balancer {name} is made for the router {needed[0]}; "
-            f'set it first: mixtura.set_router(model, "{needed[0]}")'
-        )
-    made: Balancer = create("balancers", name, **settings)
     return made
 
 
@@ -101,13 +90,11 @@ class Balance:
             for place, one in enumerate(self.balancers)
             if "whole_batch" in declared_tags(type(one)) and type(one).update is not Balancer.update
         ]
-        self._seats = {
-            index: seat
-            for index, seat in rerouting.seats.items()
-            if seat.router is not None or not seat.layer.hash_routed
-        }
-        for seat in self._seats.values():
-            _begin(seat, self.balancers)
+        seats = [s for s in rerouting.seats.values() if s.router is not None or not s.layer.hash_routed]
+        for seat in seats:
+            require_suited(self.balancers, [seat], None if seat.router is None else type(seat.router))
+        for seat in seats:
+            begin(seat, self.balancers)
         self._counting = False
         self._version = 0
         self._whole: Counts | None = None
@@ -115,6 +102,12 @@ class Balance:
         self._here: Counts | None = None
         self._parts: list[dict[int, Routing]] = []
         self._ids: list[Tensor | None] = []
+        self._labels = Labels()
+
+    @property
+    def _seats(self) -> dict[int, Seat]:
+        """The layers that are balanced: not those that a table of token ids decides in."""
+        return {index: seat for index, seat in self.rerouting.seats.items() if seat.balance is not None}
 
     @property
     def callback(self) -> TrainerCallback:
@@ -128,7 +121,7 @@ class Balance:
 
     def biases(self) -> dict[int, Float[Tensor, " E"]]:
         """By decoder layer, the bias that is added to scores when experts are chosen."""
-        found = {index: _balance_of(seat).bias for index, seat in self._seats.items()}
+        found = {index: balance_of(seat).bias for index, seat in self._seats.items()}
         return {index: bias for index, bias in found.items() if bias is not None}
 
     @contextmanager
@@ -138,7 +131,7 @@ class Balance:
         The losses of the step then see the counts of its whole batch from the first micro-batch on, at
         the cost of one more forward pass. Works with dropout only as far as that does not change routing.
         """
-        self._counting, self._whole = True, None
+        self._counting, self._whole, self._labels = True, None, Labels()
         try:
             with torch.no_grad():
                 yield
@@ -146,6 +139,7 @@ class Balance:
             self._counting = False
         if self._whole is not None:
             self._whole = self._whole.over_processes()
+            self._labels = self._labels.over_processes()
 
     def count_first(self, trainer: Any) -> None:
         """Let a `Trainer` run each step's micro-batches in `counting` before it trains on them."""
@@ -157,6 +151,7 @@ class Balance:
             with self.counting():
                 for batch in batches:
                     inputs = trainer._prepare_inputs(batch)
+                    self._labels = self._labels.plus(num_labels(self.rerouting.model, inputs))
                     self.rerouting.model(**{k: v for k, v in inputs.items() if k != "labels"})
             return batches, num_items
 
@@ -166,6 +161,8 @@ class Balance:
         """A pass begins."""
         if here.training:
             self._warn_of_missing_end()
+        if self._counting:
+            self._labels = self._labels.plus(here.num_labels)
         here.training = here.training or self._counting
         here.collecting = here.collecting or here.training
 
@@ -191,7 +188,7 @@ class Balance:
             return None
         if not here.training:
             return None
-        ids = _sequence_ids(here)
+        ids = here.sequence_ids
         self._note(counts, known, ids)
         if all(type(one).loss is Balancer.loss for one in self.balancers):
             return None
@@ -200,18 +197,17 @@ class Balance:
             self._global = _sum(self._global, counts.over_processes())
             seen = self._global
         found = [
-            _balance_of(self._seats[index]).loss(
+            balance_of(self._seats[index]).loss(
                 lambda which, p=place, i=index, r=routing: self._inputs(which, p, i, r, seen, ids)  # type: ignore[misc]
             )
             for place, index in enumerate(self._seats)
             if (routing := known.get(index)) is not None
         ]
         total = torch.stack([loss for loss in found if loss is not None]).sum()
-        self._require_gradient(total, known)
         if here.share is None:
             return total
         if self._whole is not None:
-            return total * (counts.num_tokens / max(self._whole.num_tokens, 1))
+            return total * (counts.num_tokens / max(self._whole.num_tokens, 1)) * self._labels.scale(here)
         return total * here.share
 
     def _counts(self, known: Mapping[int, Routing]) -> Counts:
@@ -224,14 +220,6 @@ class Balance:
             for index, seat in self._seats.items()
         )
         return Counts(tuple(every), seen.num_tokens)
-
-    def _require_gradient(self, total: Float[Tensor, ""], known: Mapping[int, Routing]) -> None:
-        trained = any(p.requires_grad for seat in self._seats.values() for p in seat.gate.parameters())
-        if trained and not total.requires_grad and not any(r.logits.requires_grad for r in known.values()):
-            raise UserError(
-                "the balancing loss has no gradient, because activation checkpointing runs layers without; "
-                'use activation_checkpointing_kwargs={"use_reentrant": False}'
-            )
 
     def _note(self, counts: Counts, known: Mapping[int, Routing], ids: Tensor | None) -> None:
         """Keep what the update at the end of the step needs of this micro-batch."""
@@ -253,6 +241,13 @@ class Balance:
 
     def finish_step(self) -> None:
         """Update the balancers' states, as `end_step` and `callback` ask for."""
+        outside, self.rerouting.passes.num_outside = self.rerouting.passes.num_outside, 0
+        if outside:
+            warnings.warn(
+                f"routers ran {outside} times in training outside of a forward pass of the model or its "
+                "decoder, where they are not balanced; call the model, or the decoder in it",
+                stacklevel=2,
+            )
         if self._here is not None and self._parts:
             whole = self._global if self._global is not None else self._here.over_processes()
             for place, index in enumerate(self._seats):
@@ -266,7 +261,7 @@ class Balance:
     def _update(self, place: int, index: int, whole: Counts) -> None:
         seat = self._seats[index]
         # In whatever dtype the model was moved to meanwhile: small steps would vanish in bfloat16.
-        own = _balance_of(seat).float()
+        own = balance_of(seat).float()
         self._read_correction(seat, own)
         for which, balancer in enumerate(self.balancers):
             pairs = [(p, ids) for p, ids in zip(self._parts, self._ids, strict=True) if index in p]
@@ -288,7 +283,7 @@ class Balance:
     def _read_correction(self, seat: Seat, own: LayerBalance) -> None:
         """Go on from the family's own bias where something else has set it, such as a checkpoint."""
         held = seat.layer.correction_bias()
-        biased = _biases(own, len(self.balancers))
+        biased = biases(own)
         if held is None or own.bias is None or seat.router is not None:
             return
         if not torch.equal(own.bias.to(held), held):
@@ -296,7 +291,7 @@ class Balance:
 
     def _keep_gradients(self) -> None:
         for seat in self._seats.values():
-            own = _balance_of(seat)
+            own = balance_of(seat)
             if own.keeps_gradients:
                 own.keep_gradients(experts_of(seat.layer).gate_up)
 
@@ -304,7 +299,7 @@ class Balance:
         self, which: int, place: int, index: int, routing: Routing, counts: Counts, ids: Tensor | None
     ) -> BalancerInput:
         seat = self._seats[index]
-        own = _balance_of(seat)
+        own = balance_of(seat)
         tags = declared_tags(type(self.balancers[which]))
         step = self.rerouting.clock.step
         optional: dict[str, Any] = {"step": step, "sequence_ids": ids}
@@ -314,7 +309,7 @@ class Balance:
         if "reads:experts" in tags:
             optional["experts"] = experts_of(seat.layer)
         if "reads:router_weight" in tags:
-            optional["router_weight"] = seat.matrix[: seat.layer.num_experts]
+            optional["router_weight"] = _rows(seat)
         if own.gradients is not None:
             optional["gradients"] = own.gradients
         asked = {name: value for name, value in optional.items() if f"reads:{name}" in tags}
@@ -328,42 +323,22 @@ class Balance:
         )
 
 
-def _begin(seat: Seat, balancers: Sequence[Balancer]) -> None:
-    """Give a router module the balancers' states, begun from the family's own bias where it has one."""
-    own = LayerBalance(balancers, seat.layer.shape)
-    held = seat.layer.correction_bias()
-    biased = _biases(own, len(balancers))
-    if held is not None and seat.router is None and biased:
-        biased[0].copy_(held)
-    if own.bias is not None and seat.router is not None and not seat.reads("selection_bias"):
-        raise UserError(
-            f"{type(seat.router).__name__} reads no selection bias, so balancing by one has no effect; "
-            "use a balancer with a loss, such as switch_loss"
+def _rows(seat: Seat) -> Float[Tensor, "E D"]:
+    """The rows that a router decides by, as a loss over a whole pass reads them.
+
+    Raises:
+        UnsupportedModelError: they are there for the router's own forward only.
+    """
+    if is_elsewhere(seat.matrix):
+        raise UnsupportedModelError(
+            f"the router of layer {seat.layer.index} is offloaded or sharded, so that a balancer cannot read "
+            "its rows; choose one without the tag reads:router_weight"
         )
-    setattr(seat.gate, BALANCE, own.to(next(seat.gate.parameters()).device))
-
-
-def _biases(own: LayerBalance, count: int) -> list[Tensor]:
-    """The biases of those balancers that keep one."""
-    states = [own.state(place) for place in range(count)]
-    return [state["bias"] for state in states if "bias" in state]
-
-
-def _balance_of(seat: Seat) -> LayerBalance:
-    found = seat.balance
-    assert found is not None
-    return found
+    return seat.matrix[: seat.layer.num_experts]
 
 
 def _sum(first: Counts | None, second: Counts) -> Counts:
     return second if first is None else first.plus(second)
-
-
-def _sequence_ids(here: Pass) -> Tensor | None:
-    if here.shape is None or here.valid is None:
-        return None
-    rows, columns = here.shape
-    return torch.arange(rows, device=here.valid.device).repeat_interleave(columns)
 
 
 def detached(routing: Routing) -> Routing:

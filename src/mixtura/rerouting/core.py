@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -10,18 +11,20 @@ from typing import Any, Protocol, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from mixtura.checkpoints.view import MemoryView
-from mixtura.errors import UserError
+from mixtura.checkpoints.viewing.wrappers import plain_model, submodule
+from mixtura.errors import CheckpointError, UserError
+from mixtura.rerouting.arguments import cache_of, described
 from mixtura.rerouting.passes import Pass, Passes
-from mixtura.rerouting.seats import Clock, Seat
+from mixtura.rerouting.seats import NO_GRADIENT, Clock, Seat
 from mixtura.rerouting.side_files import Note, Swap, read_note, read_tensors, write_side_files
+from mixtura.rerouting.steps import Steps
 from mixtura.rerouting.watching import routings_of
 from mixtura.types import Routing
 
 _ATTRIBUTE = "mixtura_rerouting"
-_IGNORED = -100
 
 
 class Listener(Protocol):
@@ -45,8 +48,6 @@ class Rerouting:
         model: whose routing it is.
         seats: by decoder layer number, what stands in for its router.
         listeners: told of every pass, in order.
-        loss: what the last training pass added to the model's loss (a model called without labels has
-            no loss of its own: add it yourself).
         clock: optimizer steps done, for routers and balancers that go by them.
         swaps: the routers that were set.
         balancers: those that keep it balanced, by name and settings.
@@ -63,14 +64,20 @@ class Rerouting:
             for place, layer in enumerate(view.layers)
         }
         self.listeners: list[Listener] = []
-        self.loss: Float[Tensor, ""] | None = None
+        self._loss: Float[Tensor, ""] | None = None
+        self._unclaimed = False
         self.undone: list[Callable[[], None]] = []
         self.swaps: list[Swap] = []
         self.balancers: list[tuple[str, dict[str, Any]]] = []
+        # A loss of one's own may be computed on the states of the model inside, called by itself.
         self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-            model.register_forward_hook(self._finally, always_call=True),
+            handle
+            for owner in (model, *_models_inside(model, [layer.router_name for layer in view.layers]))
+            for handle in (
+                owner.register_forward_pre_hook(self._before, with_kwargs=True),
+                owner.register_forward_hook(self._after, with_kwargs=True),
+                owner.register_forward_hook(self._finally, always_call=True),
+            )
         ]
 
     @staticmethod
@@ -78,9 +85,11 @@ class Rerouting:
         """That of a model, begun where there is none yet.
 
         Raises:
-            UnsupportedModelError: the model is dense or of a family that mixtura cannot work on.
+            UnsupportedModelError: the model is dense, of a family that mixtura cannot work on, or its
+                parameters are sharded already.
+            UserError: it is a model of mixtura's own, or several models.
         """
-        inner: Any = unwrapped(model)
+        inner: Any = plain_model(model)
         if getattr(getattr(inner, "config", None), "model_type", None) == "mixtura":
             raise UserError(
                 "the routers and balancers of a mixtura model are part of its config; name them there instead"
@@ -92,12 +101,34 @@ class Rerouting:
         return found
 
     @property
+    def loss(self) -> Float[Tensor, ""] | None:
+        """What the last training pass added to the model's loss.
+
+        A model that was called without labels, or inside of which only the decoder was called, has no loss of
+        its own: add this to yours.
+        """
+        self._unclaimed = False
+        return self._loss
+
+    @property
     def callback(self) -> TrainerCallback:
         """For ``Trainer(callbacks=[...])``: counts optimizer steps and updates balancers after each."""
-        return _Steps(self)
+        return Steps(self)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.clock.step
 
     def end_step(self) -> None:
         """An optimizer step is done and its gradients are still there; for loops without `callback`."""
+        if self._unclaimed:
+            warnings.warn(
+                "routing had losses in this step, but the model's forward returned none that they could be "
+                "added to; add the attribute loss of what balance or set_router returned to your own loss",
+                stacklevel=2,
+            )
+            self._unclaimed = False
         for listener in self.listeners:
             listener.finish_step()
         self.clock.step += 1
@@ -118,6 +149,7 @@ class Rerouting:
             CheckpointError: the directory has no side files, damaged ones, or those of other routers.
         """
         note = read_note(Path(directory))
+        self._require_alike(note, directory)
         read_tensors(Path(directory), self.seats)
         self.clock.step = note.step
 
@@ -133,18 +165,31 @@ class Rerouting:
         with suppress(AttributeError):
             delattr(self.model, _ATTRIBUTE)
 
+    def _require_alike(self, note: Note, directory: str | Path) -> None:
+        """Settings may have changed since, but a state is only that of the method it was saved by."""
+        here = [swap.router for swap in self.swaps], [name for name, _ in self.balancers]
+        there = [swap.router for swap in note.routers], [name for name, _ in note.balancers]
+        if here != there:
+            raise CheckpointError(
+                f"{directory} was saved with the routers {there[0]} and the balancers {there[1]}, and the "
+                f"model has {here[0]} and {here[1]}; set the same ones first, or load it by load_router"
+            )
+
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.loss = None
-        here = self.passes.begin(model, args, kwargs)
+        if self.passes.active is not None:
+            return
+        self._loss = None
+        here = described(model, args, kwargs, self.passes.number + 1)
+        self.passes.begin(model, here)
         here.collecting = here.training and any(seat.router is not None for seat in self.seats.values())
-        here.share = _share(kwargs)
         for listener in self.listeners:
             listener.before(here)
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         here = self.passes.active
-        if here is None or not here.collecting:
+        if here is None or self.passes.owner is not model or not here.collecting:
             return output
+        here.cache = cache_of(output) if here.cache is None else here.cache
         routings = routings_of(here, self.seats)
         share = 1.0 if here.share is None else here.share
         added = [share * loss for routing in routings.values() for loss in routing.losses.values()]
@@ -152,29 +197,19 @@ class Rerouting:
         added += [loss for loss in found if loss is not None]
         if not here.training or not added:
             return output
-        self.loss = torch.stack([loss.float() for loss in added]).sum()
-        return with_loss(output, self.loss)
+        self._require_gradient(here)
+        self._loss = torch.stack([loss.float() for loss in added]).sum()
+        self._unclaimed = self._unclaimed or (torch.is_grad_enabled() and not _has_loss(output))
+        return with_loss(output, self._loss)
+
+    def _require_gradient(self, here: Pass) -> None:
+        trained = any(parameter.requires_grad for parameter in self.model.parameters())
+        if here.without_gradient and torch.is_grad_enabled() and trained:
+            raise UserError(NO_GRADIENT.format("the balancing loss"))
 
     def _finally(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # Tensors of the pass and all they were computed from would live until the next one.
-        self.passes.current.seen.clear()
-        self.passes.end()
-
-
-@final
-class _Steps(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, rerouting: Rerouting) -> None:
-        self._rerouting = rerouting
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are still there."""
-        self._rerouting.end_step()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint was written, perhaps of adapters alone."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            self._rerouting.save(folder)
+        if self.passes.owner is model:
+            self.passes.end()
 
 
 def restore(model: nn.Module) -> None:
@@ -183,49 +218,35 @@ def restore(model: nn.Module) -> None:
     Weights that were trained meanwhile, and the correction biases that balancing updated in families that
     have them, stay as they have become. A model that nothing was changed about is left alone.
     """
-    found = vars(unwrapped(model)).get(_ATTRIBUTE)
+    found = vars(plain_model(model)).get(_ATTRIBUTE)
     if isinstance(found, Rerouting):
         found.restore()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside what wraps it for adapters or several processes."""
-    inner: Any = model
-    while True:
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        else:
-            break
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
 def with_loss(output: Any, added: Float[Tensor, ""]) -> Any:
     """A model's output with something added to its loss, where it has one."""
+    if not _has_loss(output):
+        return output
     if isinstance(output, tuple):
-        has_loss = bool(output) and isinstance(output[0], Tensor) and output[0].ndim == 0
-        return (output[0] + added.to(output[0].device), *output[1:]) if has_loss else output
-    loss = getattr(output, "loss", None)
-    if isinstance(loss, Tensor):
-        output.loss = loss + added.to(loss.device)
+        return (output[0] + added.to(output[0].device), *output[1:])
+    output.loss = output.loss + added.to(output.loss.device)
     return output
 
 
-def _share(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What part of the whole batch's loss this pass is, where the caller sums the parts' losses.
+def _has_loss(output: Any) -> bool:
+    if isinstance(output, tuple):
+        return bool(output) and isinstance(output[0], Tensor) and output[0].ndim == 0
+    return isinstance(getattr(output, "loss", None), Tensor)
 
-    A `Trainer` that accumulates gradients hands the model the number of labels of all parts, by which it
-    divides each part's loss; else the caller averages, every part counts in full, and this is None.
-    """
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if total is None or not isinstance(labels, Tensor):
-        return None
-    shifted = kwargs.get("shift_labels")
-    counted = shifted if isinstance(shifted, Tensor) else labels[..., 1:]
-    share: Tensor = counted.ne(_IGNORED).sum() / total
-    return share
+
+def _models_inside(model: nn.Module, routers: Sequence[str]) -> list[nn.Module]:
+    """The models that a model holds between itself and its routers: its decoder, for instance."""
+    found: dict[int, nn.Module] = {}
+    for name in routers:
+        parts = name.split(".")
+        owners = (submodule(model, ".".join(parts[:end])) for end in range(1, len(parts)))
+        found |= {id(owner): owner for owner in owners if isinstance(owner, PreTrainedModel)}
+    return list(found.values())
 
 
 def require_layers(rerouting: Rerouting, layers: list[int] | None) -> list[Seat]:

@@ -7,7 +7,7 @@ row per expert, and `torch.topk` over experts. Both are met here, whatever the f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+AtProduct = Callable[[Tensor, Tensor], None]
 
 
 @final
@@ -56,11 +58,14 @@ class Inside(TorchFunctionMode):
     Attributes:
         features: what was multiplied with the router's matrix; None where nothing was.
         logits: the product.
+        at_product: what to do at the product, while the router's own parameters are there, with the
+            features and the matrix as they were multiplied.
         num_choices: how often experts were chosen by `torch.topk`.
     """
 
-    def __init__(self, outline: Outline, steering: Steering) -> None:
+    def __init__(self, outline: Outline, steering: Steering, at_product: AtProduct | None = None) -> None:
         super().__init__()
+        self.at_product = at_product
         self._outline = outline
         self._steering = steering
         self.features: Tensor | None = None
@@ -75,15 +80,24 @@ class Inside(TorchFunctionMode):
         if func in (torch.topk, Tensor.topk):
             return self._topk(func, args, options)
         result = func(*args, **options)
-        if self.logits is None and self._is_product(func, args):
+        if self.logits is None and (matrix := self._multiplied(func, args)) is not None:
             self.features, self.logits = args[0], result
+            if self.at_product is not None:
+                self.at_product(args[0], matrix)
         return result
 
-    def _is_product(self, func: Any, args: Sequence[Any]) -> bool:
+    def _multiplied(self, func: Any, args: Sequence[Any]) -> Float[Tensor, "E D"] | None:
+        """The router's matrix, where this is the product with it."""
         if func is F.linear:
-            return tuple(args[1].shape) == self._outline.matrix
-        products = (torch.mm, Tensor.mm, torch.matmul, Tensor.matmul)
-        return func in products and tuple(args[1].shape) == self._outline.matrix[::-1]
+            found, shape = args[1], self._outline.matrix
+        elif func in (torch.mm, Tensor.mm, torch.matmul, Tensor.matmul):
+            found, shape = args[1], self._outline.matrix[::-1]
+        else:
+            return None
+        if tuple(found.shape) != shape:
+            return None
+        assert isinstance(found, Tensor)
+        return found if func is F.linear else found.T
 
     def _topk(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
         scores = args[0]

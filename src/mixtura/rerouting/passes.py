@@ -1,14 +1,15 @@
 """What is known of each forward pass of a model, also when parts of it are computed again.
 
-Routers inside a model see bare rows. Here the model's own arguments (token ids, attention mask, cache)
-are kept for them as a `Pass`. Activation checkpointing computes a layer again during the backward pass,
-perhaps after other passes: a layer computed again finds its own pass by the very tensor it was given.
+Routers inside a model see bare rows. Here what the model's own arguments say of them (token ids, attention
+mask, cache) is kept for them as a `Pass`. Activation checkpointing computes a layer again during the
+backward pass, perhaps after other passes: a layer computed again finds its own pass by the very tensor it
+was given. A router that runs outside of any pass, because somebody calls a layer by itself, has a pass of
+its own of which nothing is known.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mixtura.machine.releases import given_cache
+from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.types import Routing
 
 
@@ -44,10 +45,14 @@ class Pass:
         valid: False for padding, for all tokens row by row.
         token_ids: vocabulary entries, where the model was given any.
         positions: each token's place in its sequence.
+        sequence_ids: for each token the number of its sequence in the batch; several may be packed in a row.
         past: tokens of each row that are in the cache already.
+        cache: the cache that it goes on from or fills.
         training: whether the model is trained on it.
-        share: the part of the batch's loss that this pass is, where the caller sums the parts' losses; None
-            where the caller averages them.
+        num_labels: labels that the model's loss is over; None where it was given none.
+        num_items: what the caller divides the sum of the labels' losses by; None where it averages passes.
+        without_gradient: whether a router ran without a graph though the pass is trained on, as those of
+            layers do that reentrant activation checkpointing will compute again.
         forced: by decoder layer, experts to choose instead of the router's own; -1 leaves them to it.
         seen: by decoder layer, what its router returned; kept while ``collecting``.
         states: by decoder layer, the state its router handed on.
@@ -58,13 +63,29 @@ class Pass:
     valid: Bool[Tensor, " T"] | None = None
     token_ids: Int[Tensor, " T"] | None = None
     positions: Int[Tensor, " T"] | None = None
+    sequence_ids: Int[Tensor, " T"] | None = None
     past: int = 0
+    cache: Any = None
     training: bool = False
-    share: Tensor | None = None
+    num_labels: Tensor | None = None
+    num_items: Tensor | None = None
+    without_gradient: bool = False
     collecting: bool = False
     forced: dict[int, Int[Tensor, "T _"]] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def share(self) -> Tensor | None:
+        """The part of the whole batch's loss that this pass is, where the caller sums the parts' losses.
+
+        A `Trainer` that accumulates gradients hands the model the number of labels of all parts, by which it
+        divides each part's loss; else the caller averages, every part counts in full, and this is None. Where
+        no part has a label, no part counts.
+        """
+        if self.num_items is None or self.num_labels is None:
+            return None
+        return self.num_labels / self.num_items.clamp(min=1)
 
     def rows(self, num_tokens: int) -> Pass | None:
         """This pass if its tokens are those of a router that was given so many rows, else None."""
@@ -73,11 +94,21 @@ class Pass:
 
 @final
 class Passes:
-    """The pass that a model is in; kept by hooks, which `remove` takes away."""
+    """The pass that a model is in; kept by hooks, which `remove` takes away.
+
+    Attributes:
+        number: passes begun so far.
+        active: the pass that the model is in; None between passes.
+        owner: the module whose forward the active pass is.
+        num_outside: how often routers were trained outside of any pass.
+    """
 
     def __init__(self, model: nn.Module, gates: Sequence[str]) -> None:
-        self.current = Pass()
+        self.number = 0
         self.active: Pass | None = None
+        self.owner: nn.Module | None = None
+        self.num_outside = 0
+        self._latest = Pass()
         self._of_input: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._handles = [
             handle
@@ -88,76 +119,66 @@ class Passes:
             )
         ]
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
-        """A pass begins with these arguments of the model."""
-        number = self.current.number + 1
-        self.active = self.current = described(model, args, kwargs, number)
-        return self.active
+    def begin(self, owner: nn.Module, here: Pass) -> None:
+        """A pass of ``owner`` begins."""
+        self.number += 1
+        self.active = self._latest = here
+        self.owner = owner
 
     def end(self) -> None:
-        """The pass is over; what is computed from now on is computed again."""
-        self.active = None
+        """The pass is over."""
+        # Tensors of the pass and all they were computed from would live until the next one.
+        self._latest.seen.clear()
+        self._latest.cache = None
+        self.active = self.owner = None
+
+    def of(self, router: nn.Module) -> Pass:
+        """The pass that a router which runs now is in."""
+        if self.active is not None:
+            return self.active
+        if _goes_backward():
+            return self._latest
+        made = self._unknown(router)
+        self.num_outside += made.training
+        return made
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
 
+    def _unknown(self, module: nn.Module) -> Pass:
+        return Pass(number=self.number, training=module.training and torch.is_grad_enabled())
+
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.active is not None and args and isinstance(args[0], Tensor):
-            self._of_input[args[0]] = self.active
+        if not _goes_backward() and args and isinstance(args[0], Tensor):
+            self._of_input[args[0]] = self._unknown(layer) if self.active is None else self.active
 
     def _find(self, child: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.active is None and args and isinstance(args[0], Tensor):
-            self.current = self._of_input.get(args[0], self.current)
+        if self.active is None and _goes_backward() and args and isinstance(args[0], Tensor):
+            self._latest = self._of_input.get(args[0]) or self._alias(args[0]) or self._latest
+
+    def _alias(self, given: Tensor) -> Pass | None:
+        """The pass of an input of which this is another name: reentrant checkpointing detaches inputs."""
+        for known, here in self._of_input.items():
+            if known.data_ptr() == given.data_ptr() and known.shape == given.shape and given.is_leaf:
+                assert isinstance(here, Pass)
+                return here
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
         # Tensors on their way through the model belong to the model, not to its copy.
         copied = Passes.__new__(Passes)
         memo[id(self)] = copied
-        copied.current, copied.active, copied._of_input = Pass(), None, WeakIdKeyDictionary()
+        copied.number, copied.active, copied.owner, copied.num_outside = self.number, None, None, 0
+        copied._latest, copied._of_input = Pass(), WeakIdKeyDictionary()
         copied._handles = list(self._handles)
         return copied
 
 
-def described(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Pass:
-    """What a model's arguments say of the tokens."""
-    made = Pass(number=number, training=model.training and torch.is_grad_enabled())
-    given = _bound(type(model).forward, model, args, kwargs)
-    ids = given.get("input_ids")
-    shown = ids if isinstance(ids, Tensor) else given.get("inputs_embeds")
-    if not isinstance(shown, Tensor):
-        return made
-    rows, columns = shown.shape[:2]
-    made.shape = (rows, columns)
-    made.past = _length(given_cache(given))
-    mask = given.get("attention_mask")
-    plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] >= columns
-    known = shown.new_ones((rows, made.past + columns), dtype=torch.bool)
-    if isinstance(mask, Tensor) and plain:
-        known = mask.to(torch.bool)
-    made.valid = known[:, -columns:].reshape(-1)
-    places = given.get("position_ids")
-    if not (isinstance(places, Tensor) and places.ndim == 2 and places.shape[-1] == columns):
-        places = (known.cumsum(-1) - 1).clamp(min=0)[:, -columns:]
-    made.positions = places.expand(rows, columns).reshape(-1)
-    made.token_ids = ids.reshape(-1) if isinstance(ids, Tensor) else None
-    return made
-
-
-def _bound(
-    forward: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    try:
-        bound = inspect.signature(forward).bind_partial(model, *args, **kwargs).arguments
-    except TypeError:
-        return dict(kwargs)
-    return dict(bound) | dict(bound.get("kwargs", {}))
-
-
-def _length(cache: Any) -> int:
-    """Tokens in a cache of keys and values."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+def _goes_backward() -> bool:
+    """Whether this is computed during a backward pass, where layers are only ever computed again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _checkpointed(model: nn.Module, gates: Sequence[str]) -> list[nn.Module]:
@@ -166,7 +187,7 @@ def _checkpointed(model: nn.Module, gates: Sequence[str]) -> list[nn.Module]:
     for name in gates:
         parts = name.split(".")
         for end in range(len(parts), 0, -1):
-            owner = model.get_submodule(".".join(parts[:end]))
+            owner = submodule(model, ".".join(parts[:end]))
             if isinstance(owner, GradientCheckpointingLayer):
                 found[id(owner)] = owner
                 break

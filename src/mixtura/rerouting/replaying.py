@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mixtura.errors import CheckpointError, UserError
 from mixtura.rerouting.core import Rerouting
 from mixtura.rerouting.passes import Pass
+from mixtura.rerouting.recording import Recorder, require_tokens, sequences_of
 from mixtura.types import Routing
 
 # A generated text's last token was never fed to the model, so it has no recorded choice.
@@ -76,21 +77,25 @@ class Recording:
 def record_routing(model: nn.Module) -> Iterator[Recording]:
     """Record which experts are chosen for every token while this context lasts, also by ``generate``.
 
-    A pass without a cache begins new sequences; one with a cache goes on with those it holds. Beam search
-    moves sequences between rows and cannot be recorded; draw samples instead.
+    A pass without a cache begins new sequences, several in a row where they are packed; one with a cache goes
+    on with those it holds, whatever other caches are used in between. Tokens that are cropped from a cache
+    again, such as rejected candidates of assisted generation, are taken out of the recording. Beam search
+    moves sequences between rows and is refused; draw samples instead.
 
     Raises:
         UnsupportedModelError: the model is dense or of a family that mixtura cannot work on.
-        UserError: rows of a cache are not those that were recorded.
+        UserError: a cache holds what was not recorded, or its rows are moved.
     """
     rerouting = Rerouting.of(model)
     if rerouting.swaps:
         raise UserError("only a model's own routers can be recorded; restore(model) first")
-    recorder = _Recorder()
+    recording = Recording()
+    recorder = Recorder(recording.tokens, recording.choices)
     rerouting.listeners.append(recorder)
     try:
-        yield recorder.recording
+        yield recording
     finally:
+        recorder.leave()
         rerouting.listeners.remove(recorder)
 
 
@@ -98,11 +103,11 @@ def record_routing(model: nn.Module) -> Iterator[Recording]:
 def replay_routing(model: nn.Module, recording: Recording) -> Iterator[None]:
     """Let every forward pass in this context choose the experts that were recorded for its text.
 
-    Each row must be a recorded text or the beginning of one, padded on either side or not, or one
-    recorded text with the one token more that generation returns but never reads; that token goes where
-    the live router sends it. Weights are the live router's own of the replayed experts, with gradients.
-    Layers that activation checkpointing computes again in the backward pass, perhaps after this context
-    has ended, replay the same.
+    Each row, or each sequence of those packed in one, must be a recorded text or the beginning of one, padded
+    on either side or not, or one recorded text with the one token more that generation returns but never
+    reads; that token goes where the live router sends it. Weights are the live router's own of the replayed
+    experts, with gradients. Layers that activation checkpointing computes again in the backward pass, perhaps
+    after this context has ended, replay the same.
 
     Raises:
         UserError: a row's text is not one that was recorded.
@@ -119,84 +124,25 @@ def replay_routing(model: nn.Module, recording: Recording) -> Iterator[None]:
 
 
 @final
-class _Recorder:
-    def __init__(self) -> None:
-        self.recording = Recording()
-        self._first = 0
-        self._rows = 0
-
-    def before(self, here: Pass) -> None:
-        """Ask for what routers return."""
-        _require_tokens(here, "recorded")
-        here.collecting = True
-
-    def after(self, here: Pass, routings: Mapping[int, Routing]) -> Float[Tensor, ""] | None:
-        """Keep each row's tokens and choices."""
-        assert here.shape is not None
-        assert here.valid is not None
-        assert here.token_ids is not None
-        rows, columns = here.shape
-        made = self.recording
-        if here.past == 0:
-            self._first, self._rows = len(made.tokens), rows
-            made.tokens += [torch.empty(0, dtype=torch.int32) for _ in range(rows)]
-            made.choices += [{} for _ in range(rows)]
-        elif rows != self._rows:
-            raise UserError(
-                f"{rows} rows go on from a cache of which {self._rows} were recorded; "
-                "record from the first token on"
-            )
-        valid = here.valid.view(rows, columns)
-        tokens = here.token_ids.view(rows, columns)
-        for row in range(rows):
-            place = self._first + row
-            kept = tokens[row][valid[row]].to("cpu", torch.int32)
-            made.tokens[place] = torch.cat([made.tokens[place], kept])
-        for index, seen in here.seen.items():
-            assert seen.expert_ids is not None
-            if seen.expert_ids.flatten(0, -2).shape[0] != rows * columns:
-                raise UserError(
-                    f"layer {index} routed {len(seen.expert_ids)} rows for {rows * columns} tokens, "
-                    "so its choices cannot be told apart by token; this family's routing cannot be recorded"
-                )
-            chosen = seen.expert_ids.detach().reshape(rows, columns, -1)
-            for row in range(rows):
-                kept = chosen[row][valid[row]].to("cpu", torch.int32)
-                layers = made.choices[self._first + row]
-                layers[index] = torch.cat([layers[index], kept]) if index in layers else kept
-        return None
-
-    def finish_step(self) -> None:
-        """Nothing to do."""
-
-
-@final
 class _Replayer:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
     def before(self, here: Pass) -> None:
         """Force the choices recorded for this text."""
-        _require_tokens(here, "replayed")
-        assert here.shape is not None
-        assert here.valid is not None
+        require_tokens(here, "replayed")
         assert here.token_ids is not None
         if here.past:
             raise UserError("routing is replayed on whole texts, not while decoding; leave the cache out")
-        rows, columns = here.shape
-        device = here.token_ids.device
-        valid = here.valid.view(rows, columns)
-        tokens = here.token_ids.view(rows, columns)
-        for row in range(rows):
-            text = tokens[row][valid[row]].to("cpu", torch.int32)
-            found = self._find(text, row)
-            places = valid[row].nonzero().squeeze(-1)
+        device, num_tokens = here.token_ids.device, len(here.token_ids)
+        for number, places in enumerate(sequences_of(here)):
+            text = here.token_ids[places].to("cpu", torch.int32)
+            found = self._find(text, number)
             for index, chosen in self._recording.choices[found].items():
                 count = min(len(chosen), len(text))
                 if index not in here.forced:
-                    here.forced[index] = torch.full((rows * columns, chosen.shape[1]), -1, device=device)
-                where = row * columns + places[:count]
-                here.forced[index][where] = chosen[:count].to(device, torch.long)
+                    here.forced[index] = torch.full((num_tokens, chosen.shape[1]), -1, device=device)
+                here.forced[index][places[:count]] = chosen[:count].to(device, torch.long)
 
     def after(self, here: Pass, routings: Mapping[int, Routing]) -> Float[Tensor, ""] | None:
         """Nothing to add."""
@@ -206,7 +152,7 @@ class _Replayer:
         """Nothing to do."""
 
     def _find(self, text: Int[Tensor, " n"], row: int) -> int:
-        """The recorded sequence of this text; the one in the same row where several are alike."""
+        """The recorded sequence of this text; the one of the same number where several are alike."""
         known = self._recording.tokens
         order = sorted(range(len(known)), key=lambda place: place != row)
         for place in order:
@@ -225,10 +171,3 @@ def _agreeing(first: Int[Tensor, " n"], second: Int[Tensor, " m"]) -> int:
     length = min(len(first), len(second))
     differing = (first[:length] != second[:length]).nonzero()
     return int(differing[0]) if len(differing) else length
-
-
-def _require_tokens(here: Pass, done: str) -> None:
-    if here.token_ids is None:
-        raise UserError(
-            f"routing is {done} by token ids, and the model was given none; call it with input_ids"
-        )

@@ -7,11 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mixtura.rerouting.core import Rerouting
 from mixtura.rerouting.seats import BALANCE, ROUTER
-from mixtura.rerouting.side_files import read_note
 
 
 def begin_saving(rerouting: Rerouting) -> None:
@@ -45,25 +42,3 @@ def _save(model: Any, rerouting: Rerouting, directory: str | Path, *args: Any, *
     if kwargs.get("is_main_process", True):
         rerouting.save(directory)
     return result
-
-
-def load_router(model: nn.Module, directory: str | Path) -> Rerouting:
-    """Set the routers and balancers that a model was saved with, and give them their tensors.
-
-    ``model`` is what ``from_pretrained(directory)`` made, an ordinary model of the family. To go on with
-    the training of a checkpoint, hand the result's ``callback`` to the new `Trainer`.
-
-    Raises:
-        CheckpointError: the directory has no side files, or damaged ones.
-    """
-    from mixtura.rerouting.balancing import balance
-    from mixtura.rerouting.swapping import set_router
-
-    note = read_note(Path(directory))
-    for swap in note.routers:
-        set_router(model, swap.router, layers=list(swap.layers), train=True, **swap.settings)
-    if note.balancers:
-        balance(model, list(note.balancers))
-    rerouting = Rerouting.of(model)
-    rerouting.load(directory)
-    return rerouting

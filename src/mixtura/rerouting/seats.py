@@ -6,23 +6,29 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from types import MethodType
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtura.checkpoints.view import MemoryLayer
-from mixtura.checkpoints.viewing.sites import submodule
+from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.methods import declared_tags
 from mixtura.methods.routers import Router
 from mixtura.modeling.balance import LayerBalance
-from mixtura.modeling.layer import ExpertMatrices, require_decodable
+from mixtura.modeling.layer import require_decodable
+from mixtura.rerouting.experts import experts_of
 from mixtura.rerouting.inside import Inside, Outline, Steering
 from mixtura.rerouting.passes import Pass, Passes, Seen
 from mixtura.types import RouterInput, Routing
 
+NO_GRADIENT = (
+    "{} has no gradient, because activation checkpointing runs layers without; "
+    'use activation_checkpointing_kwargs={{"use_reentrant": False}}'
+)
 ROUTER = "mixtura_router"
 BALANCE = "mixtura_balance"
 # Families whose routers divide weights by K, which their blocks multiply outputs by.
@@ -38,6 +44,14 @@ class Clock:
 
     step: int = 0
     seed: int = 0
+
+
+class _Decision(NamedTuple):
+    """What a router decided: its routing, and each token's experts and weights as the family writes them."""
+
+    routing: Routing
+    ids: Int[Tensor, "T K"]
+    weights: Float[Tensor, "T K"]
 
 
 @final
@@ -73,9 +87,19 @@ class Seat:
         for name in (ROUTER, BALANCE):
             if hasattr(self.gate, name):
                 delattr(self.gate, name)
-        del self.gate.forward
-        if self._own is not None:
-            self.gate.forward = self._own
+        own = self._own
+        if vars(self.gate).get("forward") is self:
+            del self.gate.forward
+            if own is not None:
+                self.gate.forward = own
+        elif vars(self.gate).get("_old_forward") is self:
+            # Offloaded since: what brings the parameters wraps this now, and has to wrap the own one again.
+            self.gate._old_forward = MethodType(type(self.gate).forward, self.gate) if own is None else own
+        else:
+            raise UserError(
+                f"the forward of {type(self.gate).__name__} of layer {self.layer.index} was wrapped after "
+                "its routing was changed; take that back first"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
         """A copy of the whole model is a model of its own; a router cannot be copied out of it.
@@ -124,23 +148,52 @@ class Seat:
         return found if isinstance(found, Tensor) else None
 
     @property
+    def device(self) -> torch.device:
+        """Where the router runs, also where its parameters are brought for that only.
+
+        Raises:
+            UnsupportedModelError: it is nowhere: the model has no weights.
+        """
+        for module in self.gate.modules():
+            hook = getattr(module, "_hf_hook", None)
+            devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
+            if (found := next((device for device in devices if device is not None), None)) is not None:
+                return torch.device(found)
+        if self.matrix.is_meta:
+            raise UnsupportedModelError(
+                f"{type(self.gate).__name__} of layer {self.layer.index} has no weights (they are on the "
+                "meta device) and nothing that would bring them; load the model first"
+            )
+        return self.matrix.device
+
+    @property
     def matrix(self) -> Tensor:
-        """The family's own router matrix."""
+        """The family's own router matrix; a placeholder where it is offloaded or sharded."""
         owner, _, leaf = self.layer.site.router_weight.rpartition(".")
         found = getattr(submodule(self.layer._model, owner), leaf)
         assert isinstance(found, Tensor)
         return found
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the router module returns."""
-        here = self.passes.current
-        steering = self._steering(here)
-        if self.router is None and steering.idle and not here.collecting:
+        here = self.passes.of(self.gate)
+        if self.passes.active is here and here.training and not torch.is_grad_enabled():
+            here.without_gradient = True
+        steering, router = self._steering(here), self.router
+        if router is None and steering.idle and not here.collecting:
             return self._run(*args, **kwargs)
-        with Inside(self._outline, steering) as inside:
+        decided: list[_Decision] = []
+
+        def decide(features: Tensor, matrix: Tensor) -> None:
+            # Not after the router's forward: what offloads or shards its parameters has them back by then.
+            assert router is not None
+            decided.append(self._decide(router, features, matrix, here))
+
+        with Inside(self._outline, steering, None if router is None else decide) as inside:
             output = self._run(*args, **kwargs)
-        if self.router is not None:
-            return self._replaced(self.router, inside, output, here)
+        if router is not None:
+            return self._replaced(decided, output, here)
         self._require_steered(inside, steering)
         if here.collecting and self.passes.active is here and inside.logits is not None:
             # Bare references: anything computed from them here would be missing when this is computed again.
@@ -171,24 +224,30 @@ class Seat:
                 "another router in its place"
             )
 
-    def _replaced(self, router: Router, inside: Inside, output: tuple[Any, ...], here: Pass) -> Any:
-        """What the family's router would return had it decided like ``router``."""
-        if inside.features is None or inside.logits is None:
+    def _decide(self, router: Router, features: Tensor, matrix: Tensor, here: Pass) -> _Decision:
+        """What ``router`` decides, its weights multiplied by what the family multiplies its own by."""
+        rows = features.reshape(-1, self.width)
+        with self._lent(router, matrix):
+            if "keeps_weights" in declared_tags(type(router)) and self.bias is not None:
+                rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+            routing = router(self._input(router, rows, here))
+        if routing.state is not None:
+            if here.without_gradient:
+                raise UserError(NO_GRADIENT.format(f"the state that {type(router).__name__} hands on"))
+            here.states[self.place] = routing.state
+        self._extra = routing.extra
+        ids, weights = padded(routing)
+        return _Decision(routing, ids, self._scaled(weights, ids))
+
+    def _replaced(self, decided: list[_Decision], output: tuple[Any, ...], here: Pass) -> Any:
+        """What the family's router would return had it decided so."""
+        if not decided:
             raise UnsupportedModelError(
                 f"{type(self.gate).__name__} of layer {self.layer.index} does not score experts by a product"
             )
-        features = inside.features.reshape(-1, self.width)
-        with self._lent(router):
-            if "keeps_weights" in declared_tags(type(router)) and self.bias is not None:
-                features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
-            routing = router(self._input(router, features, here))
-        self._extra = routing.extra
-        if routing.state is not None:
-            here.states[self.place] = routing.state
+        ((routing, ids, weights),) = decided
         if here.collecting and self.passes.active is here:
             here.seen[self.layer.index] = Seen(routing=routing)
-        ids, weights = padded(routing)
-        weights = self._scaled(weights, ids)
         logits = routing.logits.to(output[0].dtype)
         return (logits, weights.to(output[1].dtype), ids, *output[3:])
 
@@ -205,13 +264,13 @@ class Seat:
         return output + extra.view_as(output).to(output.dtype)
 
     @contextmanager
-    def _lent(self, router: Router) -> Iterator[None]:
+    def _lent(self, router: Router, matrix: Tensor) -> Iterator[None]:
         """For one call the router's ``weight`` is the family's own matrix, with its bias as a last column."""
         if "keeps_weights" not in declared_tags(type(router)):
             yield
             return
         num_experts = self.layer.num_experts
-        weight = self.matrix[:num_experts]
+        weight = matrix[:num_experts]
         if self.bias is not None:
             weight = torch.cat([weight, self.bias[:num_experts, None]], dim=1)
         router.__dict__["weight"] = weight
@@ -234,10 +293,8 @@ class Seat:
             "decoding": here.past > 0,
             "state": here.states.get(self.place - 1),
         }
-        if known is not None and known.shape is not None:
-            rows, columns = known.shape
-            sequences = torch.arange(rows, device=features.device).repeat_interleave(columns)
-            fields |= {"sequence_ids": sequences, "positions": known.positions, "token_ids": known.token_ids}
+        if known is not None:
+            fields |= {name: getattr(known, name) for name in ("sequence_ids", "positions", "token_ids")}
         if here.training:
             mixed = hash((self.clock.seed, here.number, self.place)) % (1 << 62)
             fields["generator"] = torch.Generator().manual_seed(mixed)
@@ -267,9 +324,11 @@ class Seat:
     @torch.no_grad()
     def compares_sigmoids(self, router: Router) -> bool:
         """Whether a router compares experts by sigmoids, which such a family's correction bias is for."""
-        nothing = self.matrix.new_zeros(1, router.shape.d_model)
+        nothing = torch.zeros(1, router.shape.d_model, dtype=self.matrix.dtype, device=self.device)
+        # Nothing times whatever matrix is nothing.
+        matrix = torch.zeros(self._outline.matrix, dtype=self.matrix.dtype, device=self.device)
         try:
-            with self._lent(router):
+            with self._lent(router, matrix):
                 routing = router(RouterInput.of(nothing))
         except UserError:
             return False
@@ -301,30 +360,6 @@ def padded(routing: Routing) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
     weights = routing.weights.new_zeros(num_tokens, most)
     where = (tokens, places)
     return ids.index_put(where, routing.expert_ids[order]), weights.index_put(where, routing.weights[order])
-
-
-def experts_of(layer: MemoryLayer) -> ExpertMatrices:
-    """The experts of a layer as tensors that routers and balancers may read, run and merge.
-
-    Raises:
-        UnsupportedModelError: the family stores its experts in a way of its own.
-    """
-    experts: Any = layer.experts
-    layout = layer.layout
-    if layer._model.get_submodule(layer.name) is not layer.experts:
-        raise UnsupportedModelError(
-            f"{type(experts).__name__} has adapters, without which it cannot be handed to methods that read "
-            "experts; merge the adapters, or choose a method without the tag reads:experts"
-        )
-    stored = not hasattr(experts, "mixtura_store")
-    if layout.transposed or layout.interleaved or layout.has_bias or layout.has_post_norm or not stored:
-        raise UnsupportedModelError(
-            f"{type(experts).__name__} stores its experts as {layout.name}, in which they cannot be handed "
-            "to methods that read experts; choose a method without the tag reads:experts"
-        )
-    if layout.has_gate:
-        return ExpertMatrices(experts.gate_up_proj, experts.down_proj, activation=experts._apply_gate)
-    return ExpertMatrices(experts.up_proj, experts.down_proj, activation=experts.act_fn, gated=False)
 
 
 def _two(matrix: Tensor) -> tuple[int, int]:

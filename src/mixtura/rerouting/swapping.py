@@ -18,6 +18,7 @@ from mixtura.rerouting.core import Rerouting, require_layers
 from mixtura.rerouting.saving import begin_saving
 from mixtura.rerouting.seats import ROUTER, Seat
 from mixtura.rerouting.side_files import Swap
+from mixtura.rerouting.states import begin, require_suited
 
 _BACKEND = "mixtura"
 _NOT_GIVEN = {
@@ -61,7 +62,8 @@ def set_router(
         UnsupportedModelError: the model is dense or of a family that mixtura cannot work on.
         UnknownNameError: there is no such router.
         SettingError: a setting is unknown or out of range.
-        UserError: the router needs what a transformers model cannot give it, or must be trained.
+        UserError: the router needs what a transformers model cannot give it, must be trained, or does not
+            suit the balancers that the model has already.
     """
     cls = load_method("routers", router)
     tags = declared_tags(cls)
@@ -69,10 +71,15 @@ def set_router(
     rerouting = Rerouting.of(model)
     seats = require_layers(rerouting, layers)
     made = _made(router, cls, tags, seats, settings)
+    balancers = next((s.balance.balancers for s in rerouting.seats.values() if s.balance is not None), ())
+    require_suited(balancers, seats, cls)
     for seat, one in zip(seats, made, strict=True):
         if "keeps_weights" not in tags:
             _freeze_own(rerouting, seat)
         _install(seat, one, tags)
+        if balancers:
+            # What balancers have learned was of the router before.
+            begin(seat, balancers)
     _run_experts_with_absent_choices(rerouting, seats)
     swap = Swap(router, settings, tuple(seat.layer.index for seat in seats))
     # One whose layers are all decided otherwise now is no more.
@@ -136,7 +143,7 @@ def _install(seat: Seat, router: Router, tags: frozenset[str]) -> None:
     if "keeps_weights" in tags:
         # Lent by the seat for each call, so that there is one matrix, the model's.
         router._parameters.pop("weight", None)
-    router.to(device=seat.matrix.device)
+    router.to(device=seat.device)
     setattr(seat.gate, ROUTER, router)
     seat.keeps_correction = (
         "reads:selection_bias" in tags and seat.layer.scoring == "sigmoid" and seat.compares_sigmoids(router)

@@ -31,7 +31,7 @@ from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.packed import PackedLayer
 from mixtura.errors import CheckpointError, UnsupportedModelError
 from mixtura.kernels import quicken
-from mixtura.rerouting.saving import load_router
+from mixtura.rerouting.restoring import load_router
 from mixtura.rerouting.side_files import has_side_files
 from mixtura.running.decoding import read_generation_config
 

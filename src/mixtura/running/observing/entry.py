@@ -47,7 +47,7 @@ def observe(
         observers: makes one more observer for a layer, to see the same pass (`None`: for none).
         layers: the layers to record, for a model in memory whose experts are not its own parameters;
             found in the model if not given.
-        source_digest: name of the weights for the trace, such as `mixtura.checkpoints.digest.checkpoint_digest`
+        source_digest: name of the weights for the trace, such as `checkpoints.digest.checkpoint_digest`
             of the directory they were loaded from, so that plans made of the trace apply to it; by
             default that of the directory, or of the config of a model in memory.
 
