@@ -72,8 +72,8 @@ def test_a_layer_gives_what_one_of_our_own_gives_with_the_same_weights(router: s
     block = model.model.layers[0].mlp
     rerouting = mixtura.set_router(model, router, train=True)
     shape = rerouting.seats[0].layer.shape
-    has_top_k = any(setting.name == "top_k" for setting in mixtura.header("routers", router).settings)
-    own = mixtura.create("routers", router, shape, **({"top_k": 2} if has_top_k else {}))
+    chosen = dict.fromkeys(mixtura.load_method("routers", router).choice_settings, 2)
+    own = mixtura.create("routers", router, shape, **chosen)
     experts = Experts(shape)
     with torch.no_grad():
         experts.gate_up_proj.copy_(block.experts.gate_up_proj)
