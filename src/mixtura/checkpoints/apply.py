@@ -30,6 +30,7 @@ from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json, is_packed
+from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
 from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
@@ -95,6 +96,7 @@ def apply_plan(
         raise UnsupportedModelError(
             f"{source} is already in the mixtura format; apply one plan with all changes to the original"
         )
+    require_alone(source, "the result")
     view = DiskView(source)
     names = (source_name or name_of_source(source), name or out.absolute().name)
     terms = _terms(plan, source, shard_bytes, names)

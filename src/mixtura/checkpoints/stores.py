@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from hashlib import sha256
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +114,12 @@ class PackedStore:
         """
         # Another store, and not a change of this one: what was made of it still holds.
         other = copy.copy(self)
-        other._read, other._native, other._has_native = layer_at(self._layer, widths), None, True
+        other._read, other._matrices = layer_at(self._layer, widths), self._matrices
         return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the kernels made of this very memory, which a copy makes anew of its own."""
+        return {**self.__dict__, "_matrices": {}, "_native": None, "_has_native": True}
 
     def get(self, expert: int, dtype: torch.dtype) -> ExpertTensors:
         """Decode one expert."""
@@ -135,6 +141,21 @@ class PackedStore:
             self._matrices[key] = read_expert(self._read, expert, self.tensor).matrices()
         return self._matrices[key]
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the experts stand for, however few bits each has."""
+        matrices = [matrix for expert in self.records for matrix in (expert.up, expert.down)]
+        # Biases have as many entries as their matrix has rows.
+        biases = sum(expert.up.rows + expert.down.rows for expert in self.records if expert.has_bias)
+        return sum(matrix.rows * matrix.cols for matrix in matrices) + biases
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All that the store holds, as one tensor of bytes, and a digest of how the experts lie in it."""
+        forms = [(name, start, str(form.dtype), form.shape) for name, (start, form) in self._places.items()]
+        digest = sha256(repr((forms, self._layer.experts)).encode()).digest()
+        return {"packed": self._memory, "packed_as": torch.frombuffer(bytearray(digest), dtype=torch.uint8)}
+
     def tensor(self, name: str) -> Tensor:
         """One stored tensor by its name: a view, so that writing to it fills the store."""
         start, form = self._places[name]
@@ -144,6 +165,61 @@ class PackedStore:
         """Copy tensors to their places."""
         for name, tensor in tensors.items():
             self.tensor(name).copy_(tensor)
+
+
+def keep_in_state(experts: nn.Module) -> None:
+    """Let the ``state_dict`` of an experts module hold what its `PackedStore` does, and fill it from one."""
+    experts.register_state_dict_post_hook(_add_to_state)
+    experts.register_load_state_dict_pre_hook(_take_from_state)
+
+
+def _add_to_state(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state.update({f"{prefix}{name}": tensor for name, tensor in module.mixtura_store.state.items()})
+
+
+def _take_from_state(
+    module: Any,
+    state: dict[str, Any],
+    prefix: str,
+    _metadata: Any,
+    strict: bool,
+    missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    own = module.mixtura_store.state
+    given = {name: state.pop(f"{prefix}{name}", None) for name in own}
+    absent = [f"{prefix}{name}" for name, tensor in given.items() if tensor is None]
+    if absent:
+        missing.extend(absent if strict else ())
+    elif not torch.equal(given["packed_as"].cpu(), own["packed_as"]):
+        errors.append(f"{prefix}packed holds experts stored as another plan says; load what that plan wrote")
+    else:
+        own["packed"].copy_(given["packed"])
+
+
+def count_stores(model: nn.Module) -> None:
+    """Let a model count experts that are in stores among its parameters and its memory."""
+    counted: Any = model
+    counted.num_parameters = partial(_num_parameters, model)
+    counted.get_memory_footprint = partial(_memory_footprint, model)
+
+
+def _packed_stores(model: nn.Module) -> list[PackedStore]:
+    held = (getattr(module, "mixtura_store", None) for module in model.modules())
+    return [store for store in held if isinstance(store, PackedStore)]
+
+
+def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """`PreTrainedModel.num_parameters`; experts in fewer bits are never trained."""
+    rest = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    return int(rest) + (0 if only_trainable else sum(store.num_parameters for store in _packed_stores(model)))
+
+
+def _memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """`PreTrainedModel.get_memory_footprint`."""
+    rest = type(model).get_memory_footprint(model, return_buffers)
+    return int(rest) + sum(store.num_bytes for store in _packed_stores(model))
 
 
 @final

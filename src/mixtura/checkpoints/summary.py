@@ -10,6 +10,7 @@ from typing import Any, final
 
 from mixtura.checkpoints.packed import MATRICES, MatrixRecord, bias_name, part_name
 from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.checkpoints.viewing.beside import adapter_of
 from mixtura.checkpoints.viewing.disk import DiskLayer
 from mixtura.checkpoints.viewing.packed import PackedLayer
 
@@ -68,6 +69,7 @@ class ModelSummary:
         unused_num_bytes: bytes in the files that transformers' model does not use, such as
             multi-token prediction layers; in no other number.
         num_files: weight files.
+        adapter: the kind of adapter beside the weights, such as ``LORA``, or None; in none of the numbers.
     """
 
     family: str
@@ -82,6 +84,7 @@ class ModelSummary:
     stored_as: Mapping[str, int]
     unused_num_bytes: int
     num_files: int
+    adapter: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON values."""
@@ -112,6 +115,7 @@ def summarize(view: CheckpointView) -> ModelSummary:
         stored_as=_stored_as(view),
         unused_num_bytes=sum(view.stored[name].num_bytes for name in view.unused_names),
         num_files=len(view.files),
+        adapter=adapter_of(view.path),
     )
 
 

@@ -60,6 +60,8 @@ def _print(name: str, summary: ModelSummary) -> None:
     }
     if summary.unused_num_bytes:
         rows["not used"] = f"{format_bytes(summary.unused_num_bytes)} that transformers leaves out"
+    if summary.adapter is not None:
+        rows["adapter"] = f"{summary.adapter}, beside the weights and in none of these numbers"
     for key, value in rows.items():
         facts.add_row(key, value)
     console.print(facts)

@@ -6,7 +6,9 @@ run on a few rows; `pack_linears` also stores them in fewer bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import final
 
@@ -18,6 +20,8 @@ from torch.nn import functional as F
 from mixtura.kernels.compiled import is_plain, native, options
 from mixtura.kernels.crossing import ALWAYS_FEW, few_rows, multiply
 from mixtura.kernels.matrices import KeptMatrix, Matrix, coded_matrix, dense_matrix
+from mixtura.kernels.records import ROUTER_NAMES
+from mixtura.kernels.saving import refuse_save
 from mixtura.kernels.steps import quicken_steps
 from mixtura.methods import create
 from mixtura.methods.quantizers import Encoded, Quantizer
@@ -95,10 +99,12 @@ class PackedLinear(nn.Module):
         bits: of a code.
         group_size: weights that share a scale.
         bias: added to the product.
+        dtype: of `weight`.
     """
 
     codes: Tensor
     scales: Tensor
+    like: Tensor
 
     def __init__(
         self,
@@ -109,12 +115,15 @@ class PackedLinear(nn.Module):
         bits: int,
         group_size: int,
         bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, codes.shape[0]
         self.bits, self.group_size = bits, group_size
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+        # Follows the model to another dtype.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._kept = KeptMatrix()
 
@@ -125,7 +134,13 @@ class PackedLinear(nn.Module):
         tensors = quantizer.encode(linear.weight.detach()).tensors
         bias = None if linear.bias is None else linear.bias.detach()
         sizes = {"in_features": linear.in_features, "bits": bits, "group_size": group_size}
-        return PackedLinear(tensors["codes"], tensors["scales"], bias=bias, **sizes)
+        dtype = linear.weight.dtype
+        return PackedLinear(tensors["codes"], tensors["scales"], bias=bias, dtype=dtype, **sizes)
+
+    @property
+    def weight(self) -> Float[Tensor, "outputs inputs"]:
+        """The weight decoded, for what reads it in place of calling the layer."""
+        return self._decoded(self.like.dtype)
 
     def forward(self, input: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """``input @ weight.T + bias``, the weight read as it is stored or, for many rows, decoded."""
@@ -134,12 +149,12 @@ class PackedLinear(nn.Module):
             matrix = self.matrix()
             if matrix is not None and are_few(input, self.bits):
                 return multiply(matrix, input, self.bias)
-        encoded = Encoded(
-            {"codes": self.codes, "scales": self.scales},
-            {"rows": self.out_features, "cols": self.in_features},
-        )
-        weight = _quantizer(self.bits, self.group_size).decode(encoded, input.dtype)
-        return F.linear(input, weight, self.bias)
+        return F.linear(input, self._decoded(input.dtype), self.bias)
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        tensors = {"codes": self.codes, "scales": self.scales}
+        encoded = Encoded(tensors, {"rows": self.out_features, "cols": self.in_features})
+        return _quantizer(self.bits, self.group_size).decode(encoded, dtype)
 
     def matrix(self) -> Matrix | None:
         """The weight as the kernels read it; None where they cannot."""
@@ -166,7 +181,9 @@ def pack_linears(
 ) -> int:
     """Store the weights of a model's linear layers in fewer bits, in place.
 
-    A weight that another module shares, such as tied embeddings, is kept there as it was.
+    A weight that another module shares, such as tied embeddings, is kept there as it was. Left alone are
+    routers, whose matrix is how a model's routing is seen and changed, and layers whose owner reads their
+    weight in place of calling them. A model of transformers then refuses ``save_pretrained``.
 
     Args:
         model: whatever holds `torch.nn.Linear` layers.
@@ -187,16 +204,46 @@ def replace_linears(
     model: nn.Module, wanted: Callable[[str], bool], make: Callable[[nn.Linear], nn.Module]
 ) -> int:
     """Put another module in the place of each plain linear layer of a wanted name; gives how many."""
+    routers = {id(part) for router in _routers(model) for part in router.modules()}
     named = [
-        (name, module)
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, FewRowsLinear) and name and wanted(name)
+        if type(module) in (nn.Linear, FewRowsLinear) and name and wanted(name) and id(module) not in routers
     ]
-    for name, module in named:
-        parent, _, last = name.rpartition(".")
+    replaced = [
+        (parent, last, module) for parent, last, module in named if not _reads_weight(type(parent), last)
+    ]
+    for parent, last, module in replaced:
         assert isinstance(module, nn.Linear)
-        setattr(model.get_submodule(parent), last, make(module))
-    return len(named)
+        setattr(parent, last, make(module))
+    if replaced:
+        refuse_save(model, "a model with linear layers in fewer bits")
+    return len(replaced)
+
+
+def _routers(model: nn.Module) -> Iterator[nn.Module]:
+    """The routers beside experts of transformers' common contract."""
+    for block in model.modules():
+        if any(hasattr(child, "_is_expert_parallel") for child in block.children()):
+            for name in ROUTER_NAMES:
+                found = getattr(block, name, None)
+                if isinstance(found, nn.Module):
+                    yield found
+
+
+def _reads_weight(owner: type, name: str) -> bool:
+    """Whether code of a class reads the weight of its layer of this name, by its source."""
+    reads = re.compile(rf"\bself\.{re.escape(name)}\.weight\b")
+    for cls in owner.__mro__:
+        if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch."):
+            try:
+                source = inspect.getsource(cls)
+            except (OSError, TypeError):
+                # Made without a file; the layer that is put there decodes its weight for who reads it.
+                continue
+            if reads.search(source):
+                return True
+    return False
 
 
 def _quantizer(bits: int, group_size: int) -> Quantizer:

@@ -30,7 +30,10 @@ class NestedLinear(nn.Module):
         out_features: width of the outputs.
         group_size: weights that share a scale.
         bias: added to the product.
+        dtype: of `weight`.
     """
+
+    like: Tensor
 
     def __init__(
         self,
@@ -40,11 +43,14 @@ class NestedLinear(nn.Module):
         out_features: int,
         group_size: int,
         bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        # Follows the model to another dtype.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._bits = 8
 
@@ -54,7 +60,12 @@ class NestedLinear(nn.Module):
         tensors = _quantizer(group_size).encode(linear.weight.detach()).tensors
         bias = None if linear.bias is None else linear.bias.detach()
         sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
-        return NestedLinear(tensors, group_size=group_size, bias=bias, **sizes)
+        return NestedLinear(tensors, group_size=group_size, bias=bias, dtype=linear.weight.dtype, **sizes)
+
+    @property
+    def weight(self) -> Float[Tensor, "outputs inputs"]:
+        """The weight decoded at `bits`, for what reads it in place of calling the layer."""
+        return self._decoded(self.like.dtype)
 
     @property
     def bits(self) -> int:
@@ -74,8 +85,11 @@ class NestedLinear(nn.Module):
             matrix = self.matrix()
             if matrix is not None and are_few(input, self._bits):
                 return multiply(matrix, input, self.bias)
+        return F.linear(input, self._decoded(input.dtype), self.bias)
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
         encoded = Encoded(self._read(), {"rows": self.out_features, "cols": self.in_features})
-        return F.linear(input, _quantizer(self.group_size).decode(encoded, input.dtype), self.bias)
+        return _quantizer(self.group_size).decode(encoded, dtype)
 
     def matrix(self) -> Matrix | None:
         """The weight as the kernels read it; None where they cannot."""
@@ -97,7 +111,8 @@ def nest_linears(
 ) -> int:
     """Store the weights of a model's linear layers in nested codes, in place; all are read at 8 bits.
 
-    A weight that another module shares, such as tied embeddings, is kept there as it was.
+    A weight that another module shares, such as tied embeddings, is kept there as it was. What is left
+    alone, and that the model is not saved, is as for `pack_linears`.
 
     Args:
         model: whatever holds `torch.nn.Linear` layers.

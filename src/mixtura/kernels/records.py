@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# How families call the router in a block, beside its experts.
+ROUTER_NAMES = ("gate", "router")
+
 
 class ExpertTensors(NamedTuple):
     """The weights of one expert, in the orientation and row order of its module.

@@ -7,6 +7,7 @@ bits (the mixtura format, block-scaled FP8, MXFP4) stay in them and are decoded 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,54 +27,79 @@ from mixtura.checkpoints.skeleton import (
     read_slot,
     slots,
 )
-from mixtura.checkpoints.stores import Form, PackedStore
+from mixtura.checkpoints.stores import Form, PackedStore, count_stores, keep_in_state
+from mixtura.checkpoints.viewing.beside import adapter_of
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.packed import PackedLayer
-from mixtura.errors import CheckpointError, UnsupportedModelError
+from mixtura.errors import CheckpointError
 from mixtura.kernels import quicken
+from mixtura.kernels.saving import refuse_save
 from mixtura.rerouting.restoring import load_router
 from mixtura.rerouting.side_files import has_side_files
 from mixtura.running.decoding import read_generation_config
+from mixtura.running.placing import add_adapter, chosen_device, placed, set_attention
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, bits: Widths | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    bits: Widths | None = None,
+    attn_implementation: str | None = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, ready to run, as transformers knows it.
 
     `generate`, pipelines and evaluation harnesses take it like any other model. One with experts in
-    fewer bits cannot be saved, and those experts not trained; everything else about it is the same.
+    fewer bits cannot be saved, and those experts not trained; everything else about it is the same. An
+    adapter beside the weights is loaded with them, as ``from_pretrained`` does.
 
     Args:
         path: a directory that `mixtura.apply_plan` or ``save_pretrained`` wrote, or a download.
         dtype: to compute in, and of the weights that are not in fewer bits; by default the one that
-            the config names.
+            the config names, else that of the weights.
         bits: at most how many bits to load of experts that the quantizer ``nested`` wrote: for all of
             them, or by decoder layer and expert, the others whole. The rest is neither read nor kept.
+        attn_implementation: how attention is computed, by transformers' names, such as ``sdpa``.
+        device_map: the one device for all of the model: ``cpu``, another as PyTorch calls it, ``auto`` for
+            the accelerator if there is one; ``{"": device}`` says the same. Experts in fewer bits run on
+            the CPU only, which ``auto`` then means.
 
     Raises:
         CheckpointError: the directory is missing, incomplete or damaged.
         UnsupportedModelError: it is a model that mixtura cannot work on.
         UserError: ``bits`` asks for what the experts do not hold.
+        SettingError: there is no such device or attention, or not for this model.
     """
+    device = chosen_device(device_map)
     if is_own_model(path):
         check_named((), bits)
-        return load_own_model(path, dtype)
+        model = load_own_model(path, dtype)
+        set_attention(model, attn_implementation)
+        return placed(model, device, packed=False)
     view = open_checkpoint(path, bits=bits)
+    kind = adapter_of(view.path)
     model = build(view, dtype=dtype)
+    set_attention(model, attn_implementation)
     packed = False
     for layer in view.layers:
         store = packed_store(view, layer)
         if store is not None:
-            empty_experts(model, layer).mixtura_store = store
+            experts = empty_experts(model, layer)
+            experts.mixtura_store = store
+            keep_in_state(experts)
             packed = True
         else:
             _fill_experts(model, layer, view)
     _fill_rest(model, view)
     _finish(model, view.path)
-    quicken(model)
     if packed:
-        cast(Any, model).save_pretrained = _refuse_save
+        refuse_save(model, "a model with experts in fewer bits")
+        count_stores(model)
+    model = placed(model, device, packed=packed)
+    if kind is not None:
+        add_adapter(model, view.path, kind)
+    quicken(model)
     if has_side_files(path):
         load_router(model, path)
     return model
@@ -180,10 +206,3 @@ def _finish(model: PreTrainedModel, path: Path) -> None:
     own = read_generation_config(path)
     if model.can_generate() and own is not None:
         model.generation_config = own
-
-
-def _refuse_save(*_: Any, **__: Any) -> None:
-    raise UnsupportedModelError(
-        "a model with experts in fewer bits cannot be saved from memory; copy the directory it was loaded "
-        "from, or apply another plan to the original"
-    )

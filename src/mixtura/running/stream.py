@@ -28,10 +28,12 @@ from mixtura.checkpoints.skeleton import (
     slots,
 )
 from mixtura.checkpoints.stores import DiskStore, Transform
+from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.droppable import check_drops
 from mixtura.checkpoints.viewing.mask import masked_layer
 from mixtura.checkpoints.viewing.memory import MemoryLayer
 from mixtura.errors import SettingError, UnsupportedModelError
+from mixtura.kernels.saving import refuse_save
 
 DEFAULT_WORKING_BYTES = 1 << 30
 LOGITS_BYTES = 64 << 20
@@ -59,6 +61,7 @@ class Streamed:
 
     Raises:
         UserError: experts are dropped that are not there or cannot go.
+        UnsupportedModelError: an adapter or other routers lie beside the checkpoint.
     """
 
     def __init__(
@@ -69,8 +72,10 @@ class Streamed:
         dropped: Mapping[int, Collection[int]] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        require_alone(view.path, "a model that runs layer by layer from disk")
         self.view = view
         self.model = build(view, dtype=dtype)
+        refuse_save(self.model, "a model that runs from disk")
         kept = check_drops(view.layers, dropped or {})
         self._dropped = {
             layer.index: [e for e in range(layer.num_experts) if e not in kept[layer.index]]

@@ -12,9 +12,10 @@ from transformers.integrations import moe
 from mixtura.checkpoints.viewing.meta import named_tensors
 from mixtura.checkpoints.viewing.records import ExpertLayout, Site
 from mixtura.checkpoints.viewing.wrappers import experts_modules, plain_name, submodule
+from mixtura.errors import UnsupportedModelError
+from mixtura.kernels.records import ROUTER_NAMES
 from mixtura.types import LayerShape
 
-_ROUTER_NAMES = ("gate", "router")
 _BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp", "shared_expert_gate")
 _SIDE_STACK = re.compile(r"talker|vision|visual|audio|encoder")
@@ -90,7 +91,7 @@ def _site(
     stack, number = stack_of(name)
     block_name = name.rpartition(".")[0]
     block = submodule(model, block_name)
-    router_name = next(f"{block_name}.{n}" for n in _ROUTER_NAMES if hasattr(block, n))
+    router_name = next(f"{block_name}.{n}" for n in ROUTER_NAMES if hasattr(block, n))
     router = submodule(model, router_name)
     layout = layout_of(experts)
     axes = {
@@ -123,6 +124,11 @@ def _site(
 def _router_weight(name: str, router: nn.Module) -> str:
     """The router's matrix: its own ``weight``, else the last matrix of its sub-modules."""
     matrices = [key for key, value in router.named_parameters() if value.ndim == 2]
+    if not matrices:
+        raise UnsupportedModelError(
+            f"the router {name} holds no matrix: its layers were replaced, perhaps by ones in fewer bits; "
+            "leave routers as they are"
+        )
     return f"{name}.{'weight' if 'weight' in matrices else matrices[-1]}"
 
 
