@@ -23,7 +23,8 @@ def checkpoint_digest(directory: Path) -> str:
             cannot be read.
     """
     config = directory / "config.json"
-    shards = sorted(directory.glob("*.safetensors"))
+    # An index may name files of a folder inside.
+    shards = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*/*.safetensors"))
     if not config.is_file() or not shards:
         raise CheckpointError(
             f"{directory} is not a model directory: it needs config.json and *.safetensors files"

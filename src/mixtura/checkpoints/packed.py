@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.checkpoints.viewing.formats import decode_fp8, decode_mxfp4
-from mixtura.errors import CheckpointError
+from mixtura.errors import CheckpointError, UserError
 from mixtura.kernels import (
     ExpertMatrices,
     ExpertTensors,
@@ -361,7 +361,9 @@ def experts_from_json(text: str) -> tuple[LayerRecord, ...]:
                 f"use the mixtura that wrote it or write it again"
             )
         layers = [_layer_from_dict(name, layer) for name, layer in values["layers"].items()]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{EXPERTS_FILE} cannot be read ({error!r}); write the model again") from None
     return tuple(sorted(layers, key=lambda layer: layer.index))
 
@@ -375,7 +377,7 @@ def read_experts_file(directory: Path) -> tuple[LayerRecord, ...]:
     path = directory / EXPERTS_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {EXPERTS_FILE}, so it is not of the mixtura format")
-    return experts_from_json(path.read_text(encoding="utf-8"))
+    return experts_from_json(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _expert_to_dict(expert: ExpertRecord) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tiny_scaled import raw_entries, write_safetensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.view import open_model
 from mixtura.checkpoints.viewing.weight_files import INDEX_FILE, SINGLE_FILE
 from mixtura.errors import CheckpointError, UnsupportedModelError
@@ -287,3 +288,29 @@ def test_packed_names_of_layers_that_the_model_has_not_are_no_harm(path: Path) -
     other = {"model.layers.9.mlp.experts.0.up_proj.qweight": torch.zeros(2, dtype=torch.int32)}
     save_file({**tensors, **other}, path / SINGLE_FILE, {"format": "pt"})
     assert open_model(path).unused_names == tuple(other)
+
+
+def test_a_parameter_that_is_stored_under_two_names_is_named(path: Path) -> None:
+    tensors = load_file(path / SINGLE_FILE)
+    embedding = "model.embed_tokens.weight"
+    twice = {**tensors, "embed_tokens.weight": tensors[embedding] + 1}
+    save_file(twice, path / SINGLE_FILE, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=rf"{embedding} twice, as embed_tokens\.weight and as {embedding}"
+    ):
+        open_model(path)
+
+
+def test_weights_in_a_folder_have_a_digest(path: Path) -> None:
+    tensors = load_file(path / SINGLE_FILE)
+    (path / SINGLE_FILE).unlink()
+    write_shards(path, {"parts/one.safetensors": tensors}, dict.fromkeys(tensors, "parts/one.safetensors"))
+    before = checkpoint_digest(path)
+    save_file({**tensors, EXPERT: tensors[EXPERT] + 1}, path / "parts" / "one.safetensors", {"format": "pt"})
+    assert checkpoint_digest(path) != before
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(path: Path) -> None:
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*generation_config\.json"):
+        load(path)

@@ -117,7 +117,8 @@ def _check_elements(
     if values != _size(expert_shape):
         raise CheckpointError(
             f"{source.names[0]} has the wrong shape {list(stored[source.names[0]].shape)}: an expert of "
-            f"{name} has {_size(expert_shape)} values, the checkpoint has {values}; download it again"
+            f"{name} has {_size(expert_shape)} values, the checkpoint has {values}; it is damaged or in a "
+            "format that mixtura does not know: download it again or use the original checkpoint"
         )
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import WeightConverter
 
+from mixtura.errors import CheckpointError
+
 EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
@@ -167,6 +169,11 @@ class _Resolver:
             return
         converter = self._by_pattern[pattern] if pattern is not None else None
         source = self.sources.get(target)
+        if source is not None and converter is None:
+            raise CheckpointError(
+                f"the checkpoint holds {target} twice, as {source.names[0]} and as {names[0]}, and nothing "
+                "says which one is meant; write it again without one of them"
+            )
         if source is None:
             source = Source(_targets(target, converter), converter)
             self.sources.update(dict.fromkeys(source.targets, source))

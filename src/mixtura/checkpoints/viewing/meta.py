@@ -64,7 +64,8 @@ def build_from_config(config: Any) -> nn.Module:
         # A class raises whatever it likes on values that do not fit together; the file is at fault.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(
-            f"{cls.__name__} cannot be built from this config.json ({reason}); download it again"
+            f"{cls.__name__} cannot be built from this config.json ({reason}); correct it, or use the "
+            f"transformers that it was written for (here is {transformers.__version__})"
         ) from None
 
 
