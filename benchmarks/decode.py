@@ -37,6 +37,7 @@ import mixtura
 from mixtura.kernels import ExpertMatrices, NativeLayer, PackedLinear, coded_matrix, quicken, using
 from mixtura.kernels.compiled import native, num_threads
 from mixtura.kernels.linears import FewRowsLinear
+from mixtura.machine.releases import returned_cache, with_cache
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 NUM_TOKENS = (1, 4, 16, 64)
@@ -209,11 +210,11 @@ def seconds_of_step(model: nn.Module, num_sequences: int, vocab: int) -> float:
         cache = None
         for place in range(CONTEXT):
             # Token by token: codes without a way to decode them serve few tokens at a time.
-            made = model.model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-            cache = made.past_key_values
+            made = model.model(ids[:, place : place + 1], **with_cache(cache), use_cache=True)
+            cache = returned_cache(made)
         start = time.perf_counter()
         for step in range(CONTEXT, CONTEXT + STEPS):
-            model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+            model(ids[:, step : step + 1], **with_cache(cache), use_cache=True)
         return (time.perf_counter() - start) / STEPS
 
 

@@ -168,6 +168,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "glm_moe_dsa": _LATENT,
     "granitemoehybrid": _HYBRID,
+    "hy_v4_vl": {
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {**_TINY_TOWER, "num_attention_heads": 2},
+    },
     "kimi_linear": {**_LATENT, **_HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mistral4": _LATENT,

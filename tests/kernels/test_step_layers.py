@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from mixtura.kernels import isas, pack_linears, quicken, register_backend, using
 from mixtura.kernels.step_layer import QuickLayer, state_of
 from mixtura.kernels.step_stack import runs_together
+from mixtura.machine.releases import returned_cache, with_cache
 
 register_backend()
 
@@ -55,10 +56,10 @@ def in_steps(model: Any, ids: Tensor, mask: Tensor, first: int, mode: str) -> Te
         ends = [first, *range(first + 1, ids.shape[1] + 1)]
         for start, stop in zip([0, *ends], ends, strict=False):
             output = model(
-                ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True
+                ids[:, start:stop], attention_mask=mask[:, :stop], **with_cache(cache), use_cache=True
             )
             found.append(output.logits)
-            cache = output.past_key_values
+            cache = returned_cache(output)
     return torch.cat(found, dim=1)
 
 
@@ -274,16 +275,16 @@ def test_a_cache_that_was_shown_is_not_written_over(ready: tuple[Any, Any]) -> N
     with torch.no_grad():
         for model in (plain, quick):
             cache = DynamicCache()
-            logits(model, ids[:, :6], past_key_values=cache)
-            logits(model, ids[:, 6:7], past_key_values=cache)
+            logits(model, ids[:, :6], **with_cache(cache))
+            logits(model, ids[:, 6:7], **with_cache(cache))
             before = cache.layers[0].keys
             kept = before.clone()
             branch = copy.deepcopy(cache)
             cache.crop(-2)
-            logits(model, ids[:, 8:9], past_key_values=cache)
-            logits(model, ids[:, 9:10], past_key_values=branch)
+            logits(model, ids[:, 8:9], **with_cache(cache))
+            logits(model, ids[:, 9:10], **with_cache(branch))
             cache.reorder_cache(torch.tensor([1, 0]))
-            logits(model, ids[:, 10:11], past_key_values=cache)
+            logits(model, ids[:, 10:11], **with_cache(cache))
             assert torch.equal(before, kept)
             caches.append((cache, branch))
     for mine, theirs in zip(caches[1], caches[0], strict=True):
@@ -310,6 +311,6 @@ def test_several_tokens_behind_a_cache(num: int) -> None:
     ids = ids_of(1, 5 + num)
     for model, mode in ((plain, "torch"), (quick, "fast")):
         with torch.no_grad(), using(mode):
-            cache = model(ids[:, :5], use_cache=True).past_key_values
-            found.append(logits(model, ids[:, 5:], past_key_values=cache))
+            cache = returned_cache(model(ids[:, :5], use_cache=True))
+            found.append(logits(model, ids[:, 5:], **with_cache(cache)))
     assert error(found[1], found[0], torch.ones(1, num)) < 1e-5

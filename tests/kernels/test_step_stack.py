@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
+from family_sizes import SIZES
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mixtura.kernels import PackedLinear, isas, pack_linears, quicken, register_backend, using
 from mixtura.kernels.step_stack import runs_together
 from mixtura.kernels.step_watch import Unchanged
+from mixtura.machine.releases import returned_cache, with_cache
 
 register_backend()
 compiled = bool(isas())
@@ -31,13 +35,13 @@ def ids_of(*shape: int, seed: int = 1) -> Tensor:
 
 
 def started(model: Any, ids: Tensor) -> DynamicCache:
-    cache: DynamicCache = model(ids, use_cache=True).past_key_values
+    cache: DynamicCache = returned_cache(model(ids, use_cache=True))
     return cache
 
 
 def step(model: Any, ids: Tensor, cache: DynamicCache, **named: Any) -> Tensor:
     """Logits of one token of each sequence."""
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **named).logits
+    logits: Tensor = model(ids, **with_cache(cache), use_cache=True, **named).logits
     return logits
 
 
@@ -112,6 +116,18 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a linear layer packed": lambda model: pack_linears(
         model, bits=8, wanted=lambda name: name.endswith("layers.1.self_attn.k_proj")
     ),
+    "experts for each token": lambda model: setattr(model.model.layers[1].mlp.gate, "top_k", 1),
+    "the norm of weights": lambda model: setattr(
+        model.model.layers[1].mlp.gate, "norm_topk_prob", not model.model.layers[1].mlp.gate.norm_topk_prob
+    ),
+    "a norm's epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "the last norm's epsilon": lambda model: setattr(model.model.norm, "variance_epsilon", 0.5),
+    "the scaling of scores": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.9),
+    "the scaling of rotations": lambda model: setattr(model.model.rotary_emb, "attention_scaling", 1.7),
+    "frequencies in place": lambda model: model.model.rotary_emb.inv_freq.mul_(0.5),
+    "frequencies behind autograd's back": lambda model: model.model.rotary_emb.inv_freq.data.mul_(0.5),
+    "an activation": lambda model: setattr(model.model.layers[1].mlp.experts, "act_fn", nn.GELU()),
+    "a window": lambda model: setattr(model.config, "sliding_window", 4),
     "a copy of the configuration": lambda model: setattr(model.model, "config", copy.copy(model.config)),
 }  # fmt: skip
 
@@ -119,6 +135,89 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_seen(ready: tuple[Any, Any], change: str) -> None:
     assert_same_steps(*ready, CHANGES[change])
+
+
+def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its first result made larger."""
+
+    def changed(*given: Any, **named: Any) -> Any:
+        first, *others = function(*given, **named)
+        return 1.5 * first, *others
+
+    return changed
+
+
+CODE: dict[str, Callable[[Any], tuple[Any, str]]] = {
+    "a class's forward": lambda model: (type(model.model.layers[0].self_attn), "forward"),
+    "what an attention finds in its module": lambda model: (
+        sys.modules[type(model.model.layers[0].self_attn).__module__], "apply_rotary_pos_emb"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_code_exchanged_between_steps_is_heeded(
+    ready: tuple[Any, Any], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = CODE[what](ready[0])
+    own = getattr(owner, name)
+
+    def change(model: Any) -> None:
+        monkeypatch.setattr(owner, name, scaled(own))
+
+    ids = ids_of(2, 12)
+    found = []
+    for model, mode in ((ready[0], "torch"), (ready[1], "fast")):
+        monkeypatch.setattr(owner, name, own)
+        with torch.no_grad(), using(mode):
+            cache = started(model, ids[:, :6])
+            logits = [step(model, ids[:, 6:7], cache)]
+            change(model)
+            logits += [step(model, ids[:, t : t + 1], cache) for t in range(7, 12)]
+        found.append(torch.cat(logits, dim=1))
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_an_attention_registered_between_steps_is_heeded(ready: tuple[Any, Any]) -> None:
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ids = ids_of(2, 9)
+    found = []
+    try:
+        for model, mode in ((ready[0], "torch"), (ready[1], "fast")):
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = own
+            with torch.no_grad(), using(mode):
+                cache = started(model, ids[:, :6])
+                first = step(model, ids[:, 6:7], cache)
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = scaled(own)
+                found.append(torch.cat([first, *(step(model, ids[:, t : t + 1], cache) for t in (7, 8))]))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    assert torch.allclose(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "dots1", "minimax_m2", "ernie4_5_moe", "deepseek_v3"])
+def test_corrections_that_were_zero_are_heeded_later(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With zeros, formulas that correct scores for the choice alone and for the weights too are the same."""
+    for name in ("n_group", "topk_group"):
+        monkeypatch.setitem(SIZES, name, 1)
+    plain: Any = tiny_model(family, dtype=torch.float32)
+    corrections = [
+        t for name, t in (*plain.named_parameters(), *plain.named_buffers()) if "correction" in name
+    ]
+    assert corrections
+    for tensor in corrections:
+        tensor.data.zero_()
+    plain.set_experts_implementation("mixtura")
+    quick = copy.deepcopy(plain)
+    quicken(quick)
+
+    def change(model: Any) -> None:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if "correction" in name:
+                tensor.data.copy_(torch.rand(tensor.shape, generator=generated(3)) * 0.5)
+
+    assert_same_steps(plain, quick, change)
 
 
 @pytest.mark.parametrize("name", ["layers.1", "layers.0.mlp.gate", "layers.2.self_attn.q_proj", "norm"])
@@ -174,7 +273,7 @@ def test_flags_switched_between_steps_are_heeded(ready: tuple[Any, Any]) -> None
             cache = started(model, ids[:, :6])
             step(model, ids[:, 6:7], cache)
             model.config.output_hidden_states = True
-            output = model(ids[:, 7:8], past_key_values=cache)
+            output = model(ids[:, 7:8], **with_cache(cache))
             model.config.output_hidden_states = False
             found.append((*output.hidden_states, step(model, ids[:, 8:9], cache)))
     for mine, theirs in zip(*found, strict=True):
@@ -221,7 +320,7 @@ def test_decoding_itself_changes_nothing(ready: tuple[Any, Any]) -> None:
     _, quick = ready
     if not compiled:
         return
-    unchanged = Unchanged(quick.model)
+    unchanged = Unchanged(quick.model, hooks=True)
     quick.generate(ids_of(2, 6), max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert unchanged.holds_for(quick.model)
     del quick.model.layers[1].mlp.experts.config
@@ -279,8 +378,8 @@ def test_a_result_is_as_transformers_makes_it(ready: tuple[Any, Any]) -> None:
     ids = ids_of(2, 7)
     with torch.no_grad():
         cache = started(quick, ids[:, :6])
-        mine = quick.model(ids[:, 6:], past_key_values=cache)
-    theirs = type(mine)(last_hidden_state=mine.last_hidden_state, past_key_values=cache)
+        mine = quick.model(ids[:, 6:], **with_cache(cache))
+    theirs = type(mine)(last_hidden_state=mine.last_hidden_state, **with_cache(cache))
     assert [*mine] == [*theirs]
     assert vars(mine) == vars(theirs)
     assert [*map(id, mine.to_tuple())] == [*map(id, theirs.to_tuple())]

@@ -12,11 +12,13 @@ True
 
 from __future__ import annotations
 
+from torch import nn
+
 from mixtura.kernels.compiled import Options, isas, options, using
 from mixtura.kernels.dispatch import Dispatch, Run, sort_by_expert, sum_by_token
 from mixtura.kernels.experts import ExpertMath, StackedExperts, run_experts
 from mixtura.kernels.few import ExpertMatrices, NativeLayer
-from mixtura.kernels.linears import FewRowsLinear, PackedLinear, pack_linears, quicken
+from mixtura.kernels.linears import FewRowsLinear, PackedLinear, pack_linears
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix
 from mixtura.kernels.nested_linears import NestedLinear, nest_linears
 from mixtura.kernels.records import AssignmentObserver, ExpertStore, ExpertTensors
@@ -60,3 +62,18 @@ def register_backend() -> None:
     from mixtura.kernels.backend import register
 
     register()
+
+
+def quicken(model: nn.Module) -> int:
+    """Let a model run passes of few tokens by the compiled kernels, its linear layers among them.
+
+    Only layers that are plain `torch.nn.Linear` are taken; parameters, ``state_dict`` and training stay
+    as they are. What then runs how, `mixtura.kernels.paths.paths_of` says.
+
+    Returns:
+        How many layers were taken; 0 where the compiled kernels are missing.
+    """
+    # It knows transformers, which is imported where it is used.
+    from mixtura.kernels.quickening import quicken
+
+    return quicken(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mixtura.kernels.activations import PARAMETERS, Activation, recognise
-from mixtura.kernels.compiled import is_recorded
+from mixtura.kernels.compiled import is_recorded, why_not_native
 from mixtura.kernels.experts import ExpertMath, StackedExperts
 from mixtura.kernels.few import NativeLayer, layer_of, run_few
 from mixtura.kernels.records import AssignmentObserver, ExpertStore
@@ -83,6 +83,20 @@ def experts_layer(module: Any) -> NativeLayer | None:
     return layer_of(_parameters_of(module) if store is None else store, math_of(module))
 
 
+def why_not_compiled(module: Any) -> str:
+    """Why the experts of a transformers module do not run few tokens by the compiled kernels, or nothing."""
+    if missing := why_not_native():
+        return missing
+    implementation = module.config._experts_implementation
+    if implementation != NAME:
+        return f"its experts are to run by the implementation {implementation!r}"
+    if getattr(module, "mixtura_observer", None) is not None:
+        return "an observer watches its experts"
+    if experts_layer(module) is None:
+        return "the compiled kernels cannot read its experts where they lie"
+    return ""
+
+
 def math_of(module: Any) -> ExpertMath:
     """What the experts of a transformers module compute around their two matrices."""
     activation = module._apply_gate if module.has_gate else module.act_fn
@@ -99,7 +113,10 @@ def _known_activation(module: Any, activation: Callable[[Tensor], Tensor]) -> Ac
         return None
     # Looked up where modules keep them: a name that is not there would cost an exception.
     own, parts = vars(module), module._modules
-    basis = (parts.get("act_fn", own.get("act_fn")), *(own.get(name) for name in PARAMETERS))
+    act = parts.get("act_fn", own.get("act_fn"))
+    basis = (act, *(own.get(name) for name in PARAMETERS), getattr(activation, "__func__", activation))
+    if isinstance(act, nn.Module):
+        basis += (type(act).forward, *(v for v in act.__dict__.values() if isinstance(v, int | float | str)))
     found = _known.get(module)
     if found is None or found[0] != basis:
         found = basis, recognise(activation, module, gated=module.has_gate)

@@ -132,6 +132,13 @@ def native() -> Any | None:
     return _native
 
 
+def why_not_native() -> str:
+    """Why the compiled kernels are not to run here; nothing where they are."""
+    if _native is None:
+        return f"mixtura was installed without its compiled kernels ({_why_missing})"
+    return "" if options().mode != "torch" else "the kernels' mode is 'torch'"
+
+
 @cache
 def _say_missing() -> None:
     _logger.warning(

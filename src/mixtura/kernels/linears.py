@@ -1,7 +1,7 @@
 """Dense linear layers of a model by the compiled kernels: a decode step outside the experts.
 
-`quicken` lets the linear layers of a model that is there read their weights at memory speed when they
-run on a few rows; `pack_linears` also stores them in fewer bits.
+A `FewRowsLinear` reads its weights at memory speed when it runs on a few rows; `pack_linears` also stores
+them in fewer bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from mixtura.kernels.crossing import ALWAYS_FEW, few_rows, multiply
 from mixtura.kernels.matrices import KeptMatrix, Matrix, coded_matrix, dense_matrix
 from mixtura.kernels.records import ROUTER_NAMES
 from mixtura.kernels.saving import refuse_save
-from mixtura.kernels.steps import quicken_steps
 from mixtura.methods import create
 from mixtura.methods.quantizers import Encoded, Quantizer
 
@@ -62,30 +61,6 @@ def are_few(x: Tensor, bits: int) -> bool:
     if chosen.mode == "exact" or 0 < rows <= ALWAYS_FEW:
         return rows > 0
     return 0 < rows <= few_rows(bits, x.dtype)
-
-
-def quicken(model: nn.Module) -> int:
-    """Let a model run passes of few tokens by the compiled kernels, its linear layers among them.
-
-    Only layers that are plain `torch.nn.Linear` are taken; parameters, ``state_dict`` and training stay
-    as they are.
-
-    Returns:
-        How many layers were taken; 0 where the compiled kernels are missing.
-    """
-    if native() is None:
-        return 0
-    taken = [module for module in model.modules() if type(module) is nn.Linear]
-    for module in taken:
-        module.__class__ = FewRowsLinear
-    # They know transformers, which is imported where it is used.
-    from mixtura.kernels.step_layer import quicken_layers
-    from mixtura.kernels.step_stack import quicken_stacks
-
-    quicken_layers(model)
-    quicken_stacks(model)
-    quicken_steps(model)
-    return len(taken)
 
 
 @final

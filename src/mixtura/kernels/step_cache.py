@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Final, NamedTuple, final
 
 import torch
@@ -28,6 +29,14 @@ class Grown(NamedTuple):
     values: int
     strides: tuple[int, ...]
     past: int
+
+
+class RoomyLayer(DynamicLayer, ABC):
+    """A layer of a cache that has room of its own behind its keys and values, which a step may write into."""
+
+    @abstractmethod
+    def lengthen(self, num_tokens: int) -> None:
+        """Show so many tokens more, whose keys and values the caller writes."""
 
 
 @final
@@ -85,7 +94,7 @@ def can_grow(layer: Any, num_sequences: int, num_heads: int, width: int, dtype: 
     if type(layer) is DynamicSlidingWindowLayer:
         if layer.record_past:
             return False
-    elif type(layer) is not DynamicLayer:
+    elif type(layer) is not DynamicLayer and not isinstance(layer, RoomyLayer):
         return False
     if not layer.is_initialized or layer.keys.ndim != 4:
         return False
@@ -97,6 +106,11 @@ def can_grow(layer: Any, num_sequences: int, num_heads: int, width: int, dtype: 
 
 def grow(layer: Any, num_tokens: int) -> Grown:
     """Make a layer longer by some tokens, whose keys and values the caller writes."""
+    if isinstance(layer, RoomyLayer):
+        past = layer.get_seq_length()
+        layer.lengthen(num_tokens)
+        shown: Any = layer
+        return Grown(shown.keys.data_ptr(), shown.values.data_ptr(), shown.keys.stride(), past)
     room = layer.__dict__.get(_NAME)
     if (
         room is None

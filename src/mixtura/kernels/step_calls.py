@@ -48,13 +48,24 @@ def run_attention(x: Float[Tensor, "S Q D"], record: Any, shape: AttentionShape,
         return out
     keys, values = (x.new_empty(num_sequences, shape.num_kv_heads, num, shape.width) for _ in range(2))
     if cache is None:
-        extension.run_attention(one, record, _place(turns, keys, values, mask, num))
+        extension.run_attention(one, record, _place(turns, keys, values, mask, 0))
         return out
     queries = torch.empty(num_sequences * num, shape.num_heads * shape.width)
-    extension.run_projections(one, record, _place(turns, keys, values, mask, num), queries.data_ptr())
-    keys, values = (_by_number(tensor) for tensor in cache.update(keys, values, around.layer_index))
-    extension.run_attending(one, record, _place(turns, keys, values, mask, num), queries.data_ptr())
+    extension.run_projections(one, record, _place(turns, keys, values, mask, 0), queries.data_ptr())
+    keys, values = (_readable(tensor, x.dtype) for tensor in cache.update(keys, values, around.layer_index))
+    # A cache may give back more than the tokens so far: room for those to come, which only a mask shuts out.
+    # Without one, PyTorch's attention lets several tokens see the first keys as if they were all there are.
+    past = 0 if around.mask is None and num > 1 else keys.shape[2] - num
+    extension.run_attending(one, record, _place(turns, keys, values, mask, past), queries.data_ptr())
     return out
+
+
+def num_keys(cache: Any, layer_index: int, num: int) -> int:
+    """Keys that ``num`` new tokens get to see of a cache, or could but for a mask."""
+    if cache is None:
+        return num
+    length, _ = cache.get_mask_sizes(num, layer_index)
+    return int(length)
 
 
 def run_mixture(x: Float[Tensor, "S Q D"], record: Any) -> Float[Tensor, "S Q D"]:
@@ -72,7 +83,8 @@ def _pass(x: Tensor, out: Tensor) -> Any:
     return extension.Pass(way_for(x.dtype), NUMBERS[x.dtype], *x.shape, x.data_ptr(), out.data_ptr())
 
 
-def _by_number(tensor: Tensor) -> Tensor:
+def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -109,12 +121,12 @@ def grown_place(turns: Turns, grown: Grown, mask: Any) -> Any:
     return extension.Place(*turns, keys, values, grown.past, mask)
 
 
-def _place(turns: Turns, keys: Tensor, values: Tensor, mask: Any, num: int) -> Any:
-    """The same of ``num`` tokens whose keys and values are the last of these."""
+def _place(turns: Turns, keys: Tensor, values: Tensor, mask: Any, past: int) -> Any:
+    """The same of tokens whose own keys and values come behind ``past`` of these."""
     extension = native()
     assert extension is not None
     cached = (extension.Cached(part.data_ptr(), *part.stride()[:3]) for part in (keys, values))
-    return extension.Place(*turns, *cached, keys.shape[2] - num, mask)
+    return extension.Place(*turns, *cached, past, mask)
 
 
 def mask_of(mask: Tensor | None) -> Any:

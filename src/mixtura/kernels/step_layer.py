@@ -14,31 +14,41 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from mixtura.kernels.compiled import NUMBERS, is_plain, options
-from mixtura.kernels.step_calls import Around, Tables
-from mixtura.kernels.step_parts import LAYER_NAMES, names_of
-from mixtura.kernels.step_trial import Found, find_parts
+from mixtura.kernels.declined import Declined
+from mixtura.kernels.step_calls import Around, Tables, num_keys
+from mixtura.kernels.step_parts import LAYER_NAMES, others_in
+from mixtura.kernels.step_trial import WATCHED, Found, find_parts
+from mixtura.machine.releases import CACHE_NAMES, given_cache
 
 # Tokens up to which a layer runs by the compiled calls.
 _MOST_TOKENS: Final = 64
 # Arguments of a layer that change nothing of what the compiled calls compute.
 _IDLE: Final = {"position_ids", "use_cache", "cache_position"}
-_NEEDED: Final = {"position_embeddings", "attention_mask", "past_key_values"}
+_NEEDED: Final = {"position_embeddings", "attention_mask", *CACHE_NAMES}
+_OTHER_TOKENS: Final = (
+    f"its tokens are more than {_MOST_TOKENS}, or not contiguous float32 or bfloat16 on the processor"
+)
 
 
 def quicken_layers(model: nn.Module) -> int:
     """Let a model's decoder layers of the usual form run few tokens by compiled calls; gives how many."""
     taken = 0
     for module in model.modules():
-        if not isinstance(module, QuickLayer) and _has_usual_form(module):
+        if not isinstance(module, QuickLayer) and not why_unusual(module):
             module.__class__ = under(QuickLayer, type(module))
             taken += 1
     return taken
 
 
-def _has_usual_form(module: nn.Module) -> bool:
-    return module._modules.keys() >= LAYER_NAMES and names_of(module) == LAYER_NAMES
+def why_unusual(layer: nn.Module) -> str:
+    """Why a module is no decoder layer of the usual form; nothing where it is one."""
+    if missing := ", ".join(sorted(LAYER_NAMES - layer._modules.keys())):
+        return f"its layers have no {missing}"
+    others = others_in(layer, LAYER_NAMES)
+    return f"its layers also use {others}" if others else ""
 
 
 # By the two classes that each was made of.
@@ -93,7 +103,13 @@ def found_of(layer: nn.Module) -> Found | None:
     """What was found of a quickened layer and is still so; None before its first small pass."""
     step = _steps.get(layer)
     found = None if step is None else step.found
-    return found if found is not None and found.is_intact() and not found.is_watched() else None
+    return found if found is not None and found.is_intact(layer) else None
+
+
+def why_not_now(layer: nn.Module) -> str:
+    """Why the last pass through a quickened layer did not use what was found of it; nothing where it did."""
+    step = _steps.get(layer)
+    return "" if step is None else step.why
 
 
 def state_of(layer: nn.Module) -> str:
@@ -110,34 +126,48 @@ _steps: WeakKeyDictionary[nn.Module, _Step] = WeakKeyDictionary()
 
 @final
 class _Step:
-    """What was found of a layer, and whether it is still so."""
+    """What was found of a layer, and why the last pass did not use it."""
 
     def __init__(self) -> None:
         self.found: Found | None = None
+        self.why = ""
 
     def run(self, layer: Any, x: Any, named: dict[str, Any]) -> Tensor | None:
-        if not _is_small(x) or options().mode != "fast":
+        """The layer's result by compiled calls; None where it takes its own path; ``why`` says why."""
+        try:
+            made = self._run(layer, x, named)
+        except Declined as reason:
+            self.why = str(reason)
             return None
-        tables: Any
-        tables, mask, cached = (
-            named.get(name) for name in ("position_embeddings", "attention_mask", "past_key_values")
-        )
+        self.why = ""
+        return made
+
+    def _run(self, layer: Any, x: Any, named: dict[str, Any]) -> Tensor | None:
+        if options().mode != "fast":
+            raise Declined(f"the kernels' mode is {options().mode!r}")
+        if not _is_small(x):
+            raise Declined(_OTHER_TOKENS)
+        tables: Any = named.get("position_embeddings")
+        mask, cached = named.get("attention_mask"), given_cache(named)
         attention = layer.self_attn
-        if not _are_tables(tables, x) or not _is_mask(mask, x) or _asks_more(named):
-            return None
+        if not _are_tables(tables, x):
+            raise Declined("its layers are not given one table each of cosines and sines")
+        if asked := _asked_besides(named):
+            raise Declined(f"its layers are given {asked}")
         implementation = attention.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
-            return None
+            raise Declined(f"its attention runs by the implementation {implementation!r}")
         around = Around(Tables(tables[0], tables[1]), mask, cached, getattr(attention, "layer_idx", 0))
+        _check_keys(implementation, around, x)
         found = self.found
-        if found is None or not found.is_intact():
+        if found is None or not found.is_intact(layer):
             if not bool(around.tables.sines[:, -1].any()):
                 # At the first place no rotation turns anything: they cannot be told apart.
-                return None
+                raise Declined("nothing but the first place of a text was seen of it")
             found = self.found = find_parts(layer, own_class(layer), x, around)
-        if found.is_idle or found.is_watched() or not _sees_as_sdpa(implementation, around, x):
-            return None
-        return found.run(layer, x, around, named)
+        if found.is_watched():
+            raise Declined(WATCHED)
+        return None if found.is_idle else found.run(layer, x, around, named)
 
 
 def _is_small(x: Any) -> bool:
@@ -167,27 +197,34 @@ def _are_tables(tables: Any, x: Tensor) -> bool:
     )
 
 
+def _check_keys(implementation: str, around: Around, x: Tensor) -> None:
+    """Decline where the compiled attention would see other keys than the layer's own.
+
+    Without a mask, several tokens see themselves there, and nothing before them.
+    """
+    mask, cached = around.mask, around.cache
+    if cached is not None and not isinstance(cached, Cache):
+        raise Declined(f"its cache is a {type(cached).__name__}")
+    if mask is not None:
+        if not _is_mask(mask, x) or mask.shape[3] != num_keys(cached, around.layer_index, x.shape[1]):
+            raise Declined("its attention's mask is none of a number for each token and key")
+    elif x.shape[1] > 1:
+        if implementation != "sdpa":
+            raise Declined(f"several tokens without a mask see each other in {implementation!r} attention")
+        if cached is not None and cached.get_seq_length(around.layer_index) != 0:
+            raise Declined("several tokens without a mask see only themselves, not the cache before them")
+
+
 def _is_mask(mask: Any, x: Tensor) -> bool:
-    if mask is None:
-        return True
     if type(mask) is not Tensor or mask.ndim != 4 or mask.device.type != "cpu":
         return False
     fits = mask.shape[0] in (1, x.shape[0]) and mask.shape[1] == 1 and mask.shape[2] == x.shape[1]
     return fits and (mask.dtype == torch.bool or mask.dtype in NUMBERS)
 
 
-def _asks_more(named: dict[str, Any]) -> bool:
-    return any(
-        value is not None and value is not False and name not in _IDLE and name not in _NEEDED
+def _asked_besides(named: dict[str, Any]) -> str:
+    return ", ".join(
+        name
         for name, value in named.items()
+        if value is not None and value is not False and name not in _IDLE and name not in _NEEDED
     )
-
-
-def _sees_as_sdpa(implementation: str, around: Around, x: Tensor) -> bool:
-    """Whether the compiled attention sees the same keys: without a mask, several tokens see themselves."""
-    if around.mask is not None:
-        return True
-    if x.shape[1] == 1:
-        return True
-    cached = around.cache
-    return implementation == "sdpa" and (cached is None or cached.get_seq_length(around.layer_index) == 0)

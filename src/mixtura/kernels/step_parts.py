@@ -1,12 +1,14 @@
 """The parts of a decoder layer that one compiled call can run, found by their names, shapes and numbers.
 
 Nothing here knows a family. A part is taken where its ``forward`` names nothing but what is known, and
-every parameter has its place; whether it then computes the same is for `step_trial` to try.
+every parameter has its place; whether it then computes the same is for `step_trial` to try. What is not
+taken is `Declined` with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from mixtura.kernels.activations import recognise
 from mixtura.kernels.backend import experts_layer, math_of
 from mixtura.kernels.compiled import NUMBERS, is_plain, native, rows_of
+from mixtura.kernels.declined import Declined
 from mixtura.kernels.linears import FewRowsLinear, PackedLinear
 from mixtura.kernels.matrices import dense_matrix
 from mixtura.kernels.step_router import find_router
@@ -69,22 +72,29 @@ def names_of(module: nn.Module) -> set[str]:
     return {"?"} if code is None else set(code.co_names)
 
 
-def nothing() -> Any:
-    """The extension's record of no tensor."""
-    return rows_of(None)
+def others_in(module: nn.Module, known: Collection[str]) -> str:
+    """Names in a module's ``forward`` that are not known, for a reason; nothing where all are."""
+    return ", ".join(sorted(names_of(module) - set(known)))
 
 
-def linear_part(module: Any, dtype: torch.dtype) -> Part | None:
-    """A linear layer of any width; None where the kernels cannot read it."""
+def linear_part(owner: Any, name: str, dtype: torch.dtype) -> Part:
+    """A linear layer of any width.
+
+    Raises:
+        Declined: there is none, or the kernels cannot read it.
+    """
+    module: Any = getattr(owner, name, None)
     if type(module) in (nn.Linear, FewRowsLinear):
-        matrix = dense_matrix(module.weight) if module.weight.dtype == dtype else None
+        if module.weight.dtype != dtype:
+            raise Declined(f"its {name} is in {module.weight.dtype} beside norms in {dtype}")
+        matrix = dense_matrix(module.weight)
     elif type(module) is PackedLinear:
         matrix = module.matrix()
     else:
-        return None
+        raise Declined(f"it has no {name}" if module is None else f"its {name} is a {type(module).__name__}")
     bias = module.bias
     if matrix is None or (bias is not None and not (is_plain(bias) and bias.is_contiguous())):
-        return None
+        raise Declined(f"the compiled kernels cannot read its {name} where it lies")
     extension = native()
     assert extension is not None
     tensors = [*matrix.holds] + ([] if bias is None else [bias])
@@ -92,14 +102,19 @@ def linear_part(module: Any, dtype: torch.dtype) -> Part | None:
 
 
 @torch.no_grad()
-def norm_part(module: Any, dtype: torch.dtype) -> Part | None:
-    """A root-mean-square norm; None where the module computes something else."""
+def norm_part(module: Any, name: str, dtype: torch.dtype) -> Part:
+    """A root-mean-square norm.
+
+    Raises:
+        Declined: the module computes something else.
+    """
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    other = Declined(f"its {name} is no root-mean-square norm with one weight a feature")
     if not isinstance(weight, Tensor) or not is_plain(weight) or not isinstance(epsilon, float):
-        return None
+        raise other
     if weight.ndim != 1 or list(module.parameters()) != [weight] or not weight.is_contiguous():
-        return None
+        raise other
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[0], generator=generator).to(dtype)
     expected = module(x).float()
@@ -110,7 +125,7 @@ def norm_part(module: Any, dtype: torch.dtype) -> Part | None:
             errors[offset, rounds_once] = float(error / expected.norm())
     (offset, rounds_once), error = min(errors.items(), key=lambda one: one[1])
     if not error <= _NORM_TOLERANCE[dtype]:
-        return None
+        raise other
     extension = native()
     assert extension is not None
     record = extension.Norm(rows_of(weight), weight.shape[0], epsilon, offset, rounds_once)
@@ -136,35 +151,35 @@ class AttentionShape:
     width: int
 
 
-def attention_parts(layer: Any, dtype: torch.dtype) -> tuple[AttentionShape, list[Part]] | None:
-    """The norm and attention of a layer, once for each of `ROTATIONS`; None where they are of other kinds."""
+def attention_parts(layer: Any, dtype: torch.dtype) -> tuple[AttentionShape, list[Part]]:
+    """The norm and attention of a layer, once for each of `ROTATIONS`.
+
+    Raises:
+        Declined: they are of other kinds.
+    """
     attention = layer.self_attn
-    clip = getattr(getattr(attention, "config", None), "clip_qkv", None)
-    if not names_of(attention) <= _ATTENTION_NAMES or clip is not None:
-        return None
+    if others := others_in(attention, _ATTENTION_NAMES):
+        raise Declined(f"its attention also uses {others}")
+    if getattr(getattr(attention, "config", None), "clip_qkv", None) is not None:
+        raise Declined("its attention clips queries, keys and values")
     width, scaling = getattr(attention, "head_dim", None), getattr(attention, "scaling", None)
     if not isinstance(width, int) or not isinstance(scaling, float):
-        return None
-    linears = [
-        linear_part(getattr(attention, name, None), dtype)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    ]
-    norm = norm_part(layer.input_layernorm, dtype)
-    if norm is None:
-        return None
+        raise Declined("its attention names no width of a head or no scaling")
+    linears = [linear_part(attention, name, dtype) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    norm = norm_part(layer.input_layernorm, "input_layernorm", dtype)
     q_out, k_out, v_out = (getattr(attention, name).out_features for name in ("q_proj", "k_proj", "v_proj"))
+    if k_out != v_out or q_out % k_out or k_out % width or attention.o_proj.in_features != q_out:
+        raise Declined("its queries, keys and values have other widths than so many heads each")
     norms = []
     for name, outputs in (("q_norm", q_out), ("k_norm", k_out)):
         module = getattr(attention, name, None)
-        found = _empty_norm() if module is None else norm_part(module, dtype)
-        if found is None or (found.parameters and found.parameters[0].numel() not in (width, outputs)):
-            return None
+        found = _empty_norm() if module is None else norm_part(module, name, dtype)
+        if found.parameters and found.parameters[0].numel() not in (width, outputs):
+            raise Declined(f"its {name} is neither as wide as a head nor as all of them")
         norms.append(found)
-    if k_out != v_out or q_out % k_out or k_out % width or attention.o_proj.in_features != q_out:
-        return None
-    known = [part for part in (*linears, *norms) if part is not None]
-    if len(known) != len(linears) + len(norms) or not _covers(attention, known):
-        return None
+    known = [*linears, *norms]
+    if not _covers(attention, known):
+        raise Declined("its attention has parameters that have no place in the compiled one")
     extension = native()
     assert extension is not None
     made = []
@@ -183,66 +198,71 @@ def _empty_norm() -> Part:
     return Part(extension.Norm())
 
 
-def mixture_part(layer: Any, dtype: torch.dtype) -> Part | None:
-    """The second norm of a layer and what follows it: experts with a shared one or without, or an MLP."""
-    norm = norm_part(layer.post_attention_layernorm, dtype)
+def mixture_part(layer: Any, dtype: torch.dtype) -> Part:
+    """The second norm of a layer and what follows it: experts with a shared one or without, or an MLP.
+
+    Raises:
+        Declined: they are of other kinds.
+    """
+    norm = norm_part(layer.post_attention_layernorm, "post_attention_layernorm", dtype)
     extension = native()
     assert extension is not None
-    if norm is None:
-        return None
     block = layer.mlp
-    if names_of(block) == _MLP_NAMES:
-        shared = shared_part(block, None, dtype)
-        if shared is None or not _covers(block, [shared]):
-            return None
-        idle = Part(
-            extension.Mixture(
-                norm.record,
-                extension.Router(),
-                None,
-                extension.Activation(0, False, False, 1.0, 0.0, 0.0),
-                shared.record,
-            )
-        )
-        idle.take(norm, shared)
-        return idle
-    return _mixture_of(block, norm, dtype) if names_of(block) <= _BLOCK_NAMES else None
+    if names_of(block) != _MLP_NAMES:
+        return _mixture_of(block, norm, dtype)
+    shared = shared_part(block, "MLP", dtype)
+    if not _covers(block, [shared]):
+        raise Declined("its MLP has parameters that have no place in the compiled one")
+    nothing = extension.Activation(0, False, False, 1.0, 0.0, 0.0)
+    idle = Part(extension.Mixture(norm.record, extension.Router(), None, nothing, shared.record))
+    idle.take(norm, shared)
+    return idle
 
 
-def _mixture_of(block: Any, norm: Part, dtype: torch.dtype) -> Part | None:
+def _mixture_of(block: Any, norm: Part, dtype: torch.dtype) -> Part:
     extension = native()
     assert extension is not None
+    if others := others_in(block, _BLOCK_NAMES):
+        raise Declined(f"its block of experts also uses {others}")
     experts = getattr(block, "experts", None)
     if not isinstance(experts, nn.Module) or not hasattr(experts, "is_transposed"):
-        return None
+        raise Declined("its experts do not follow transformers' common contract")
     math, layer = math_of(experts), experts_layer(experts)
-    if layer is None or math.known is None or math.post is not None:
-        return None
+    if layer is None:
+        raise Declined("the compiled kernels cannot read its experts where they lie")
+    if math.known is None or math.post is not None:
+        raise Declined("its experts have an activation that is not known, or a norm behind them")
     if layer.features != layer.d_expert * (2 if math.known.gated else 1):
-        return None
+        raise Declined("its experts' matrices do not fit each other")
     router = find_router(block, experts, dtype)
-    if router is None:
-        return None
     parts = [Part(router.record, [router], router.tensors)]
-    shared: Part | None = Part(extension.Shared())
-    module = next((getattr(block, name) for name in _SHARED if getattr(block, name, None) is not None), None)
-    if module is not None:
-        shared = shared_part(module, getattr(block, "shared_expert_gate", None), dtype)
-    if shared is None:
-        return None
+    name = next((name for name in _SHARED if getattr(block, name, None) is not None), None)
+    if name is None:
+        shared = Part(extension.Shared())
+    else:
+        switched = "shared_expert_gate" if getattr(block, "shared_expert_gate", None) is not None else None
+        shared = shared_part(getattr(block, name), name, dtype, block, switched)
     parts.append(shared)
     if not _covers(block, parts, besides=experts):
-        return None
+        raise Declined("its block of experts has parameters that have no place in the compiled one")
     record = extension.Mixture(norm.record, router.record, layer.record, math.known.record(), shared.record)
     made = Part(record, [layer])
     made.take(norm, *parts)
     return made
 
 
-def shared_part(module: Any, switched: Any, dtype: torch.dtype) -> Part | None:
-    """An MLP with a gate that runs on every token; ``switched`` is a linear layer of one output, or None."""
+def shared_part(
+    module: Any, name: str, dtype: torch.dtype, block: Any = None, switched: str | None = None
+) -> Part:
+    """An MLP with a gate that runs on every token.
+
+    ``switched`` names the linear layer of one output in ``block`` that weighs it, where there is one.
+
+    Raises:
+        Declined: it is of another kind.
+    """
     if names_of(module) != _MLP_NAMES or not callable(getattr(module, "act_fn", None)):
-        return None
+        raise Declined(f"its {name} is no MLP with a gate")
 
     def activate(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
@@ -250,15 +270,14 @@ def shared_part(module: Any, switched: Any, dtype: torch.dtype) -> Part | None:
         return made
 
     known = recognise(activate, module, gated=True)
-    linears = [
-        linear_part(getattr(module, name, None), dtype) for name in ("gate_proj", "up_proj", "down_proj")
-    ]
+    if known is None:
+        raise Declined(f"its {name} has an activation that is not known")
     extension = native()
     assert extension is not None
-    one = Part(extension.Linear()) if switched is None else linear_part(switched, dtype)
-    parts = [part for part in (*linears, one) if part is not None]
-    if known is None or len(parts) != 4 or (switched is not None and switched.out_features != 1):
-        return None
+    parts = [linear_part(module, each, dtype) for each in ("gate_proj", "up_proj", "down_proj")]
+    parts.append(Part(extension.Linear()) if switched is None else linear_part(block, switched, dtype))
+    if switched is not None and getattr(block, switched).out_features != 1:
+        raise Declined(f"its {switched} has several outputs")
     made = Part(extension.Shared(*(part.record for part in parts), known.record()))
     made.take(*parts)
     return made

@@ -7,7 +7,6 @@ a model does no more than usual around its layers, a step prepares them all firs
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,13 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from mixtura.kernels.compiled import NUMBERS, is_plain, is_recorded, is_wrapped, native, options, way_for
+from mixtura.kernels.compiled import NUMBERS, is_plain, native, options, way_for
+from mixtura.kernels.declined import Declined
 from mixtura.kernels.step_cache import can_grow, grow
-from mixtura.kernels.step_calls import Tables, grown_place, mask_of, turns_of
+from mixtura.kernels.step_calls import grown_place, mask_of
+from mixtura.kernels.step_embedding import embedded, plain_table
 from mixtura.kernels.step_layer import QuickLayer, found_of, remade_from, under
-from mixtura.kernels.step_parts import Part, norm_part
-from mixtura.kernels.step_trial import Found
+from mixtura.kernels.step_parts import Part, norm_part, others_in
+from mixtura.kernels.step_trial import WATCHED, Found
+from mixtura.kernels.step_turning import Turning
 from mixtura.kernels.step_watch import Unchanged
+from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, with_cache
 
 _NAMES: Final = {
     "BaseModelOutputWithPast", "DynamicCache", "MoeModelOutputWithPast", "ValueError", "arange", "config",
@@ -34,29 +37,30 @@ _NAMES: Final = {
 }  # fmt: skip
 _PARTS: Final = ("embed_tokens", "layers", "norm", "rotary_emb")
 _ASKED: Final = ("output_attentions", "output_hidden_states", "output_router_logits")
-_USUAL: Final = {"attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"}
-_RESULTS: Final = {"last_hidden_state", "past_key_values"}
+_USUAL: Final = {"attention_mask", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
+_RESULTS: Final = {"last_hidden_state", CACHE}
 _MOST_SEQUENCES: Final = 64
-# Rotations whose tables depend on nothing but the place, and the places that one block of tables has.
-_FIXED_ROTATIONS: Final = {"default", "linear", "llama3", "yarn"}
-_BLOCK: Final = 256
+UNTRIED: Final = "no text of it was continued yet"
 
 
 def quicken_stacks(model: nn.Module) -> None:
     """Let the parts of a model that hold decoder layers run them together where they can."""
     for module in model.modules():
-        if not isinstance(module, QuickStack) and _has_usual_form(module):
+        if not isinstance(module, QuickStack) and not why_unusual_stack(module):
             module.__class__ = under(QuickStack, type(module))
 
 
-def _has_usual_form(module: nn.Module) -> bool:
-    if not all(name in module._modules for name in _PARTS):
-        return False
+def why_unusual_stack(module: nn.Module) -> str:
+    """Why a module is no decoder of the usual form; nothing where it is one."""
+    if missing := [name for name in _PARTS if name not in module._modules]:
+        return f"its decoder has no {', '.join(missing)}"
     layers = module._modules["layers"]
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers) or code is None:
-        return False
-    return all(isinstance(layer, QuickLayer) for layer in layers) and set(code.co_names) <= _NAMES
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return "its decoder has no list of layers"
+    if not all(isinstance(layer, QuickLayer) for layer in layers):
+        return "not all layers of its decoder are of the usual form"
+    others = others_in(module, _NAMES)
+    return f"its decoder also uses {others}" if others else ""
 
 
 class QuickStack(nn.Module, ABC):
@@ -77,36 +81,40 @@ class QuickStack(nn.Module, ABC):
 
 
 class _Layer(NamedTuple):
-    """The extension's records of a layer's halves, and the sizes of its keys and values."""
+    """The extension's records of a layer's halves, the sizes of its keys and values, and its kind.
+
+    Kinds have tables of cosines and sines of their own; it is None where all layers share them.
+    """
 
     attention: Any
     mixture: Any
     num_kv_heads: int
     width: int
+    kind: str | None
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A decoder all of whose layers can run together, as long as nothing of it changes.
+    """A decoder all of whose layers can run together, as a step takes it.
 
     Attributes:
-        unchanged: whether this still holds.
         founds: what was found of its layers, whose records must stay.
         layers: what a step takes of it.
         embedding: the table of embeddings, where they are looked up in one and no more.
+        norm: the last norm.
         dtype: of tokens between layers.
-        rotary: makes tables of cosines and sines.
+        turning: makes tables of cosines and sines.
         window: tokens that a layer sees whose kind is not ``full_attention``; None for all.
         kinds: of the layers, where the configuration says.
     """
 
-    unchanged: Unchanged
     founds: list[Found]
     layers: list[_Layer]
     embedding: Tensor | None
+    norm: Part
     dtype: torch.dtype
-    rotary: Any
+    turning: Turning
     window: int | None
     kinds: Any
 
@@ -138,7 +146,7 @@ class _Output:
     def of(self, hidden: Tensor, cached: DynamicCache) -> Any:
         """What ``kind`` makes of a hidden state and a cache."""
         made: Any = OrderedDict.__new__(self.kind)
-        given = {"last_hidden_state": hidden, "past_key_values": cached}
+        given = {"last_hidden_state": hidden, **with_cache(cached)}
         vars(made).update(self.fields, **given)
         for name, value in given.items():
             OrderedDict.__setitem__(made, name, value)
@@ -146,133 +154,168 @@ class _Output:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What came of looking through a decoder.
+
+    Attributes:
+        unchanged: whether it still is what was looked through.
+        refused: why its layers cannot run together; nothing where they can.
+        checked: what a step takes of it, where they can.
+        output: what its results are made of, where they can.
+    """
+
+    unchanged: Unchanged
+    refused: str = ""
+    checked: _Checked | None = None
+    output: _Output | None = None
+
+
+@final
 class Stack:
-    """What was found of a decoder."""
+    """What was found of a decoder, and why its last step was not one call; nothing where it was."""
 
     def __init__(self) -> None:
-        self._checked: _Checked | None = None
-        self._norm: Part | None = None
-        self._output: _Output | None = None
-        self._declined = False
-        self._watched: tuple[tuple[object, int], ...] = ()
-        self._tables: dict[int, Tables] = {}
+        self.why = UNTRIED
+        self._looked: _Looked | None = None
 
     @property
     def is_tried(self) -> bool:
         """Whether a step of it came out as from the model itself."""
-        return self._output is not None
+        return self._looked is not None and not self._looked.refused
 
     def run(self, model: Any, ids: Any, named: dict[str, Any]) -> Any:
         """The decoder's result for one new token of each sequence; None where it must compute it itself."""
-        cached: Any = named.get("past_key_values")
-        if not _is_step(ids) or type(cached) is not DynamicCache or _asks_more(named):
+        if not _is_step(ids):
+            self.why = "its decoder is given no token ids" if ids is None else self.why
             return None
+        try:
+            made = self._run(model, ids, named)
+        except Declined as reason:
+            self.why = str(reason)
+            return None
+        self.why = ""
+        return made
+
+    def _run(self, model: Any, ids: Tensor, named: dict[str, Any]) -> Any:
+        cached = given_cache(named)
+        if type(cached) is not DynamicCache:
+            raise Declined(f"its cache is a {type(cached).__name__}")
+        if asked := _asked_besides(named):
+            raise Declined(f"its decoder is asked for {asked}")
         past = cached.get_seq_length()
         if not past or not _all_seen(named.get("attention_mask"), named.get("position_ids"), ids, past):
-            return None
-        checked = self._checked
-        if checked is None or not checked.unchanged.holds_for(model):
-            checked = self._checked = self._check(model)
-        if checked is None or self._declined or not checked.windows_fit(cached, past + 1):
-            return None
-        if self._output is None and not self._try(model, checked):
-            self._declined = True
-            return None
-        hidden = self._step(model, ids, checked, cached, past)
-        assert self._output is not None
-        return None if hidden is None else self._output.of(hidden, cached)
+            raise Declined("a sequence begins, is padded, or stands elsewhere than right behind its cache")
+        looked = self._looked
+        if looked is None or not looked.unchanged.holds_for(model):
+            looked = self._looked = self._look(model)
+        if looked.refused:
+            raise Declined(looked.refused)
+        checked, output = looked.checked, looked.output
+        assert checked is not None
+        assert output is not None
+        if not checked.windows_fit(cached, past + 1):
+            raise Declined("its cache holds more than the window that its layers see")
+        return output.of(_step(model, ids, checked, cached, past), cached)
 
-    def _check(self, model: Any) -> _Checked | None:
-        """Look through a decoder; None where its layers cannot run together."""
-        config, embed = model.config, model.embed_tokens
-        if not _is_usual(config) or _are_watched(model):
-            return None
-        founds = [found for layer in model.layers if (found := found_of(layer)) and found.is_whole()]
-        if len(founds) != len(model.layers):
-            return None
-        watched = tuple(
-            (t, t.data_ptr()) for t in (embed.weight, model.norm.weight, model.rotary_emb.inv_freq)
-        )
-        if [(id(t), at) for t, at in watched] != [(id(t), at) for t, at in self._watched]:
-            self._watched, self._declined, self._output, self._tables = watched, False, None, {}
-        window = getattr(config, "sliding_window", None)
-        return _Checked(
-            Unchanged(model),
-            founds,
-            [_Layer(f.attention, f.mixture, f.shape.num_kv_heads, f.shape.width) for f in founds],
-            _plain_table(embed),
-            model.norm.weight.dtype,
-            model.rotary_emb,
-            window if isinstance(window, int) else None,
-            getattr(config, "layer_types", None),
-        )
+    def _look(self, model: Any) -> _Looked:
+        """Look through a decoder and try it; a refusal is kept until something changes."""
+        founds = [found for layer in model.layers if (found := found_of(layer)) is not None]
+        if len(founds) < len(model.layers):
+            # They are tried when they run alone, which changes nothing that would be seen here.
+            self._looked = None
+            raise Declined("its layers were not tried yet, or something of them changed since")
+        refused, checked, output = "", None, None
+        try:
+            checked = _checked(model, founds)
+            output = _tried(model, checked)
+        except Declined as reason:
+            refused = str(reason)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # A decoder whose parts lack what the usual ones have is not of the usual form.
+            refused = f"its decoder, tried as a whole, is of another form ({type(error).__name__}: {error})"
+        # Only now: layers and rotary embeddings may keep what they work out when they first run.
+        unchanged = Unchanged(model, hooks=True, copied=[*model.rotary_emb.buffers()])
+        return _Looked(unchanged, refused, checked, output)
 
-    def _try(self, model: Any, checked: _Checked) -> bool:
-        """Whether three tokens and one more come out as from the model itself."""
-        own: Any = type(model).__mro__[2]
-        self._norm = norm_part(model.norm, checked.dtype)
-        if self._norm is None:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, model.embed_tokens.num_embeddings, (1, 4), generator=generator)
-        theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        for filled in (theirs, ours):
-            own.forward(model, tokens[:, :3], past_key_values=filled, use_cache=True)
-        expected = own.forward(model, tokens[:, 3:], past_key_values=theirs, use_cache=True)
-        found = self._step(model, tokens[:, 3:], checked, ours, 3)
-        if found is None or not isinstance(getattr(expected, "last_hidden_state", None), Tensor):
-            return False
-        wanted = expected.last_hidden_state
-        tolerance = 1e-5 if wanted.dtype == torch.float32 else 2e-2
-        close = float((found - wanted).float().norm()) <= tolerance * float(wanted.float().norm())
-        if close and isinstance(expected, OrderedDict) and set(expected) == _RESULTS:
-            self._output = _Output(type(expected), dict.fromkeys(vars(expected)))
-        return self._output is not None
 
-    def _step(self, model: Any, ids: Tensor, checked: _Checked, cached: Any, past: int) -> Tensor | None:
-        extension = native()
-        assert extension is not None
-        assert self._norm is not None
-        dtype = checked.dtype
-        x = _embedded(model, checked.embedding, ids)
-        if type(x) is not Tensor or not is_plain(x) or x.dtype != dtype or not x.is_contiguous():
-            return None
-        tables, place = self._tables_at(checked.rotary, x, past)
-        if tables is None or cached.offloading or len(cached.layers) < len(checked.layers):
-            return None
-        pairs = [*zip(checked.layers, cached.layers, strict=False)]
-        # All of them before any grows: what declines leaves the cache as it was.
-        for one, layer in pairs:
-            if not can_grow(layer, x.shape[0], one.num_kv_heads, one.width, dtype):
-                return None
-        turns, mask = turns_of(tables, place), mask_of(None)
-        steps = [
-            (one.attention, one.mixture, grown_place(turns, grow(layer, 1), mask)) for one, layer in pairs
-        ]
-        # Nobody else has these tokens: what comes out of each layer may take their place.
-        tokens = extension.Pass(way_for(dtype), NUMBERS[dtype], *x.shape, x.data_ptr(), x.data_ptr())
-        extension.run_layers(tokens, steps, self._norm.record)
-        return x
+def _checked(model: Any, founds: list[Found]) -> _Checked:
+    """What a step takes of a decoder; `Declined` where its layers cannot run together."""
+    config = model.config
+    _check_usual(config)
+    if _are_watched(model) or any(found.is_watched() for found in founds):
+        raise Declined(WATCHED)
+    if partly := next((found for found in founds if not found.is_whole()), None):
+        raise Declined(f"not all layers run wholly in compiled calls: {partly.why_not_whole()}")
+    kinds = getattr(config, "layer_types", None)
+    turning = Turning(model.rotary_emb)
+    own_kinds = kinds if turning.takes_kinds else [None] * len(founds)
+    if own_kinds is None or len(own_kinds) < len(founds):
+        raise Declined("its rotary embedding asks for kinds of layers, which its configuration does not name")
+    dtype, window = model.norm.weight.dtype, getattr(config, "sliding_window", None)
+    return _Checked(
+        founds,
+        [
+            _Layer(f.attention, f.mixture, f.shape.num_kv_heads, f.shape.width, kind)
+            for f, kind in zip(founds, own_kinds, strict=False)
+        ],
+        plain_table(model.embed_tokens),
+        norm_part(model.norm, "last norm", dtype),
+        dtype,
+        turning,
+        window if isinstance(window, int) else None,
+        kinds,
+    )
 
-    def _tables_at(self, rotary: Any, x: Tensor, past: int) -> tuple[Tables | None, int]:
-        """Cosines and sines of a place, or of a block where they depend on it alone; and its row in them."""
-        fixed = getattr(rotary, "rope_type", None) in _FIXED_ROTATIONS
-        first = past // _BLOCK * _BLOCK if fixed else past
-        tables = self._tables.get(first) if fixed else None
-        if tables is None:
-            places = torch.arange(first, first + (_BLOCK if fixed else 1))[None]
-            made = rotary(x, places)
-            if (
-                not isinstance(made, tuple)
-                or len(made) != 2
-                or made[0].ndim != 3
-                or made[0].stride() != made[1].stride()
-                or made[0].dtype != x.dtype
-            ):
-                return None, 0
-            tables = Tables(*made)
-            self._tables = {first: tables}
-        return tables, past - first
+
+def _tried(model: Any, checked: _Checked) -> _Output:
+    """How its results are made, if three tokens and one more come out as from itself; or `Declined`."""
+    own: Any = type(model).__mro__[2]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.embed_tokens.num_embeddings, (1, 4), generator=generator)
+    theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for filled in (theirs, ours):
+        own.forward(model, tokens[:, :3], **with_cache(filled), use_cache=True)
+    expected = own.forward(model, tokens[:, 3:], **with_cache(theirs), use_cache=True)
+    if not isinstance(expected, OrderedDict) or set(expected) != _RESULTS:
+        raise Declined("its decoder returns other things than hidden states and a cache")
+    found, wanted = _step(model, tokens[:, 3:], checked, ours, 3), expected["last_hidden_state"]
+    tolerance = 1e-5 if wanted.dtype == torch.float32 else 2e-2
+    if not float((found - wanted).float().norm()) <= tolerance * float(wanted.float().norm()):
+        raise Declined("its decoder, tried as a whole, computes something else")
+    return _Output(type(expected), dict.fromkeys(vars(expected)))
+
+
+def _step(model: Any, ids: Tensor, checked: _Checked, cached: Any, past: int) -> Tensor:
+    extension = native()
+    assert extension is not None
+    dtype = checked.dtype
+    x = embedded(model, checked.embedding, ids)
+    if type(x) is not Tensor or not is_plain(x) or x.dtype != dtype or not x.is_contiguous():
+        raise Declined(f"its embeddings are not contiguous {dtype} in the processor's memory")
+    if cached.offloading or len(cached.layers) < len(checked.layers):
+        raise Declined("its cache is offloaded or has fewer layers")
+    pairs = [*zip(checked.layers, cached.layers, strict=False)]
+    # All of them before any grows: what declines leaves the cache as it was.
+    for one, layer in pairs:
+        if not can_grow(layer, x.shape[0], one.num_kv_heads, one.width, dtype):
+            raise Declined(f"its cache has a {type(layer).__name__}, or other sequences or widths")
+    turned = checked.turning.at(x, past, {one.kind for one in checked.layers})
+    mask = mask_of(None)
+    steps = [
+        (one.attention, one.mixture, grown_place(turned[one.kind].turns, grow(layer, 1), mask))
+        for one, layer in pairs
+    ]
+    # Nobody else has these tokens: what comes out of each layer may take their place.
+    tokens = extension.Pass(way_for(dtype), NUMBERS[dtype], *x.shape, x.data_ptr(), x.data_ptr())
+    extension.run_layers(tokens, steps, checked.norm.record)
+    return x
+
+
+def why_not_together(model: nn.Module) -> str:
+    """Why the last step of a quickened decoder was not one call; nothing where it was."""
+    stack = _stacks.get(model)
+    return UNTRIED if stack is None else stack.why
 
 
 def runs_together(model: nn.Module) -> bool:
@@ -288,51 +331,22 @@ def _is_step(ids: Any) -> bool:
     return type(ids) is Tensor and ids.ndim == 2 and ids.shape[1] == 1 and 0 < ids.shape[0] <= _MOST_SEQUENCES
 
 
-def _asks_more(named: dict[str, Any]) -> bool:
-    """Whether a call wants anything but the next hidden states, or none of the cache."""
-    if any(value is not None and value is not False and name not in _USUAL for name, value in named.items()):
-        return True
-    return named.get("use_cache") is False or torch.is_autocast_enabled("cpu")
+def _asked_besides(named: dict[str, Any]) -> str:
+    """What a call wants but the next hidden states, or what of it keeps them from being all."""
+    asked = [n for n, value in named.items() if value is not None and value is not False and n not in _USUAL]
+    if named.get("use_cache") is False:
+        asked.append("no cache")
+    if torch.is_autocast_enabled("cpu"):
+        asked.append("autocast")
+    return ", ".join(asked)
 
 
-def _is_usual(config: Any) -> bool:
-    """Whether a configuration wants nothing but hidden states, by attention that is known."""
-    known = config._attn_implementation in ("sdpa", "eager")
-    return known and not any(getattr(config, name, False) for name in _ASKED)
-
-
-def _plain_table(embed: Any) -> Tensor | None:
-    """The table in which a module looks up rows and does no more."""
-    if type(embed) is not nn.Embedding or embed.max_norm is not None:
-        return None
-    return embed.weight if is_plain(embed.weight) and embed.weight.is_contiguous() else None
-
-
-def _embedded(model: Any, table: Tensor | None, ids: Tensor) -> Any:
-    """What ``embed_tokens`` gives, in memory of its own."""
-    extension = native()
-    assert extension is not None
-    # The module and PyTorch's operators take many times as long as the copy.
-    if table is not None and _is_index(ids):
-        num_rows, width = table.shape
-        x = table.new_empty(*ids.shape, width)
-        row_bytes = width * table.element_size()
-        if extension.look_up(
-            table.data_ptr(), row_bytes, num_rows, ids.data_ptr(), ids.numel(), x.data_ptr()
-        ):
-            return x
-    made = model.embed_tokens(ids)
-    return made.clone() if isinstance(made, Tensor) else None
-
-
-def _is_index(ids: Tensor) -> bool:
-    return (
-        ids.dtype == torch.int64
-        and ids.is_cpu
-        and ids.is_contiguous()
-        and not is_recorded()
-        and not is_wrapped(ids)
-    )
+def _check_usual(config: Any) -> None:
+    """Decline a configuration that wants more than hidden states, or attention that is not known."""
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise Declined(f"its attention runs by the implementation {config._attn_implementation!r}")
+    if asked := [name for name in _ASKED if getattr(config, name, False)]:
+        raise Declined(f"its configuration asks for {', '.join(asked)}")
 
 
 def _all_seen(mask: Any, places: Any, ids: Tensor, past: int) -> bool:

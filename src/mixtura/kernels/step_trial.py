@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Final, final
 
 import torch
@@ -13,14 +12,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from mixtura.kernels.backend import NAME
+from mixtura.kernels.declined import Declined
 from mixtura.kernels.step_calls import Around, Tables, run_attention, run_mixture
 from mixtura.kernels.step_parts import AttentionShape, Part, attention_parts, dtype_of, mixture_part
+from mixtura.kernels.step_watch import Unchanged
+from mixtura.machine.releases import with_cache
 
 # Of the norm of what a layer adds to its tokens; and the tokens that may differ more, where routers are torn.
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 _MOST_DIFFERENT: Final = {torch.float32: 0, torch.bfloat16: 1}
 # Small beside what a layer adds, so that rounding the sum hides nothing; norms make it any size.
 _SIZE: Final = 0.02
+# Why a layer takes its own path for now.
+WATCHED: Final = "something looks on, or stands in, inside: a hook, an observer or another forward"
 
 
 @final
@@ -33,27 +37,29 @@ class Found:
         mixture: that of the second norm and what follows, or None.
         shape: of the attention.
         experts: the experts module, where the mixture has one.
+        why_attention: why the attention is not run so; nothing where it is.
+        why_mixture: the same of what follows it.
     """
 
     attention: Any = None
     mixture: Any = None
     shape: AttentionShape = field(default_factory=lambda: AttentionShape(1, 1, 1))
     experts: Any = None
-    holds: list[object] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
-    classes: list[type] = field(default_factory=list)
-    members: list[dict[str, Any]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
-    hooks: list[dict[int, Any]] = field(default_factory=list)
-    own: list[dict[str, Any]] = field(default_factory=list)
-    store: object = None
+    why_attention: str = ""
+    why_mixture: str = ""
+    _holds: list[object] = field(default_factory=list)
+    _hooks: list[dict[int, Any]] = field(default_factory=list)
+    _own: list[dict[str, Any]] = field(default_factory=list)
+    _unchanged: Unchanged | None = None
 
     @property
     def is_idle(self) -> bool:
         """Whether the layer runs as it is."""
         return self.attention is None and self.mixture is None
+
+    def why_not_whole(self) -> str:
+        """Why not all of the layer runs in compiled calls; nothing where it does."""
+        return self.why_attention or self.why_mixture or self._why_not_chosen()
 
     def is_whole(self) -> bool:
         """Whether compiled calls run all of the layer."""
@@ -63,38 +69,37 @@ class Found:
         """Whether the model wants its experts run by this library."""
         return self.experts is None or self.experts.config._experts_implementation == NAME
 
+    def _why_not_chosen(self) -> str:
+        if self._chosen():
+            return ""
+        return f"its experts are to run by the implementation {self.experts.config._experts_implementation!r}"
+
+    def take(self, attention: Part | None, shape: AttentionShape, mixture: Part | None) -> None:
+        """Run these parts, or none."""
+        self.attention = None if attention is None else attention.record
+        self.mixture = None if mixture is None else mixture.record
+        self.shape, self._holds = shape, [attention, mixture]
+
     def watch(self, layer: nn.Module) -> None:
-        """Remember what the records were made of."""
-        # Without the layer, which is the weak key of what is remembered here.
-        self.modules = list(layer.modules())[1:]
-        self.classes = [*map(type, self.modules)]
-        for module in (layer, *self.modules):
-            self.members += [module._modules, module._parameters, module._buffers]
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            self.own.append(module.__dict__)
-        self.ids = self._ids()
-        self.tensors = [*layer.parameters(), *layer.buffers()]
-        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
-        self.store = getattr(self.experts, "mixtura_store", None)
+        """Remember what could make the records wrong, and where somebody would want to look on."""
+        for module in layer.modules():
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            self._own.append(module.__dict__)
 
-    def _ids(self) -> list[int]:
-        return [*map(id, chain.from_iterable(map(dict.values, self.members)))]
+    def keep(self, layer: nn.Module) -> None:
+        """From now on `is_intact` tells whether the layer is what it is now."""
+        self._unchanged = Unchanged(layer, hooks=False)
 
-    def is_intact(self) -> bool:
-        """Whether the layer still has the modules and tensors that were found."""
-        return (
-            [*map(type, self.modules)] == self.classes
-            and self._ids() == self.ids
-            and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
-            and (self.experts is None or self.experts.__dict__.get("mixtura_store") is self.store)
-        )
+    def is_intact(self, layer: nn.Module) -> bool:
+        """Whether the layer still is what was looked through."""
+        return self._unchanged is not None and self._unchanged.holds_for(layer)
 
     def is_watched(self) -> bool:
         """Whether somebody wants to see what a module of the layer gets or gives."""
         shared = nn.modules.module
-        if any(self.hooks) or shared._global_forward_hooks or shared._global_forward_pre_hooks:
+        if any(self._hooks) or shared._global_forward_hooks or shared._global_forward_pre_hooks:
             return True
-        if any("forward" in own for own in self.own):
+        if any("forward" in own for own in self._own):
             return True
         return self.experts is not None and self.experts.__dict__.get("mixtura_observer") is not None
 
@@ -118,28 +123,45 @@ def find_parts(layer: Any, own: type[nn.Module], x: Tensor, around: Around) -> F
     dtype = dtype_of(layer)
     found.experts = getattr(layer.mlp, "experts", None)
     found.watch(layer)
-    if dtype == x.dtype and not found.is_watched():
-        for attention, shape, mixture in _choices(layer, dtype):
-            found.attention = None if attention is None else attention.record
-            found.mixture = None if mixture is None else mixture.record
-            found.shape = shape
-            if _agrees_at_all(layer, own, found, x, around):
-                found.holds = [attention, mixture]
-                break
-            found.attention = found.mixture = None
+    if dtype != x.dtype:
+        found.why_attention = found.why_mixture = f"its first norm has no weight in the tokens' {x.dtype}"
+    elif found.is_watched():
+        found.why_attention = found.why_mixture = WATCHED
+    else:
+        _find(layer, own, found, x, around)
+    # Last, since modules may keep what they work out when they first run.
+    found.keep(layer)
     return found
 
 
-def _choices(layer: Any, dtype: torch.dtype) -> Iterator[tuple[Part | None, AttentionShape, Part | None]]:
+def _find(layer: Any, own: type[nn.Module], found: Found, x: Tensor, around: Around) -> None:
     """Both halves, then each alone."""
-    attention = attention_parts(layer, dtype)
-    mixture = mixture_part(layer, dtype)
-    shape, rotated = (AttentionShape(1, 1, 1), []) if attention is None else attention
+    shape, rotated, mixture = AttentionShape(1, 1, 1), list[Part](), None
+    try:
+        shape, rotated = attention_parts(layer, x.dtype)
+    except Declined as reason:
+        found.why_attention = str(reason)
+    try:
+        mixture = mixture_part(layer, x.dtype)
+    except Declined as reason:
+        found.why_mixture = str(reason)
+    for attention, following in _choices(rotated, mixture):
+        found.take(attention, shape, following)
+        if _agrees_at_all(layer, own, found, x, around):
+            break
+        found.take(None, shape, None)
+    if found.attention is None:
+        found.why_attention = found.why_attention or "its attention, tried, computes something else"
+    if found.mixture is None:
+        found.why_mixture = found.why_mixture or "what follows its attention, tried, computes something else"
+
+
+def _choices(rotated: list[Part], mixture: Part | None) -> Iterator[tuple[Part | None, Part | None]]:
     if mixture is not None:
-        yield from ((part, shape, mixture) for part in rotated)
-    yield from ((part, shape, None) for part in rotated)
+        yield from ((part, mixture) for part in rotated)
+    yield from ((part, None) for part in rotated)
     if mixture is not None:
-        yield None, shape, mixture
+        yield None, mixture
 
 
 def _agrees_at_all(layer: Any, own: type[nn.Module], found: Found, x: Tensor, around: Around) -> bool:
@@ -164,11 +186,11 @@ def _agrees(layer: Any, own: type[nn.Module], found: Found, x: Tensor, around: A
                 1 + first
             )
         named = {"position_embeddings": tuple(tables), "attention_mask": mask}
-        expected = own.forward(layer, part, **named, past_key_values=theirs)
+        expected = own.forward(layer, part, **named, **with_cache(theirs))
         if not isinstance(expected, Tensor):
             return False
         made = found.run(
-            layer, part, Around(tables, mask, ours, around.layer_index), {**named, "past_key_values": ours}
+            layer, part, Around(tables, mask, ours, around.layer_index), {**named, **with_cache(ours)}
         )
         if not _is_close(made - part, expected - part):
             return False

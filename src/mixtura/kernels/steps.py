@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.kernels.compiled import hold_threads, native, options, release_threads
+from mixtura.machine.releases import given_cache
 
 # Tokens of a pass up to which PyTorch's operators are tiny, and keys its attention then reads on one thread.
 _FEW_TOKENS: Final = 16
@@ -34,7 +35,7 @@ def _before(model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> 
     num_tokens = tokens.shape[0] * tokens.shape[1]
     if torch.is_grad_enabled() or options().mode == "torch" or num_tokens > _FEW_TOKENS:
         return
-    cache = named.get("past_key_values")
+    cache = given_cache(named)
     if cache is None or not hasattr(cache, "get_seq_length") or cache.get_seq_length() <= _FEW_KEYS:
         hold_threads()
 

@@ -7,7 +7,6 @@ other runtimes read. transformers applies from there whatever its caller leaves 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
+from mixtura.checkpoints.viewing.opening import read_json
 from mixtura.errors import CheckpointError, UserError
 from mixtura.methods.settings import fits
 
@@ -98,12 +98,10 @@ def read_generation_config(path: Path) -> GenerationConfig | None:
     file = path / GENERATION_CONFIG
     if not file.exists():
         return None
+    entries = read_json(file, "write it again")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict):
-            raise TypeError(f"it holds a {type(entries).__name__} where an object belongs")
         return GenerationConfig.from_dict(entries)
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file} cannot be used ({reason}); correct it or delete it") from None
 

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from mixtura.data.shapes import word_chat
 from mixtura.data.tokens import encode_text, num_embeddings_of
 from mixtura.errors import UserError, check_range
+from mixtura.kernels.step_cache import RoomyLayer
 from mixtura.machine.releases import with_cache
 from mixtura.running.decoding import StopStrings, decoding_config
 
@@ -221,7 +222,7 @@ def reserved_cache(model: PreTrainedModel, num_tokens: int) -> Cache | None:
 
 
 @final
-class ReservedLayer(DynamicLayer):
+class ReservedLayer(RoomyLayer):
     """Keys and values of one layer in memory that is taken once.
 
     transformers' own grows by copying everything for every token, which doubles a layer's memory for
@@ -244,23 +245,34 @@ class ReservedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old, new = self.get_seq_length(), key_states.shape[-2]
+        keys, values = self._lengthened(key_states, value_states, new)
+        for shown, states in ((keys, key_states), (values, value_states)):
+            shown[..., old:, :] = states
+        return keys, values
+
+    def lengthen(self, num_tokens: int) -> None:
+        """Show so many tokens more, whose keys and values the caller writes; there are some already."""
+        assert self.keys is not None
+        assert self.values is not None
+        self._lengthened(self.keys, self.values, num_tokens)
+
+    def _lengthened(self, like_keys: Tensor, like_values: Tensor, new: int) -> tuple[Tensor, Tensor]:
+        length = self.get_seq_length() + new
         # Beam search and the like put other tensors in the place of what was returned last.
-        if self._room is None or old + new > self._num_tokens or self.keys is not self._returned:
-            self._room = self._reserve(key_states, value_states, old)
-        for room, states in zip(self._room, (key_states, value_states), strict=True):
-            room[..., old : old + new, :] = states
-        keys, values = (room[..., : old + new, :] for room in self._room)
+        if self._room is None or length > self._num_tokens or self.keys is not self._returned:
+            self._room = self._reserve(like_keys, like_values, length)
+        keys, values = (room[..., :length, :] for room in self._room)
         self.keys, self.values, self._returned = keys, values, keys
         return keys, values
 
-    def _reserve(self, key_states: Tensor, value_states: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def _reserve(self, like_keys: Tensor, like_values: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Memory for all tokens, with what there is moved to it."""
-        needed = length + key_states.shape[-2]
+        length = self.get_seq_length()
         if needed > self._num_tokens:
             self._num_tokens = 2 * needed
         keys, values = (
             states.new_empty(*states.shape[:2], self._num_tokens, states.shape[-1])
-            for states in (key_states, value_states)
+            for states in (like_keys, like_values)
         )
         if self.keys is not None and self.values is not None and length:
             keys[..., :length, :] = self.keys
