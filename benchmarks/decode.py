@@ -37,6 +37,7 @@ import mixtura
 from mixtura.kernels import ExpertMatrices, NativeLayer, PackedLinear, coded_matrix, quicken, using
 from mixtura.kernels.compiled import native, num_threads
 from mixtura.kernels.linears import FewRowsLinear
+from mixtura.kernels.paths import paths_of
 from mixtura.machine.releases import returned_cache, with_cache
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
@@ -218,6 +219,16 @@ def seconds_of_step(model: nn.Module, num_sequences: int, vocab: int) -> float:
         return (time.perf_counter() - start) / STEPS
 
 
+def refuse_other_paths(model: nn.Module) -> None:
+    """Stop where what was just timed is not the compiled whole step that this benchmark is about."""
+    for path in paths_of(model, probe=False):
+        if path.path != "whole step":
+            raise SystemExit(
+                f"{path.layer} ran by the path {path.path!r} instead of a whole step, so this is no time of "
+                f"the compiled step: {path.reason}"
+            )
+
+
 def contenders(shape: Shape, model: nn.Module) -> list[Contender]:
     """Ours in every width and transformers' own."""
     vocab = shape.config.vocab_size
@@ -227,7 +238,9 @@ def contenders(shape: Shape, model: nn.Module) -> list[Contender]:
     def ours(which: nn.Module) -> Callable[[int], float]:
         def run(num_tokens: int) -> float:
             which.config._experts_implementation = "mixtura"
-            return seconds_of_step(which, num_tokens, vocab)
+            seconds = seconds_of_step(which, num_tokens, vocab)
+            refuse_other_paths(which)
+            return seconds
 
         return run
 
