@@ -67,7 +67,7 @@ def set_router(
     """
     cls = load_method("routers", router)
     tags = declared_tags(cls)
-    _refuse(cls, tags, train, settings)
+    _refuse(cls, tags, train)
     rerouting = Rerouting.of(model)
     seats = require_layers(rerouting, layers)
     made = _made(router, cls, tags, seats, settings)
@@ -89,10 +89,10 @@ def set_router(
     return rerouting
 
 
-def _refuse(cls: type[Any], tags: frozenset[str], train: bool, settings: dict[str, Any]) -> None:
+def _refuse(cls: type[Any], tags: frozenset[str], train: bool) -> None:
     """Raise `UserError` for a router that cannot do its work inside a transformers model."""
     for name, what in _NOT_GIVEN.items():
-        if f"reads:{name}" in tags and name not in cls.does_without(settings):
+        if f"reads:{name}" in tags:
             raise UserError(
                 f"{cls.__name__} reads {name}, and a transformers forward does not hand {what} to routers; "
                 "choose a router without the tag reads:" + name
@@ -117,7 +117,7 @@ def _made(
     made: list[Router] = []
     for seat in seats:
         layer = seat.layer
-        own: dict[str, Any] = dict.fromkeys(cls.choice_settings, layer.top_k)
+        own: dict[str, Any] = cls.settings_for(layer.top_k, layer.shape, settings)
         if "renormalize" in known and hasattr(seat.gate, "norm_topk_prob"):
             own |= {"renormalize": bool(seat.gate.norm_topk_prob)}
         if {"num_groups", "top_groups"} <= known.keys():

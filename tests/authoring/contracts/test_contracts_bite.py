@@ -18,6 +18,13 @@ except OSError:
     pass
 """
 
+STORED = "self.seed = seed\n        "
+UNSAVED = STORED + 'self.register_buffer("unsaved", torch.ones(1), persistent=False)\n'
+FROZEN = STORED + "self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)\n"
+UNUSED = STORED + "self.unused = torch.nn.Parameter(torch.ones(1))\n"
+STALE = """kept = vars(self).setdefault("kept", self.weight.detach().clone())
+        logits = (1 + (self.weight - kept).sum()) * F"""
+
 # kind, the check that must fail, what to replace in a new method of the kind, and by what.
 BROKEN = [
     ("routers", "check_header", '"title": "Mine"', '"title": ""'),
@@ -61,6 +68,44 @@ BROKEN = [
     ),
     ("routers", "check_low_precision", "logits = F", "logits = inputs.x.float() @ self.weight.T + F"),
     ("routers", "check_state_dict_round_trip", "logits = F", "logits = id(self) // 16 % 99991 * F"),
+    (
+        "routers",
+        "check_any_number_of_experts",
+        "logits = F",
+        "assert len(self.weight) < 100\n        logits = F",
+    ),
+    ("routers", "check_any_seed", "(shape, seed)", "(shape, 0)"),
+    (
+        "routers",
+        "check_any_seed",
+        "self.seed = seed\n",
+        "self.seed = seed\n        torch.Generator().manual_seed(seed)\n",
+    ),
+    (
+        "routers",
+        "check_extreme_tokens",
+        "(chosen, weights,",
+        "(chosen, weights * logits.exp().sum(-1, keepdim=True) ** 0,",
+    ),
+    (
+        "routers",
+        "check_vanishing_scores",
+        "logits.softmax(-1)",
+        "logits.exp() / logits.exp().sum(-1, keepdim=True)",
+    ),
+    ("routers", "check_made_without_memory", "self.seed = seed\n", UNSAVED),
+    ("routers", "check_frozen_values_are_buffers", "self.seed = seed\n", FROZEN),
+    ("routers", "check_autocast", "    @full_precision()\n", ""),
+    ("routers", "check_tokens_of_another_dtype", "F.linear(exact(inputs.x)", "F.linear(inputs.x"),
+    ("routers", "check_evaluation_after_a_step", "logits = F", STALE),
+    ("routers", "check_no_parameter_is_left_out", "self.seed = seed\n", UNUSED),
+    ("routers", "check_logits_give_scores", "logits=logits", "logits=2 * logits"),
+    (
+        "routers",
+        "check_wrong_sizes_are_refused",
+        "    def forward",
+        "    __call__ = torch.nn.Module.__call__\n\n    def forward",
+    ),
     (
         "balancers",
         "check_results_are_finite",
@@ -166,6 +211,14 @@ BROKEN_TAGS = [
     ("check_ties_go_to_the_lowest_index", "lowest_index", "(chosen, weights,", "(chosen + 1, weights,"),
     ("check_state_goes_to_the_next_layer", "stateful", "valid=inputs", "state=scores, valid=inputs"),
     ("check_decoding_equals_prefill", "reads:positions", "logits = F", "logits = (len(inputs.x) > 2) * F"),
+    ("check_kept_weights_decide", "keeps_weights", "logits = F", "logits = (1 + self.seed) * F"),
+    ("check_kept_weights_decide", "keeps_weights", "logits = F", "logits = -F"),
+    (
+        "check_decoding_equals_prefill",
+        'looks_ahead", "causal_inference", "batch_dependent',
+        "(chosen, weights,",
+        "(chosen[: len(chosen) // 2 + 1].repeat(2, 1)[: len(chosen)], weights,",
+    ),
     ("check_causal", 'looks_ahead", "causal_inference', "logits = F", "logits = inputs.x.mean() * F"),
 ]
 

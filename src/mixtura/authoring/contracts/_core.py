@@ -93,10 +93,14 @@ def subject(kind_name: str, name: str) -> Subject:
 
 
 def checks(kind_name: str) -> tuple[Check, ...]:
-    """The checks of a kind: first those of all kinds, then its own, each in the order they are written."""
-    modules = (
+    """The checks of a kind: first those of all kinds, then its own, each in the order they are written.
+
+    A kind with more than fit one file names the others' modules in ``MORE``.
+    """
+    common, own = (
         import_module(f"mixtura.authoring.contracts.{name}") for name in ("common", kind(kind_name).name)
     )
+    modules = (common, own, *getattr(own, "MORE", ()))
     return tuple(
         item
         for module in modules

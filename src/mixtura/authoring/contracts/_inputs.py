@@ -24,7 +24,9 @@ _ALWAYS = ("x", "valid")
 _BY_TOKEN = ("x", "valid", "sequence_ids", "positions", "token_ids", "attention", "state", "allowed")
 
 
-def token_fields(seed: int, num_tokens: int = NUM_TOKENS, num_sequences: int = 2) -> dict[str, Any]:
+def token_fields(
+    seed: int, num_tokens: int = NUM_TOKENS, num_sequences: int = 2, shape: LayerShape = SHAPE
+) -> dict[str, Any]:
     """A value for every field of `RouterInput` that has a meaning at a first layer.
 
     Sequences are of equal length, one after another; the last quarter of the tokens is padding.
@@ -35,10 +37,10 @@ def token_fields(seed: int, num_tokens: int = NUM_TOKENS, num_sequences: int = 2
     positions = tokens % length
     attention = torch.rand(num_tokens, length, generator=generator)
     attention = attention * (torch.arange(length) <= positions[:, None])
-    allowed = torch.rand(num_tokens, SHAPE.num_experts, generator=generator) < 0.9
+    allowed = torch.rand(num_tokens, shape.num_experts, generator=generator) < 0.9
     allowed[:, :4] = True
     return {
-        "x": torch.randn(num_tokens, SHAPE.d_model, generator=generator),
+        "x": torch.randn(num_tokens, shape.d_model, generator=generator),
         "valid": tokens < num_tokens - num_tokens // 4,
         "layer": 0,
         "step": 3,
@@ -50,25 +52,25 @@ def token_fields(seed: int, num_tokens: int = NUM_TOKENS, num_sequences: int = 2
         "token_ids": torch.randint(0, NUM_WORDS, (num_tokens,), generator=generator),
         "labels": dict.fromkeys(LABELS, tokens % 2),
         "attention": attention / attention.sum(-1, keepdim=True),
-        "selection_bias": 0.1 * torch.randn(SHAPE.num_experts, generator=generator),
+        "selection_bias": 0.1 * torch.randn(shape.num_experts, generator=generator),
         "allowed": allowed,
-        "experts": experts(seed),
+        "experts": experts(seed, shape=shape),
         "generator": generator,
     }
 
 
-def experts(seed: int, dtype: torch.dtype = torch.float32) -> ExpertMatrices:
+def experts(seed: int, dtype: torch.dtype = torch.float32, shape: LayerShape = SHAPE) -> ExpertMatrices:
     """Made-up experts."""
     generator = torch.Generator().manual_seed(seed + 1)
-    up = (SHAPE.num_experts, 2 * SHAPE.d_expert, SHAPE.d_model)
-    down = (SHAPE.num_experts, SHAPE.d_model, SHAPE.d_expert)
+    up = (shape.num_experts, 2 * shape.d_expert, shape.d_model)
+    down = (shape.num_experts, shape.d_model, shape.d_expert)
     drawn = [torch.randn(size, generator=generator) / size[-1] ** 0.5 for size in (up, down)]
     return ExpertMatrices(drawn[0].to(dtype), drawn[1].to(dtype))
 
 
 def declared(method: Subject, given: dict[str, Any]) -> RouterInput:
     """An input with those of the fields that the method's tags ask for, and randomness begun anew."""
-    wanted = (*_ALWAYS, *method.tagged("reads"))
+    wanted = (*_ALWAYS, *method.tagged("reads"), *method.tagged("may_read"))
     asked = {name: value for name, value in given.items() if name in wanted}
     if asked.get("generator") is not None:
         asked["generator"] = asked["generator"].clone_state()
@@ -118,5 +120,5 @@ def check_tags(method: Subject, readable: type[Any]) -> None:
             family.explain(tag), f"{family.name} have no tag {tag!r}; there are: {', '.join(family.tags)}"
         )
     known = {item.name for item in fields(readable)}
-    for name in method.tagged("reads"):
+    for name in (*method.tagged("reads"), *method.tagged("may_read")):
         require(name in known, f"reads:{name} names no field of {readable.__name__}")

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.authoring.contracts import _inputs
+from mixtura.authoring.contracts import _inputs, _router_extremes
 from mixtura.authoring.contracts._apart import require_compiles
 from mixtura.authoring.contracts._compare import same
 from mixtura.authoring.contracts._core import Subject, require, slow
 from mixtura.authoring.contracts._inputs import NUM_TOKENS, SHAPE, chosen, converted, declared, token_fields
-from mixtura.errors import UserError
-from mixtura.methods.routers import Router
+from mixtura.authoring.contracts._routed import (
+    TIE,
+    close,
+    continued,
+    dense,
+    require_equal_rows,
+    total_of,
+    use,
+)
+from mixtura.errors import SettingError, UserError
 from mixtura.methods.settings import settings
 from mixtura.modeling.layer import Experts, MoELayer, require_decodable, swiglu
-from mixtura.types import LayerShape, RouterInput, Routing
+from mixtura.types import LayerShape, RouterInput
 
-# Closer scores than this may be ordered otherwise when other tokens are in the batch.
-_TIE = 1e-5
+_SEEDS = (25, 125, 225)
+# Checks of sizes, numbers and circumstances other than the usual ones.
+MORE = (_router_extremes,)
 
 
 def arguments() -> tuple[LayerShape]:
@@ -31,12 +42,6 @@ def arguments() -> tuple[LayerShape]:
 def sample(method: Subject, seed: int, num_tokens: int = NUM_TOKENS) -> RouterInput:
     """Tokens of two sequences, the last quarter padding, with the fields the router's tags ask for."""
     return declared(method, token_fields(seed, num_tokens))
-
-
-def use(router: Router, inputs: RouterInput) -> Routing:
-    """Route the tokens."""
-    routed: Routing = router(inputs)
-    return routed
 
 
 def check_tags_are_known(method: Subject) -> None:
@@ -125,7 +130,7 @@ def check_reads_only_declared_fields(method: Subject) -> None:
 def check_missing_fields_are_named(method: Subject) -> None:
     """Without a field it reads, the router routes, or says in a `UserError` which one it needs."""
     router = method.create()
-    for name in set(method.tagged("reads")) & set(_inputs.NEEDED):
+    for name in {*method.tagged("reads"), *method.tagged("may_read")} & set(_inputs.NEEDED):
         given = token_fields(22)
         given[name] = {} if name == "labels" else None
         try:
@@ -205,21 +210,30 @@ def check_causal(method: Subject) -> None:
             return
         require(False, "decoding with a method that looks ahead must raise UserError")
     modes = (False,) if method.has("looks_ahead") else (True, False)
+    for training, seed, router in itertools.product(modes, _SEEDS, _with_little_room(method)):
+        _require_causal(method, router, token_fields(seed, num_sequences=1) | {"training": training})
+
+
+def _with_little_room(method: Subject) -> list[Any]:
+    """The router by default, and where it has a ``capacity_factor`` with half or all of what is needed."""
+    made = [method.create()]
+    if "capacity_factor" in settings(method.cls):
+        for factor in (0.5, 1.0):
+            with contextlib.suppress(SettingError):
+                made.append(method.create(capacity_factor=factor))
+    return made
+
+
+def _require_causal(method: Subject, router: Any, given: dict[str, Any]) -> None:
     cut = 7
-    for training in modes:
-        given = _continued(method, token_fields(25, num_sequences=1) | {"training": training})
-        router = method.create()
-        whole = use(router, declared(method, given))
-        later = use(router, declared(method, _inputs.with_later_tokens_changed(given, cut, 26)))
-        _require_equal_rows(
-            whole, later, torch.arange(cut), "changing a later token changes an earlier one's"
-        )
-        if not method.has("batch_dependent"):
-            short = use(router, declared(method, chosen(given, torch.arange(cut)) | {"generator": None}))
-            quiet = use(router, declared(method, given | {"generator": None}))
-            _require_equal_rows(
-                quiet, short, torch.arange(cut), "leaving out later tokens changes an earlier one's"
-            )
+    earlier = torch.arange(cut)
+    given = continued(method, given)
+    whole = use(router, declared(method, given))
+    later = use(router, declared(method, _inputs.with_later_tokens_changed(given, cut, 26)))
+    require_equal_rows(whole, later, earlier, "changing a later token changes an earlier one's")
+    short = use(router, declared(method, chosen(given, earlier) | {"generator": None}))
+    quiet = use(router, declared(method, given | {"generator": None}))
+    require_equal_rows(quiet, short, earlier, "leaving out later tokens changes an earlier one's")
 
 
 def check_batch_invariant(method: Subject) -> None:
@@ -228,29 +242,29 @@ def check_batch_invariant(method: Subject) -> None:
         return
     router = method.create()
     for training in (True, False):
-        given = _continued(method, token_fields(27) | {"training": training, "generator": None})
+        given = continued(method, token_fields(27) | {"training": training, "generator": None})
         given["valid"] = torch.ones_like(given["valid"])
         first, second = ((given["sequence_ids"] == number).nonzero().squeeze(-1) for number in (0, 1))
         whole = use(router, declared(method, given))
         alone = use(router, declared(method, chosen(given, first)))
-        _require_equal_rows(whole, alone, first, "leaving out another sequence changes this one's")
+        require_equal_rows(whole, alone, first, "leaving out another sequence changes this one's")
         other = {"x": given["x"].index_fill(0, second, 0.5)}
         changed = use(router, declared(method, given | other))
-        _require_equal_rows(whole, changed, first, "changing another sequence changes this one's")
+        require_equal_rows(whole, changed, first, "changing another sequence changes this one's")
         behind = use(router, declared(method, chosen(given, torch.cat([second, first]))))
         rows = torch.arange(second.numel(), NUM_TOKENS)
         require(
-            torch.allclose(dense(whole)[first], dense(behind)[rows], atol=_TIE),
+            torch.allclose(dense(whole)[first], dense(behind)[rows], atol=TIE),
             "putting another sequence before this one changes its routing",
         )
 
 
 def check_decoding_equals_prefill(method: Subject) -> None:
     """Token by token, with the history handed on, the routing is that of the whole sequences."""
-    if method.has("batch_dependent") or (method.has("looks_ahead") and not method.has("causal_inference")):
+    if method.has("looks_ahead") and not method.has("causal_inference"):
         return
-    router = method.create()
-    given = _continued(method, token_fields(28) | {"training": False, "generator": None})
+    router = _with_little_room(method)[-1]
+    given = continued(method, token_fields(28) | {"training": False, "generator": None})
     given["valid"] = torch.ones_like(given["valid"])
     whole = use(router, declared(method, given))
     history: Any = {}
@@ -260,7 +274,7 @@ def check_decoding_equals_prefill(method: Subject) -> None:
         step["attention"] = step["attention"][:, : position + 1]
         routing = use(router, declared(method, step))
         history = routing.history
-        _require_equal_rows(whole, routing, rows, "decoding token by token changes a token's", short=True)
+        require_equal_rows(whole, routing, rows, "decoding token by token changes a token's", short=True)
 
 
 def check_state_goes_to_the_next_layer(method: Subject) -> None:
@@ -270,7 +284,7 @@ def check_state_goes_to_the_next_layer(method: Subject) -> None:
     given = token_fields(29)
     first = use(method.create(), declared(method, given))
     require(first.state is not None, "a stateful router must return a state")
-    later = _continued(method, given)
+    later = continued(method, given)
     moved = later | {"state": -2 * later["state"] if later["state"].is_floating_point() else later["state"]}
     routings = [use(method.create(), declared(method, fields)) for fields in (later, moved)]
     require(not same(routings[0].logits, routings[1].logits), "the state changes nothing in the next layer")
@@ -283,9 +297,9 @@ def check_gradient_reaches_every_parameter(method: Subject) -> None:
     if not parameters:
         return
     given = token_fields(17)
-    total = _total(use(router, declared(method, given)))
+    total = total_of(use(router, declared(method, given)))
     if method.has("stateful"):
-        total = total + _total(use(router, declared(method, _continued(method, given))))
+        total = total + total_of(use(router, declared(method, continued(method, given))))
     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     for name, gradient in zip(parameters, found, strict=True):
         require(gradient is not None and gradient.abs().sum() > 0, f"no gradient reaches {name}")
@@ -333,43 +347,3 @@ def check_compiles(method: Subject) -> None:
     """Tag ``compiles``: under ``torch.compile`` the routing is the same."""
     if method.has("compiles"):
         require_compiles(method)
-
-
-def dense(routing: Routing) -> Tensor:
-    """The weights as ``[T, E]``, 0 where a token does not go."""
-    table = torch.zeros_like(routing.scores)
-    table[routing.token_ids, routing.expert_ids] = routing.weights.to(table)
-    return table.detach()
-
-
-def _continued(method: Subject, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields at the second layer: with the state that the first layer's router returned."""
-    if not method.has("stateful"):
-        return given
-    before = use(method.create(), declared(method, given | {"generator": None}))
-    return given | {"state": None if before.state is None else before.state.detach(), "layer": 1}
-
-
-def _total(routing: Routing) -> Tensor:
-    """One number that everything the router returns has a part in."""
-    slope = torch.linspace(-1, 1, routing.weights.numel()).to(routing.weights)
-    total = (routing.weights * slope).sum() + sum(routing.losses.values())
-    for part in (routing.state, routing.extra):
-        if part is not None and part.is_floating_point():
-            total = total + (part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum()
-    return total
-
-
-def _require_equal_rows(whole: Routing, part: Routing, rows: Tensor, what: str, short: bool = False) -> None:
-    """The routing of tokens ``rows`` is the same; in ``part`` they come first, or alone if ``short``."""
-    there = torch.arange(rows.numel()) if short or part.num_tokens != whole.num_tokens else rows
-    require(torch.allclose(dense(whole)[rows], dense(part)[there], atol=_TIE), f"{what} routing")
-    if whole.extra is not None and part.extra is not None:
-        require(torch.allclose(whole.extra[rows], part.extra[there], atol=_TIE), f"{what} extra output")
-
-
-def close(left: Routing, right: Routing) -> bool:
-    """Whether two routings are the same but for the last bits."""
-    return torch.allclose(dense(left), dense(right), atol=1e-6) and (
-        left.extra is None or right.extra is None or torch.allclose(left.extra, right.extra, atol=1e-5)
-    )

@@ -19,6 +19,7 @@ KIND = {
     "summary": "Sends each token to experts.",
     "tags": {
         "reads:FIELD": "looks at this optional field of `RouterInput`",
+        "may_read:FIELD": "looks at this field where it is given, and is as published without it",
         "normalized": "a token's weights sum to 1",
         "token_independent": "a token's experts depend on that token alone",
         "looks_ahead": "in training, a token's experts may depend on later tokens",
@@ -73,10 +74,10 @@ class Router(nn.Module, ABC):
         """
 
     @classmethod
-    def does_without(cls, settings: Mapping[str, Any]) -> frozenset[str]:
-        """Of the fields that ``reads:`` tags name, those that the method so set can always do without."""
-        del settings
-        return frozenset()
+    def settings_for(cls, top_k: int, shape: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings, besides those given, by which a token has ``top_k`` experts, exactly or on average."""
+        del shape, given
+        return dict.fromkeys(cls.choice_settings, top_k)
 
     def require_pool(self, num_layers: int) -> None:
         """Raise unless the method suits a layer that reaches the experts of so many layers.

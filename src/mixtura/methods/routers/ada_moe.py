@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import final
+import math
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 
@@ -17,12 +19,17 @@ from mixtura.methods.routers._shared import (
     softmax,
     to_sum_one,
 )
+from mixtura.methods.settings import settings
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
     "paper": 114,
     "title": "AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models",
     "tags": ["token_independent", "lowest_index", "keeps_weights"],
+    "gaps": {
+        "check_kept_weights_decide": "a trained model has no null experts, whose rows start at random; some "
+        "tokens take them until they are trained",
+    },
 }
 
 
@@ -64,8 +71,6 @@ class AdaMoe(Router):
         repository CengZihao/AdaMoE.
     """
 
-    choice_settings = ("num_choices",)
-
     def __init__(
         self,
         shape: LayerShape,
@@ -85,6 +90,12 @@ class AdaMoe(Router):
         self.seed = seed
         self.weight = router_weight(shape, seed)
         self.null = drawn(seed + 1, num_null, shape.d_model)
+
+    @classmethod
+    def settings_for(cls, top_k: int, shape: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As many choices as leave ``top_k`` true experts on average when all are evenly used."""
+        num_null = given.get("num_null", settings(cls)["num_null"].default)
+        return {"num_choices": math.ceil(top_k * (shape.num_experts + num_null) / shape.num_experts)}
 
     def forward(self, inputs: RouterInput) -> Routing:
         num_experts = self.shape.num_experts

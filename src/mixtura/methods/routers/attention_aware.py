@@ -15,12 +15,14 @@ METHOD = {
     "tags": [
         "normalized",
         "lowest_index",
-        "keeps_weights",
         "reads:attention",
         "reads:history",
         "reads:positions",
         "reads:sequence_ids",
     ],
+    "gaps": {
+        "check_logits_give_scores": "a score is the mean of several tokens' scores, a logit the token's own",
+    },
 }
 
 

@@ -13,6 +13,9 @@ METHOD = {
     "paper": 139,
     "title": "M6-T: Exploring Sparse Expert Models and Beyond",
     "tags": ["token_independent", "keeps_weights"],
+    "gaps": {
+        "check_logits_give_scores": "every prototype has a softmax of its own, before which the logits are",
+    },
 }
 
 

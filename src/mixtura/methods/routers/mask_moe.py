@@ -26,6 +26,9 @@ METHOD = {
     "paper": 117,
     "title": "MaskMoE: Boosting Token-Level Learning via Routing Mask in Mixture-of-Experts",
     "tags": ["expert_rows", "token_independent", "reads:token_ids"],
+    "gaps": {
+        "check_logits_give_scores": "the logits are those before experts are masked",
+    },
 }
 
 

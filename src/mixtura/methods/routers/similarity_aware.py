@@ -37,6 +37,9 @@ METHOD = {
         "reads:positions",
         "reads:sequence_ids",
     ],
+    "gaps": {
+        "check_logits_give_scores": "a score is the mean of several tokens' scores, a logit the token's own",
+    },
 }
 
 

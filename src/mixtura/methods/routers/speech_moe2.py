@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from mixtura.types import LayerShape, RouterInput, Routing
 METHOD = {
     "paper": 74,
     "title": "SpeechMoE2: Mixture-of-Experts Model with Improved Routing",
-    "tags": ["token_independent", "reads:token_ids", "reads:labels"],
+    "tags": ["token_independent", "reads:token_ids", "may_read:labels"],
 }
 
 
@@ -88,11 +87,6 @@ class SpeechMoe2(Router):
         self.words = drawn(seed + 1, vocab_size, width, scale=width)
         self.domains = drawn(seed + 2, num_domains + 1, width, scale=width)
         self.accents = drawn(seed + 3, num_accents + 1, width, scale=width)
-
-    @classmethod
-    def does_without(cls, settings: Mapping[str, Any]) -> frozenset[str]:
-        del settings
-        return frozenset({"labels"})
 
     def forward(self, inputs: RouterInput) -> Routing:
         words = self.words[inputs.need("token_ids", "SpeechMoe2") % self.vocab_size]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
+from mixtura.errors import UserError, check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._losses import mean_of_valid
 from mixtura.methods.routers._shared import best, by_position, drawn, exact, exact_logits, orthogonal, softmax
@@ -25,7 +24,8 @@ METHOD = {
         "reads:token_ids",
         "reads:sequence_ids",
         "reads:positions",
-        "reads:history",
+        "reads:decoding",
+        "may_read:history",
     ],
 }
 
@@ -45,7 +45,7 @@ class StableMoe(Router):
 
     Raises:
         SettingError: a size is not in [1, 1e7], the steps not in [0, 1e8] or a coefficient in [0, 1e6].
-        UserError: ``token_ids`` are not given, or ``positions`` for ``"bigram"``.
+        UserError: ``token_ids`` are not given, or for ``"bigram"`` ``positions`` or, in decoding, history.
 
     Example:
         >>> router = StableMoe(LayerShape(d_model=4, d_expert=8, num_experts=3), stage_one_steps=10)
@@ -90,10 +90,6 @@ class StableMoe(Router):
         self.light_weight = orthogonal(shape.num_experts, width, seed + 1)
         self.words = drawn(seed + 2, vocab_size, width, scale=width)
 
-    @classmethod
-    def does_without(cls, settings: Mapping[str, Any]) -> frozenset[str]:
-        return frozenset({"history"} if settings.get("context", "word") == "word" else ())
-
     def forward(self, inputs: RouterInput) -> Routing:
         products = exact_logits(inputs.x, self.weight)
         light, history = self._light(inputs)
@@ -124,6 +120,11 @@ class StableMoe(Router):
         words = exact(self.words)[inputs.need("token_ids", "StableMoe") % self.vocab_size]
         if self.context == "word":
             return exact_logits(words, self.light_weight), {}
+        if inputs.decoding and "values" not in inputs.history:
+            raise UserError(
+                'StableMoe with context="bigram" cannot decode without the history it returned before; '
+                'hand it on, or choose context="word"'
+            )
         table = by_position(words, inputs, "StableMoe")
         before = table[inputs.sequences, (inputs.need("positions", "StableMoe") - 1).clamp(min=0)]
         return exact_logits((words + before) / 2, self.light_weight), {"values": table}
