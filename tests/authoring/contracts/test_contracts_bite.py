@@ -96,15 +96,15 @@ BROKEN = [
     ("routers", "check_made_without_memory", "self.seed = seed\n", UNSAVED),
     ("routers", "check_frozen_values_are_buffers", "self.seed = seed\n", FROZEN),
     ("routers", "check_autocast", "    @full_precision()\n", ""),
-    ("routers", "check_tokens_of_another_dtype", "F.linear(exact(inputs.x)", "F.linear(inputs.x"),
+    ("routers", "check_tokens_of_another_dtype", "self.weight.to(x)", "self.weight"),
     ("routers", "check_evaluation_after_a_step", "logits = F", STALE),
     ("routers", "check_no_parameter_is_left_out", "self.seed = seed\n", UNUSED),
     ("routers", "check_logits_give_scores", "logits=logits", "logits=2 * logits"),
     (
         "routers",
         "check_wrong_sizes_are_refused",
-        "    def forward",
-        "    __call__ = torch.nn.Module.__call__\n\n    def forward",
+        "    @full_precision()\n",
+        "    __call__ = torch.nn.Module.__call__\n\n    @full_precision()\n",
     ),
     (
         "balancers",

@@ -83,3 +83,24 @@ def test_padding_does_not_count_in_the_loss() -> None:
 def test_without_null_experts_it_is_top_k() -> None:
     routing = AdaMoe(SHAPE, num_null=0, num_choices=2)(RouterInput.of(tokens()))
     assert torch.bincount(routing.token_ids).tolist() == [2] * 40
+
+
+def test_null_experts_far_ahead_leave_gradients_finite() -> None:
+    router = AdaMoe(LayerShape(d_model=1, d_expert=8, num_experts=2), num_null=1, num_choices=2)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[-1.0], [-1.0]]))
+        router.null.fill_(0.0)
+    x = torch.tensor([[102.0], [104.0], [110.0]], requires_grad=True)
+    routing = router(RouterInput.of(x))
+    (100 * routing.weights.square().sum()).backward()
+    for slope in (x.grad, router.weight.grad, router.null.grad):
+        assert slope is not None
+        assert torch.isfinite(slope).all()
+
+
+def test_as_many_true_experts_on_average_as_another_router_has() -> None:
+    for num_experts, num_null, top_k, expected in ((8, 8, 2, 4), (8, 4, 2, 3), (128, 8, 8, 9), (4, 0, 2, 2)):
+        shape = LayerShape(d_model=4, d_expert=8, num_experts=num_experts)
+        given = {"num_null": num_null}
+        assert AdaMoe.settings_for(top_k, shape, given) == {"num_choices": expected}
+        AdaMoe(shape, **given, **AdaMoe.settings_for(top_k, shape, given))

@@ -105,3 +105,12 @@ def test_layers_draw_apart_and_no_more_than_allowed_compete() -> None:
     kept = torch.tensor([[limited.competes(layer, step) for layer in range(6)] for step in range(500)])
     assert kept.sum(-1).max() == 2
     assert torch.equal(kept, table & (table.cumsum(-1) <= 2))
+
+
+def test_at_most_so_many_layers_compete_whatever_their_own_seeds() -> None:
+    layers = [CompeteSmoe(SHAPE, rate=0.3, max_layers=1, seed=seed) for seed in (5, 77, 1234, 9, 31, 6)]
+    counts = [sum(router.competes(layer, step) for layer, router in enumerate(layers)) for step in range(300)]
+    assert max(counts) == 1
+    assert 0.8 < sum(counts) / 300 < 0.95
+    other = CompeteSmoe(SHAPE, rate=0.3, schedule_seed=1)
+    assert [other.competes(0, step) for step in range(50)] != [layers[0].competes(0, s) for s in range(50)]

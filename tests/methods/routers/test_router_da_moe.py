@@ -65,3 +65,11 @@ def test_a_decoder_goes_by_what_a_token_gives_to_itself() -> None:
     routing = DaMoe(SHAPE)(RouterInput.of(tokens(), attention=rows, positions=torch.arange(4)))
     # Importances: 1 * 1, 2 * 0.5, 3 * 0.8, 4 * 0.1, times two, rounded, within 1 and 4.
     assert routing.token_ids.bincount().tolist() == [2, 2, 4, 1]
+
+
+@pytest.mark.parametrize("num_experts", [2, 3])
+def test_no_more_experts_than_there_are(num_experts: int) -> None:
+    router = DaMoe(LayerShape(d_model=2, d_expert=8, num_experts=num_experts))
+    fields = {"attention": torch.eye(3), "positions": torch.arange(3), "causal": True}
+    load = router(RouterInput.of(torch.ones(3, 2), **fields)).token_ids.bincount()
+    assert load.tolist() == [2, min(4, num_experts), num_experts]

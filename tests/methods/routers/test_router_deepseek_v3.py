@@ -73,3 +73,13 @@ def test_settings_that_do_not_fit_together() -> None:
         DeepseekV3(SHAPE, num_groups=5)
     with pytest.raises(SettingError, match="its 1 groups have 3 experts"):
         DeepseekV3(SHAPE, top_k=4, num_groups=4, top_groups=1)
+
+
+def test_groups_with_one_allowed_expert_may_be_chosen_for_it() -> None:
+    router = DeepseekV3(LayerShape(4, 8, 4), num_groups=2, top_groups=1, top_k=1)
+    with torch.no_grad():
+        router.weight.copy_(9 * torch.eye(4))
+    x = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    for allowed in ([1, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]):
+        usable = torch.tensor([allowed], dtype=torch.bool)
+        assert router(RouterInput.of(x, allowed=usable)).expert_ids.tolist() == [2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -58,3 +59,10 @@ def test_a_decoder_at_inference_lets_tokens_choose_an_encoder_does_not() -> None
     training = router(RouterInput.of(x, training=True))
     assert torch.equal(encoder.token_ids, training.token_ids)
     assert not torch.equal(decoder.token_ids, training.token_ids)
+
+
+@pytest.mark.parametrize(("factor", "count"), [(1.0, 1), (1.5, 2), (2.5, 3), (3.5, 4), (3.49, 3)])
+def test_a_half_is_rounded_up_at_inference(factor: float, count: int) -> None:
+    router = ExpertChoice(SHAPE, capacity_factor=factor)
+    x = torch.randn(10, SHAPE.d_model, generator=torch.Generator().manual_seed(0))
+    assert torch.bincount(router(RouterInput.of(x)).token_ids).tolist() == [count] * 10

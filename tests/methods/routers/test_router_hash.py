@@ -78,3 +78,11 @@ def test_words_beyond_the_table_wrap_around_and_wrong_counts_are_refused() -> No
     )
     with pytest.raises(UserError, match="made for 10 vocabulary entries"):
         router.refit(torch.ones(9))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_counts_that_are_none_are_refused(bad: float) -> None:
+    counts = torch.ones(10)
+    counts[3] = bad
+    with pytest.raises(UserError, match="counts of Hash must be finite and not negative"):
+        Hash(SHAPE, num_words=10).refit(counts)

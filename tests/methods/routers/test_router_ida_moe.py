@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -92,3 +95,29 @@ def test_trained_alone_it_finds_the_domains_of_its_input() -> None:
     for number in range(6):
         assert torch.bincount(expert[domain == number]).max() >= 38
     assert routing.scores.max(-1).values.mean() > 0.95
+
+
+@pytest.mark.parametrize("deviation", [0.0, -4.0, -8.0])
+def test_narrow_gaussians_are_exact_in_float32(deviation: float) -> None:
+    router = IdaMoe(SHAPE, num_dims=4, num_groups=2)
+    with torch.no_grad():
+        router.log_deviations.fill_(deviation)
+    codes = router.means.detach()[:5] + math.exp(deviation) * torch.linspace(-1, 1, 20).view(5, 4)
+    found = router._log_density(codes)
+    each = torch.distributions.Normal(
+        router.means.double(), (torch.exp(2 * router.log_deviations.double()) + 1e-8).sqrt()
+    )
+    expected = each.log_prob(codes.double()[:, None]).sum(-1) + router.mixing.double().log_softmax(-1)
+    near = torch.eye(5, 12, dtype=torch.bool)
+    torch.testing.assert_close(found.double()[near], expected[near], rtol=1e-5, atol=1e-4)
+
+
+def test_a_token_that_repeats_for_ever_makes_no_point() -> None:
+    router = IdaMoe(SHAPE, num_dims=4, num_groups=2)
+    with torch.no_grad():
+        router.log_deviations.fill_(-40.0)
+    routing = router(RouterInput.of(torch.ones(6, SHAPE.d_model), training=True))
+    assert torch.isfinite(routing.logits).all()
+    sum(routing.losses.values()).backward()
+    assert router.log_deviations.grad is not None
+    assert torch.isfinite(router.log_deviations.grad).all()

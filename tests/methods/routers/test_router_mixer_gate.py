@@ -98,3 +98,9 @@ def test_k_means_goes_by_absolute_distance() -> None:
     clusters = k_means(values, 2, seeded(seed), num_iterations=1, tolerance=1e6)
     assert clusters is not None
     assert clusters[2] == clusters[0] != clusters[1]
+
+
+def test_a_loss_is_needed_for_every_pair_of_context_and_expert() -> None:
+    contexts = torch.randn(6, SHAPE.d_model, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"losses of shape \(6, 3\)"):
+        MixerGate(SHAPE).refit(contexts, torch.zeros(6, 2), torch.Generator())

@@ -53,3 +53,15 @@ def test_one_allowed_expert_has_all_the_weight() -> None:
     routing = NormalizedSigmoid(SHAPE, top_k=2)(RouterInput.of(tokens(), allowed=allowed))
     assert routing.expert_ids.tolist() == [4] * 20
     torch.testing.assert_close(routing.weights, torch.ones(20))
+
+
+@pytest.mark.parametrize("over", ["chosen", "all"])
+def test_vanishing_scores_give_finite_weights_and_gradients(over: str) -> None:
+    router = NormalizedSigmoid(LayerShape(d_model=1, d_expert=8, num_experts=4), over=over)
+    with torch.no_grad():
+        router.weight.copy_(torch.linspace(-1.1, -1.4, 4)[:, None])
+    routing = router(RouterInput.of(torch.tensor([[60.0], [75.0], [100.0]])))
+    assert torch.isfinite(routing.weights).all()
+    (10 * routing.weights.sum()).backward()
+    assert router.weight.grad is not None
+    assert torch.isfinite(router.weight.grad).all()

@@ -48,3 +48,18 @@ def test_a_label_irrelevant_patch_goes_nowhere_and_experts_may_share_one() -> No
 def test_of_equal_scores_the_earlier_patch_is_taken() -> None:
     routing = PMoe(SHAPE, patches=2)(RouterInput.of(torch.ones(5, 8)))
     assert routing.token_ids.tolist() == [0, 1] * 3
+
+
+@pytest.mark.parametrize("weights", ["taken", "all"])
+def test_padding_alone_and_padding_far_above_the_rest_leave_gradients_finite(weights: str) -> None:
+    router = PMoe(LayerShape(d_model=4, d_expert=8, num_experts=2), patches=2, weights=weights)
+    sequences = torch.arange(8) // 4
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    x[3] = 1e4
+    valid = (sequences == 0) & (torch.arange(8) != 3)
+    routing = router(RouterInput(x=x, valid=valid, sequence_ids=sequences))
+    routing.weights.square().sum().backward()
+    alone = PMoe(router.shape, patches=2, weights=weights)
+    alone(RouterInput.of(x[:3])).weights.square().sum().backward()
+    assert router.weight.grad is not None
+    torch.testing.assert_close(router.weight.grad, alone.weight.grad)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mixtura.errors import UserError
+from mixtura.errors import SettingError, UserError
 from mixtura.methods.routers.pro_moe import ProMoe
 from mixtura.types import LayerShape, RouterInput, Routing
 
@@ -88,3 +88,8 @@ def test_one_prototype_alone_has_nothing_to_contrast_with() -> None:
 def test_labels_are_asked_for_by_name() -> None:
     with pytest.raises(UserError, match="labels named 'conditional'"):
         ProMoe(SHAPE)(RouterInput.of(tokens()))
+
+
+def test_one_expert_is_too_few() -> None:
+    with pytest.raises(SettingError, match=r"ProMoe keeps one expert .* needs two at least, got 1"):
+        ProMoe(LayerShape(d_model=4, d_expert=8, num_experts=1))

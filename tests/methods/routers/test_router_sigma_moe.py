@@ -47,3 +47,9 @@ def test_renormalised_weights_sum_to_one() -> None:
     routing = SigmaMoe(SHAPE, renormalize=True)(RouterInput.of(tokens()))
     sums = torch.zeros(20).index_add(0, routing.token_ids, routing.weights.detach())
     torch.testing.assert_close(sums, torch.ones(20))
+
+
+def test_no_more_experts_than_there_are() -> None:
+    router = SigmaMoe(LayerShape(d_model=4, d_expert=8, num_experts=3), start_k=8)
+    assert [router.num_active(layer, 0) for layer in range(9)] == [3, 3, 3, 3, 3, 3, 2, 2, 1]
+    assert router(RouterInput.of(torch.eye(4))).load.sum() == 12

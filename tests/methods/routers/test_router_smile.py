@@ -72,3 +72,9 @@ def test_the_loss_within_nodes_sees_each_node_apart() -> None:
 def test_nodes_must_divide_the_experts() -> None:
     with pytest.raises(SettingError, match="must divide the 6 experts"):
         Smile(SHAPE, num_nodes=4)
+
+
+@pytest.mark.parametrize("shared_rows", [True, False])
+def test_the_softmax_of_the_logits_is_the_scores(shared_rows: bool) -> None:
+    routing = Smile(SHAPE, num_nodes=2, shared_rows=shared_rows)(RouterInput.of(tokens()))
+    torch.testing.assert_close(routing.logits.softmax(-1), routing.scores)
