@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import final
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mixtura
@@ -35,6 +34,7 @@ from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
 from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
 from mixtura.errors import MixturaError, OutputError, SettingError, UnsupportedModelError, UserError
+from mixtura.report.screen import screen
 from mixtura.types import Plan
 
 __all__ = ["apply_plan", "check_plan", "planned_num_bytes"]
@@ -263,8 +263,8 @@ def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> No
 def _progress_bar(name: str, total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar on standard error; what is yielded moves it on by so many bytes."""
     size = DownloadColumn(binary_units=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), size, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), size, TimeRemainingColumn())
+    with Progress(*columns, console=screen(stderr=True), disable=not shown) as bar:
         task = bar.add_task(f"writing {name}", total=total_bytes)
 
         def advance(num_bytes: int) -> None:

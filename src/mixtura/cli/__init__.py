@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 import typer
 
 import mixtura
-from mixtura.errors import MixturaWarning, UserError, one_line
+from mixtura.errors import EXIT_USER_ERROR, MixturaWarning, UserError, one_line
 
 # Command -> line shown by `mixtura --help`; the function of that name lives in the file of that name
 # (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
@@ -30,6 +32,14 @@ COMMANDS = (
     "check",
 )
 EXIT_INTERRUPTED = 130
+# Whoever read the output went away.
+EXIT_CLOSED = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+EPILOG = (
+    "Exit codes: 0 done; 1 `check` found a promise broken; 2 mistyped, missing or damaged, and what to give "
+    "instead; 3 understood, but it cannot be had: a budget that nothing meets, more loss than --max-kl; "
+    "130 interrupted."
+)
 
 
 def _version(wanted: bool) -> bool:
@@ -47,6 +57,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
+        epilog=EPILOG,
         help="Mixture-of-Experts models from end to end: inspect, observe, fit to memory, run. "
         "Without a MODEL every command uses the specimen, a small trained model that comes with mixtura.",
     )
@@ -69,19 +80,58 @@ def main() -> None:
     # The hub is asked only when a command needs it; tokenizers warns about forks nobody asked for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _show_every_character()
+    _heed_no_color()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", MixturaWarning)
             warnings.showwarning = _shown_by(warnings.showwarning)
-            build_app()()
+            try:
+                build_app()(prog_name="mixtura")
+            finally:
+                # What is still held back fails here, where it can be said, not when Python ends.
+                _flush()
     except UserError as error:
-        typer.echo(f"error: {one_line(error)}", err=True)
-        sys.exit(error.exit_code)
+        _refuse(one_line(error), error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written by halves; a fit asked for again continues", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(0)
+        _refuse("interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            # Whoever read has read enough.
+            _abandon_output()
+            sys.exit(EXIT_CLOSED)
+        if error.errno not in _NO_ROOM:
+            raise
+        _abandon_output()
+        where = f"the disk of {error.filename}" if error.filename else "the disk that is written to"
+        _refuse(f"{where} is full ({error.strerror}); make room and give the command again", EXIT_USER_ERROR)
+
+
+def _heed_no_color() -> None:
+    """Help and usage errors without styles, too, where NO_COLOR asks for that."""
+    if os.environ.get("NO_COLOR"):
+        from typer import rich_utils
+
+        rich_utils.COLOR_SYSTEM = None
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _refuse(sentence: str, code: int) -> None:
+    """Say a sentence on standard error, if anybody still listens, and exit."""
+    with contextlib.suppress(OSError):
+        typer.echo(f"error: {sentence}", err=True)
+    sys.exit(code)
+
+
+def _abandon_output() -> None:
+    """Let what is still held back for standard output go nowhere: at its end Python would try once more."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _show_every_character() -> None:

@@ -49,8 +49,13 @@ def arena(
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
         return
+    from mixtura.report.screen import screen, show_table
+
+    rows = []
     for one in table:
         bits = one.values.get("bits_per_byte")
-        shown = "not trained: " + one.error if bits is None else f"{bits:.4f}  {one.verdict}"
-        typer.echo(f"{one.name:<24} {shown}" + ("  (leaking)" if one.leaks else ""))
+        shown = "not trained" if bits is None else f"{bits:.4f}"
+        said = one.error if bits is None else one.verdict
+        rows.append([one.name, shown, said + ("  (leaking)" if one.leaks else "")])
+    show_table(screen(), ["name", "bits per byte", "verdict"], rows, left=(0, 2))
     typer.echo(f"the page is {out / kind}.md", err=True)

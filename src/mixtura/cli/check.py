@@ -27,10 +27,11 @@ def check(
         fields = ("check", "status", "reason")
         typer.echo(json.dumps([{f: getattr(item, f) for f in fields} for item in outcomes], indent=1))
     else:
+        from mixtura.report.screen import screen, show_table
+
         marks = {"pass": "pass", "fail": "FAIL", "gap": "known gap", "stale gap": "FAIL"}
-        width = max(len(item.check) for item in outcomes)
-        for item in outcomes:
-            typer.echo(f"{item.check:<{width}}  {marks[item.status]:<9}  {item.reason}".rstrip())
+        rows = [[item.check, marks[item.status], item.reason] for item in outcomes]
+        show_table(screen(), [], rows, left=(0, 1, 2))
     failed = sum(not item.ok for item in outcomes)
     typer.echo(f"{len(outcomes) - failed} of {len(outcomes)} checks are as they should be", err=True)
     if failed:

@@ -37,15 +37,12 @@ def inspect(
 
 
 def _print(name: str, summary: ModelSummary) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from mixtura.report import counted, human_count, human_percent
+    from mixtura.report.screen import screen, show_table
     from mixtura.report.units import format_bytes
 
-    console = Console()
-    console.print(name, style="bold", highlight=False)
-    facts = Table(show_header=False, box=None, pad_edge=False)
+    console = screen()
+    console.print(name, style="bold")
     read = summary.bytes_per_token
     rows = {
         "family": summary.family,
@@ -62,16 +59,11 @@ def _print(name: str, summary: ModelSummary) -> None:
         rows["not used"] = f"{format_bytes(summary.unused_num_bytes)} that transformers leaves out"
     if summary.adapter is not None:
         rows["adapter"] = f"{summary.adapter}, beside the weights and in none of these numbers"
-    for key, value in rows.items():
-        facts.add_row(key, value)
-    console.print(facts)
-    console.print("\nMoE layers", style="bold")
-    layers = Table(box=None, pad_edge=False)
-    for header in ("layers", "experts", "chosen", "groups", "router", "shared", "width", "one expert"):
-        layers.add_column(header, justify="left" if header in ("layers", "router") else "right")
-    for run in _runs(summary.layers):
-        layers.add_row(*_cells(run))
-    console.print(layers)
+    show_table(console, [], [list(row) for row in rows.items()], left=(0, 1))
+    console.print()
+    headers = ["layers", "experts", "chosen", "groups", "router", "shared", "width", "one expert"]
+    cells = [_cells(run) for run in _runs(summary.layers)]
+    show_table(console, headers, cells, title="MoE layers", left=(0, headers.index("router")))
 
 
 def _runs(layers: tuple[LayerSummary, ...]) -> list[list[LayerSummary]]:

@@ -31,10 +31,10 @@ def methods(
     if as_json:
         typer.echo(json.dumps([item.to_dict() for item in headers], indent=1))
         return
+    from mixtura.report.screen import screen, show_table
+
+    console = screen()
     for family in shown:
-        typer.secho(f"{family.name}: {family.summary}", bold=True)
-        own = [item for item in headers if item.kind == family.name]
-        width = max((len(item.name) for item in own), default=0)
-        for item in own:
-            typer.echo(f"  {item.name:<{width}}  {item.summary}")
-    typer.echo("\nmixtura show NAME says more of one; mixtura new KIND NAME starts another")
+        rows = [[item.name, item.summary] for item in headers if item.kind == family.name]
+        show_table(console, [], rows, title=f"{family.name}: {family.summary}", left=(0, 1), indent=2)
+    console.print("\nmixtura show NAME says more of one; mixtura new KIND NAME starts another")

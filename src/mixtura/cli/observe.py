@@ -44,6 +44,7 @@ def observe(
     _check_writable(save, report)
     _check_known(statistics)
     from mixtura.checkpoints.skeleton import open_checkpoint
+    from mixtura.data.records import readable
     from mixtura.running.observing.checkpoint import observe_checkpoint, read_text
     from mixtura.running.observing.describe import describe
     from mixtura.running.observing.report import observation_page
@@ -57,7 +58,8 @@ def observe(
     if save is not None:
         trace.save(save)
     if report is not None:
-        report.write_text(observation_page(resolved.name, description), encoding="utf-8")
+        page = readable(observation_page(resolved.name, description))
+        report.write_text(page, encoding="utf-8")
     if as_json:
         typer.echo(json.dumps({"model": resolved.name, **description.to_dict()}))
     else:
@@ -89,9 +91,8 @@ def _check_known(statistics: list[str]) -> None:
 
 
 def _print(name: str, description: Description) -> None:
-    from rich.console import Console
-
     from mixtura.report import counted
+    from mixtura.report.screen import screen, show_table
     from mixtura.running.observing.report import (
         EXPLANATION,
         domain_rows,
@@ -100,32 +101,21 @@ def _print(name: str, description: Description) -> None:
         specialist_rows,
     )
 
-    console = Console()
+    console = screen()
     trace = description.trace
     read = f"{counted(sum(trace.num_tokens), 'token')} of {counted(len(trace.domains), 'domain')}"
-    console.print(f"{name}: {read}", style="bold", highlight=False)
-    _print_table(console, "By layer", *layer_rows(description))
-    _print_table(console, "By domain, over all layers", *domain_rows(description))
+    console.print(f"{name}: {read}", style="bold")
+    tables = {
+        "By layer": layer_rows(description),
+        "By domain, over all layers": domain_rows(description),
+    }
     if len(trace.domains) > 1:
-        _print_table(
-            console, "Entropy by layer and domain (never chosen)", *layer_by_domain_rows(description)
-        )
+        tables["Entropy by layer and domain (never chosen)"] = layer_by_domain_rows(description)
     if description.specialists:
         header, rows = specialist_rows(description)
-        _print_table(console, "Most specialised experts", header, rows[:_SHOWN_SPECIALISTS])
-    console.print(f"\n{EXPLANATION}", style="dim", highlight=False)
-
-
-def _print_table(console: object, title: str, header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    assert isinstance(console, Console)
-    console.print(f"\n{title}", style="bold", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for column, cells in zip(header, zip(*rows, strict=True), strict=True):
-        words = any(cell[:1].isalpha() for cell in cells)
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        tables["Most specialised experts"] = header, rows[:_SHOWN_SPECIALISTS]
+    for title, (header, rows) in tables.items():
+        words = [place for place, name in enumerate(header) if name == "domain"]
+        console.print()
+        show_table(console, header, rows, title=title, left=words)
+    console.print(f"\n{EXPLANATION}", style="dim")

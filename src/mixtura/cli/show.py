@@ -27,19 +27,19 @@ def show(
         more = {"doc": found.doc, "settings": settings, "gaps": dict(found.gaps), "path": str(found.path)}
         typer.echo(json.dumps(found.to_dict() | more, indent=1))
         return
-    paper = "no paper" if found.paper is None else f"paper {found.paper}"
-    typer.secho(f"{kind(found.kind).singular} {found.name}", bold=True)
-    typer.echo(f"{found.title} ({paper})\n\n{found.doc}\n")
-    typer.secho("Settings:", bold=True)
+    from mixtura.report.screen import screen, show_table
+
+    console = screen()
+    console.print(f"{kind(found.kind).singular} {found.name}", style="bold")
+    console.print(found.title if found.paper is None else f"Paper: {found.title}")
+    console.print(f"\n{found.doc}\n")
+    console.print("Settings:", style="bold")
     for setting in found.settings:
-        typer.echo(f"    {setting.name}: {setting.type} = {setting.default}")
+        console.print(f"    {setting.name}: {setting.type} = {setting.default}")
     if not found.settings:
-        typer.echo("    none")
-    typer.secho("\nKnown gaps:", bold=True)
-    for check, reason in found.gaps.items():
-        typer.echo(f"    {check}: {reason}")
-    if not found.gaps:
-        typer.echo("    none")
+        console.print("    none")
+    console.print("\nKnown gaps:", style="bold")
+    show_table(console, [], list(map(list, found.gaps.items())) or [["none"]], left=(0, 1), indent=4)
     if found.tags:
-        typer.echo(f"\nTags: {', '.join(found.tags)}")
-    typer.echo(f"\nFile: {found.path}")
+        console.print(f"\nTags: {', '.join(found.tags)}")
+    console.print(f"\nFile: {found.path}")

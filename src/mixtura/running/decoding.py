@@ -126,10 +126,11 @@ def decoding_config(model: PreTrainedModel, temperature: float = 0.0, **more: An
         )
     ends = _token_ids(own, "eos_token_id")
     pads = [*_token_ids(own, "pad_token_id"), *ends]
-    # transformers draws from the 50 likeliest tokens where nothing is said.
-    entries = {"eos_token_id": ends or None, "pad_token_id": pads[0] if pads else 0, "top_k": 0}
+    entries: dict[str, Any] = {"eos_token_id": ends or None, "pad_token_id": pads[0] if pads else 0}
     if temperature > 0:
-        entries |= {"do_sample": True, "temperature": float(temperature)} | _drawing(model, own)
+        # transformers draws from the 50 likeliest tokens where nothing is said.
+        entries |= {"do_sample": True, "temperature": float(temperature), "top_k": 0}
+        entries |= _drawing(model, own)
     else:
         entries["do_sample"] = False
     return CompleteConfig(**(entries | more))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from mixtura.report.screen import screen
 
 
 @final
@@ -20,8 +21,8 @@ class ProgressCallback(TrainerCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=Console(stderr=True),
+            TextColumn("{task.fields[loss]}", markup=False),
+            console=screen(stderr=True),
         )
         self._task = self._progress.add_task("training", total=None, loss="")
 

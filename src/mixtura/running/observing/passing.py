@@ -10,7 +10,6 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from mixtura.data.tokens import TokenBatch
 from mixtura.errors import UserError
 from mixtura.kernels import AssignmentObserver
 from mixtura.methods import create, header
+from mixtura.report.screen import screen
 from mixtura.running.observing.attach import Several, attached
 from mixtura.running.observing.recorder import Cursor, LayerRecorder
 from mixtura.types.trace import Trace
@@ -165,7 +165,7 @@ def _forward(model: nn.Module, batch: TokenBatch, cursor: Cursor) -> None:
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[float], None]]:
     """A progress bar on standard error that counts tokens; gives the function that advances it."""
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     columns = (
         TextColumn("observing"),
         BarColumn(),
