@@ -29,7 +29,7 @@ def fit(
         None, help="Text to keep the model good at: a file or directory of UTF-8 text or JSONL."
     ),
     max_kl: float | None = typer.Option(None, min=0.0, help="Refuse more loss than this (nats per token)."),
-    time: str = typer.Option("30m", help="Stop searching after this long and take the best so far."),
+    time: str = typer.Option("30m", help="Observe and search for so long; the best so far is written."),
     estimate: bool = typer.Option(False, "--estimate", help="Say what it would take, and stop."),
     out: Path | None = typer.Option(None, help="New directory for the result. Default: NAME-fit."),
     yes: bool = typer.Option(False, "--yes", help="Download from the hub without asking."),
@@ -38,7 +38,8 @@ def fit(
 ) -> None:
     """Make a model fit a memory budget with the least measured loss, and show the loss.
 
-    Without a budget: half of the model's weights. An interrupted fit continues when asked for again.
+    Without a budget: half of the model's weights. An interrupted fit continues when asked for again, also
+    with another budget or another --max-kl.
 
     Example: `mixtura fit ./OLMoE-1B-7B --memory 8GiB --context 2048 --out OLMoE-8GiB`
     """
@@ -81,8 +82,17 @@ def _estimate(request: Request, as_json: bool) -> None:
 def _fit(request: Request, as_json: bool) -> None:
     """Fit, saying what is being done, and print the result."""
     from mixtura.fitting import fit
+    from mixtura.fitting.ongoing import work_directory
     from mixtura.fitting.printing import narrated, print_fitted
 
-    with narrated() as notify:
-        fitted = fit(request, notify)
+    try:
+        with narrated() as notify:
+            fitted = fit(request, notify)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; nothing was written by halves: the same command goes on from what lies in "
+            f"{work_directory(request)}, and removing that directory starts over",
+            err=True,
+        )
+        raise
     typer.echo(json.dumps(fitted.to_dict(), indent=1)) if as_json else print_fitted(fitted)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
+
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.checkpoints.summary import summarize
-from mixtura.errors import BudgetError
-from mixtura.fitting.records import Request
+from mixtura.errors import BudgetError, UnmetError
+from mixtura.fitting.candidates import choice_bytes, smallest
+from mixtura.fitting.pricing import experts_of, option_bytes
+from mixtura.fitting.records import DEFAULT_CONTEXT, OPTIONS, Prices, Request
 from mixtura.fitting.result import BudgetKind
 from mixtura.fitting.runtime import known_runtime_bytes
 from mixtura.report.units import format_bytes
@@ -30,6 +34,8 @@ class Allowance:
         fixed_bytes: the account without routed experts, once those are decoded when they are used.
         active_bytes: bytes a token reads of the unchanged model.
         dense_active_bytes: those of them outside the routed experts.
+        smallest_bytes: the account of the smallest model that still runs.
+        notes: what was not done as asked, a sentence each.
     """
 
     budget_bytes: int
@@ -41,6 +47,8 @@ class Allowance:
     fixed_bytes: int
     active_bytes: float
     dense_active_bytes: float
+    smallest_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def expert_budget_bytes(self) -> int:
@@ -58,17 +66,23 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
 
     Raises:
         BudgetError: the budget is smaller than the runtime alone.
+        UnmetError: no budget was given, and no plan makes the model smaller.
     """
-    context = min(request.context, _positions(view) or request.context)
+    context, notes = _context(request, view)
     taken = account(view, context)
     packed = account(view, context, as_packed=True)
+    fixed = packed.total_bytes - packed.expert_bytes
+    least = fixed + _smallest_expert_bytes(view)
     bare = known_runtime_bytes() if runtime is None else runtime
     kind: BudgetKind = "model"
     if request.memory_bytes is not None:
         kind, budget = "process", request.memory_bytes
         left = budget - bare
     else:
-        budget = request.model_memory_bytes or taken.total_bytes - taken.weights_bytes // 2
+        budget = request.model_memory_bytes or 0
+        if not budget:
+            budget, why = _usual_budget(taken, least)
+            notes += why
         left = budget
     if left <= 0:
         raise BudgetError(
@@ -85,10 +99,55 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
         runtime_bytes=bare,
         context=context,
         account=taken,
-        fixed_bytes=packed.total_bytes - packed.expert_bytes,
+        fixed_bytes=fixed,
         active_bytes=float(summary.bytes_per_token),
         dense_active_bytes=float(summary.bytes_per_token - routed),
+        smallest_bytes=least,
+        notes=notes,
     )
+
+
+def _context(request: Request, view: CheckpointView) -> tuple[int, tuple[str, ...]]:
+    """Tokens the cache is to hold, and what is to be said of them."""
+    positions = _positions(view)
+    if positions is None or request.context <= positions:
+        return request.context, ()
+    asked = "that is the default" if request.context == DEFAULT_CONTEXT else "asked for"
+    note = (
+        f"the context is {positions} tokens, the most the model was made for, instead of the "
+        f"{request.context} {asked}"
+    )
+    return positions, (note,)
+
+
+def _usual_budget(taken: MemoryAccount, least: int) -> tuple[int, tuple[str, ...]]:
+    """Half of the weights, with cache and buffers; the least a plan can keep where that is more.
+
+    Raises:
+        UnmetError: even that is no less than the unchanged model takes.
+    """
+    half = taken.total_bytes - taken.weights_bytes // 2
+    if half >= least:
+        return half, ()
+    if least >= taken.total_bytes:
+        raise UnmetError(
+            f"this model cannot be made smaller: it takes {format_bytes(taken.total_bytes)} as it is, and "
+            f"the smallest that a plan could make of it {format_bytes(least)}"
+        )
+    note = (
+        f"no budget was given, and half of the weights, {format_bytes(half)} with cache and buffers, is less "
+        f"than any plan can keep; the budget is the smallest that one can, {format_bytes(least)}"
+    )
+    return least, (note,)
+
+
+def _smallest_expert_bytes(view: CheckpointView) -> int:
+    """What the experts of the smallest model that still runs take."""
+    layers = view.layers
+    sizes = np.concatenate([np.tile(option_bytes(x), (x.num_experts, 1)) for x in layers])
+    blank = np.zeros((len(sizes), len(OPTIONS)))
+    prices = Prices(experts_of(layers), sizes, blank, np.zeros(len(sizes), dtype=np.int64))
+    return choice_bytes(prices, smallest(prices).choice)
 
 
 def _positions(view: CheckpointView) -> int | None:

@@ -1,31 +1,39 @@
-"""What a fit would take, from the files' headers and a second of measuring this machine."""
+"""What a fit would take, from the files' headers and a few seconds of one layer on this machine."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import psutil
 
-from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
+from mixtura.checkpoints.skeleton import CheckpointView, build, open_checkpoint
 from mixtura.checkpoints.summary import ModelSummary, summarize
+from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
-from mixtura.fitting.machine import Machine, measure_machine
+from mixtura.fitting.depth import Depth, Work, choose_depth, positions
+from mixtura.fitting.machine import disk_speed
+from mixtura.fitting.pace import measure_pace
 from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import DROP, KEEP, OPTIONS, WIDTHS, Candidate, Prices, Request
+from mixtura.fitting.speed import read_rates
+from mixtura.fitting.texts import Texts, texts_of
 from mixtura.running.stream import DEFAULT_WORKING_BYTES
 
-# Candidates of a search besides one per block of layers and the widths: mixtures, drops, improvements.
-_OTHER_CANDIDATES = 12
+# Candidates of a search besides one per block of layers and the widths: mixtures and drops, and the
+# moves between blocks, about two for each of them.
+_OTHER_CANDIDATES, _MOVES_PER_BLOCK = 9, 2
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanEstimate:
-    """One kind of plan: what it would take, and the speed its bytes and its decoding allow at most."""
+    """One kind of plan: what it would take, and the speed that reading its bytes allows at most."""
 
     name: str
     weights_bytes: int
@@ -40,6 +48,9 @@ class PlanEstimate:
 class Estimate:
     """What a fit would take.
 
+    ``seconds`` is what observing and searching need to try everything, ``limit_s`` how long they may
+    take: then the search ends with the best so far, and ``less`` says what is measured in less depth.
+    ``finishing_s`` is for writing the result and the plain plan beside it, and comes after.
     ``fitting_bytes`` is the memory of the fit itself, which streams the model; ``disk_bytes`` what it
     needs free for the result, the plain plan beside it and the journal.
     """
@@ -50,6 +61,10 @@ class Estimate:
     runtime_bytes: int
     context: int
     seconds: float
+    limit_s: float
+    finishing_s: float
+    less: Depth | None
+    notes: tuple[str, ...]
     bytes_read: int
     bytes_written: int
     disk_bytes: int
@@ -63,39 +78,63 @@ class Estimate:
 
 
 def estimate_fit(request: Request) -> Estimate:
-    """Predict time, bytes, disk, memory and speeds of a fit; reads headers only and runs no model.
+    """Predict time, bytes, disk, memory and speeds of a fit; runs one layer of the model for a moment.
 
     Raises:
-        UserError: the model or the budget cannot be worked with.
+        UserError: the model, its text or the budget cannot be worked with.
     """
     view = open_checkpoint(request.model)
     runtime = psutil.Process(os.getpid()).memory_info().rss
     allowed = allowance(request, view, runtime)
-    machine = measure_machine(view.files[0])
+    texts = texts_of(request, allowed.context, load_tokenizer(view.path))
+    rates = read_rates(build(view).dtype)
     summary = summarize(view)
     prices = _blank_prices(view)
     options = tuple(
-        _plan_estimate(name, candidate, prices, allowed, machine)
-        for name, candidate in _kinds_of_plan(prices)
+        _plan_estimate(name, candidate, prices, allowed, rates) for name, candidate in _kinds_of_plan(prices)
     )
-    passes = 3 + min(MOST_BLOCKS, len(view.layers)) + len(WIDTHS) + _OTHER_CANDIDATES
+    work = Work(view, measure_pace(view))
+    num_candidates = _num_candidates(view)
     written = min(allowed.model_budget_bytes, summary.num_bytes) * 2
-    seconds = _seconds(summary, machine, request, passes, written)
-    states = request.held_out_tokens * summary.layers[0].d_model * 4
+    judged, seen = positions(texts.held_out), positions(texts.calibration)
+    trying = _searching_s(work, texts, num_candidates)
+    depth = choose_depth(work, texts, request.time_s)
+    kept = (judged + seen * len(view.layers)) * summary.layers[0].d_model * 2
     return Estimate(
         model=request.name or str(request.model),
         budget_bytes=allowed.budget_bytes,
         model_budget_bytes=allowed.model_budget_bytes,
         runtime_bytes=runtime,
         context=allowed.context,
-        seconds=min(seconds, request.time_s + 2 * summary.num_bytes / machine.disk_bytes),
-        bytes_read=summary.num_bytes * passes,
-        bytes_written=written + states,
-        disk_bytes=written + states,
-        fitting_bytes=runtime + _streaming_bytes(summary, request),
+        seconds=work.observing_s(seen, None) + trying,
+        limit_s=request.time_s,
+        finishing_s=_finishing_s(work, summary, written, Path(view.files[0])),
+        less=None if depth.is_full else depth,
+        notes=allowed.notes,
+        bytes_read=summary.num_bytes * (2 + num_candidates),
+        bytes_written=written + kept,
+        disk_bytes=written + kept,
+        fitting_bytes=runtime + _streaming_bytes(summary, texts),
         smallest_bytes=min(option.accounted_bytes for option in options),
         options=options,
     )
+
+
+def _num_candidates(view: CheckpointView) -> int:
+    blocks = min(MOST_BLOCKS, len(view.layers))
+    return len(WIDTHS) + (1 + _MOVES_PER_BLOCK) * blocks + _OTHER_CANDIDATES
+
+
+def _searching_s(work: Work, texts: Texts, num_candidates: int) -> float:
+    """All candidates; of a model so small that rounded experts are kept, each width is rounded once."""
+    once = sum(work.rounding_s(option) for option in range(1, DROP)) if work.keeps_rounded else 0.0
+    return work.pass_s(texts.held_out) + once + num_candidates * work.candidate_s(texts.held_out)
+
+
+def _finishing_s(work: Work, summary: ModelSummary, written: int, file: Path) -> float:
+    """Rounding the experts of two plans once more, reading the source and writing them."""
+    rounding = 2 * max(work.rounding_s(option) for option in range(1, DROP))
+    return rounding + written / disk_speed(file) + summary.num_bytes * work.pace.cold_s
 
 
 def _blank_prices(view: CheckpointView) -> Prices:
@@ -116,22 +155,17 @@ def _kinds_of_plan(prices: Prices) -> list[tuple[str, Candidate]]:
 
 
 def _plan_estimate(
-    name: str, candidate: Candidate, prices: Prices, allowed: Allowance, machine: Machine
+    name: str, candidate: Candidate, prices: Prices, allowed: Allowance, rates: Mapping[int, float]
 ) -> PlanEstimate:
     chosen = np.asarray(candidate.choice)
     sizes = prices.num_bytes[np.arange(len(chosen)), chosen]
     saved = int(prices.num_bytes[:, KEEP].sum() - sizes.sum())
-    active, seconds = allowed.dense_active_bytes, allowed.dense_active_bytes / machine.read_bytes
+    active, seconds = allowed.dense_active_bytes, allowed.dense_active_bytes / rates[KEEP]
     for layer, top_k in prices.experts.top_k.items():
         here = prices.experts.of_layer(layer) & (chosen != DROP)
         read = top_k * float(sizes[here].mean())
         active += read
-        seconds += read / machine.read_bytes
-        option = int(chosen[here][0])
-        if option != KEEP:
-            # Two bytes a weight in bfloat16, written when it is decoded and read again to multiply.
-            weights = top_k * float(prices.num_bytes[here, KEEP].mean()) / 2
-            seconds += weights / machine.decode_weights[WIDTHS[option - 1]] + 2 * weights / machine.read_bytes
+        seconds += read / rates[int(chosen[here][0])]
     unchanged = set(candidate.choice) == {KEEP}
     accounted = allowed.account.total_bytes if unchanged else allowed.fixed_bytes + int(sizes.sum())
     return PlanEstimate(
@@ -144,20 +178,11 @@ def _plan_estimate(
     )
 
 
-def _seconds(summary: ModelSummary, machine: Machine, request: Request, passes: int, written: int) -> float:
-    """Reading, computing, encoding and writing, one after the other."""
-    reading = passes * summary.num_bytes / machine.disk_bytes
-    tokens = request.calibration_tokens * (1 + len(WIDTHS)) + request.held_out_tokens * passes
-    computing = 2 * summary.active_parameters * tokens / (machine.matmul_flops / 2)
-    slowest = min(machine.encode_weights.values())
-    encoding = (passes + len(WIDTHS)) * summary.expert_parameters / slowest
-    return reading + computing + encoding + written / machine.disk_bytes
-
-
-def _streaming_bytes(summary: ModelSummary, request: Request) -> int:
+def _streaming_bytes(summary: ModelSummary, texts: Texts) -> int:
     """One layer without experts, an expert dense and in float32, activations and final states."""
+    num_tokens = max(positions(texts.calibration), positions(texts.held_out))
     expert = max(layer.expert_parameters for layer in summary.layers) * 12
     dense = (summary.num_bytes - summary.expert_num_bytes) // max(summary.num_layers, 1)
-    states = request.held_out_tokens * summary.layers[0].d_model * 4
+    states = positions(texts.held_out) * summary.layers[0].d_model * 4
     width = summary.layers[0].d_model * 16 + summary.layers[0].top_k * summary.layers[0].d_model * 2
-    return expert + dense + states + min(DEFAULT_WORKING_BYTES, request.held_out_tokens * width)
+    return expert + dense + states + min(DEFAULT_WORKING_BYTES, num_tokens * width)

@@ -120,5 +120,6 @@ def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         told = "; ".join(f"{key} was {begun.get(key)}, is now {wanted.get(key)}" for key in differing)
         raise OutputError(
             f"{directory} holds a fit begun with other settings ({told}); repeat the first settings to "
-            f"continue it, delete that directory to start over, or choose another --out"
+            f"continue it (the budget and --max-kl may differ), delete that directory to start over, or "
+            f"choose another --out"
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import final
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy import ndarray
 from safetensors.torch import load_file, save_file
@@ -16,17 +16,19 @@ from torch import Tensor
 
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.candidates import choice_bytes
+from mixtura.fitting.clock import Clock, Notify, Progress, watched
+from mixtura.fitting.depth import keeps_rounded
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.pricing import requantized, width_quantizers
 from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summarise
-from mixtura.fitting.records import DROP, KEEP, WIDTHS, Candidate, Measured, Prices, Quality
+from mixtura.fitting.records import DROP, KEEP, Candidate, Measured, Prices, Quality
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.kernels import ExpertTensors
-from mixtura.running.stream import Streamed
+from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
 
-_REFERENCE = "reference.safetensors"
-# Only of models so small that this is less than PyTorch itself takes are rounded experts kept.
-_MOST_ROUNDED_BYTES = 256 << 20
+_REFERENCE, _ORIGINAL = "reference.safetensors", "original"
+# Of the time the last candidate took, what must be left for another to be begun.
+_SHARE_OF_PASS = 0.8
 
 
 @final
@@ -41,8 +43,7 @@ class Judge:
         view: the original on disk.
         held_out: the text to judge by.
         journal: where the reference and the measurements are kept.
-        deadline: when to raise `OutOfTimeError` instead of measuring a second candidate, in
-            `time.monotonic` seconds.
+        clock: looked at between layers, but for the first candidate.
         notify: told what is being measured.
     """
 
@@ -52,32 +53,28 @@ class Judge:
         held_out: tuple[HeldOut, ...],
         journal: Journal,
         *,
-        deadline: float,
+        clock: Clock,
         seed: int,
-        notify: Callable[[str], None],
+        notify: Notify,
     ) -> None:
         self.view = view
         self._held_out = held_out
         self._journal = journal
-        self._deadline = deadline
+        self._clock = clock
         self._seed = seed
         self._notify = notify
-        self._notes = journal.notes()
-        self._has_measured = False
+        self._has_been_asked = False
+        self._pass_s = 0.0
         self._states = self._reference()
+        self._notes = journal.notes()
         self._sizes: _Sizes | None = None
         # Candidates share most of their experts, and rounding them takes a third of a measurement.
         self._rounded: dict[tuple[int, int, int], ExpertTensors] = {}
-        self._keeps_rounded = len(WIDTHS) * view.num_bytes <= _MOST_ROUNDED_BYTES
+        self._keeps_rounded = keeps_rounded(view)
 
     def original(self) -> Quality:
         """The original itself: KL 0, its perplexity and its exact answers."""
-        noted = self._notes.get("original")
-        if noted is None:
-            quality = self._judge(Streamed(self.view))
-            noted = asdict(quality)
-            self._journal.note("original", noted)
-        return Quality(**noted)
+        return Quality(**self._notes[_ORIGINAL])
 
     def price_with(self, prices: Prices, fixed_bytes: int, dense_active_bytes: float) -> None:
         """What `measure` needs to say what a candidate takes.
@@ -93,18 +90,20 @@ class Judge:
         """A candidate's loss and what it takes.
 
         Raises:
-            OutOfTimeError: the deadline has passed, another candidate has been measured, and the journal
-                does not know this one.
+            OutOfTimeError: the time is over, or would be before the candidate is measured; it is not the
+                first one, and the journal does not know it.
         """
         assert self._sizes is not None
+        # The first candidate, the plain plan, is measured however little time there is.
+        is_needed, self._has_been_asked = not self._has_been_asked, True
         noted = self._notes.get(candidate.key)
         if noted is not None:
-            return Measured.from_dict(noted)
-        # The first candidate, the plain plan, is measured however little time there is.
-        if self._has_measured and time.monotonic() > self._deadline:
-            raise OutOfTimeError
-        self._notify(candidate.label)
-        quality = self._judge(self._streamed(candidate))
+            quality = Measured.from_dict(noted).quality
+        else:
+            if not is_needed and self._clock.left_s < self._pass_s:
+                raise OutOfTimeError
+            self._notify(candidate.label)
+            quality = self._judge(candidate, None if is_needed else self._clock)
         measured = Measured(
             candidate=candidate,
             expert_bytes=choice_bytes(self._sizes.prices, candidate.choice),
@@ -112,8 +111,8 @@ class Judge:
             active_bytes=self._sizes.active(candidate),
             quality=quality,
         )
-        self._journal.note(candidate.key, measured.to_dict())
-        self._has_measured = True
+        if noted is None:
+            self._journal.note(candidate.key, measured.to_dict())
         return measured
 
     def _streamed(self, candidate: Candidate) -> Streamed:
@@ -144,13 +143,25 @@ class Judge:
                 dropped.setdefault(layer, []).append(number)
         return Streamed(self.view, transform, dropped=dropped)
 
-    def _judge(self, streamed: Streamed) -> Quality:
+    def _judge(self, candidate: Candidate, clock: Clock | None) -> Quality:
         started = time.monotonic()
-        scored = [
-            (self._scores(streamed, text, states), text)
-            for text, states in zip(self._held_out, self._states, strict=True)
-        ]
+        streamed = self._streamed(candidate)
+        with watched(streamed, self._progress(streamed, candidate.label), clock):
+            scored = [
+                (self._scores(streamed, text, states), text)
+                for text, states in zip(self._held_out, self._states, strict=True)
+            ]
+        # What a candidate took is what the next one will take, about.
+        self._pass_s = _SHARE_OF_PASS * (time.monotonic() - started)
         return summarise(scored, time.monotonic() - started, self._seed)
+
+    def _progress(self, streamed: Streamed, what: str) -> Progress:
+        """Counts the layers of all parts of the text."""
+        shapes = (text.input_ids.shape for text in self._held_out)
+        num_batches = sum(
+            len(list(streamed.batches(*shape, max_bytes=DEFAULT_WORKING_BYTES))) for shape in shapes
+        )
+        return Progress(what, num_batches * len(self.view.layers), self._notify)
 
     def _scores(self, streamed: Streamed, text: HeldOut, states: Float[Tensor, "S T D"]) -> Scores:
         targets = text.input_ids.roll(-1, 1).reshape(-1)
@@ -167,20 +178,48 @@ class Judge:
     def _reference(self) -> list[Tensor]:
         """The original's final states on the held-out text, from the journal if it has them."""
         path = self._journal.path(_REFERENCE)
-        if not path.is_file():
-            self._notify("the original on held-out text")
-            streamed = Streamed(self.view)
-            states = {
-                str(number): streamed.hidden(text.input_ids, text.attention_mask).contiguous()
-                for number, text in enumerate(self._held_out)
-            }
-
-            def save(aside: Path) -> None:
-                save_file(states, str(aside))
-
-            self._journal.write(_REFERENCE, save)
+        if not path.is_file() or _ORIGINAL not in self._journal.notes():
+            self._measure_original()
         loaded = load_file(str(path))
         return [loaded[str(number)] for number in range(len(self._held_out))]
+
+    def _measure_original(self) -> None:
+        """Run the original once, for its states and for what it scores beside itself."""
+        what = "the original on held-out text"
+        self._notify(what)
+        started = time.monotonic()
+        streamed = Streamed(self.view)
+        states: dict[str, Tensor] = {}
+        scored = []
+        with watched(streamed, self._progress(streamed, what), None):
+            for number, text in enumerate(self._held_out):
+                scores, states[str(number)] = _own_scores(streamed, text)
+                scored.append((scores, text))
+
+        def save(aside: Path) -> None:
+            save_file(states, str(aside))
+
+        self._journal.write(_REFERENCE, save)
+        self._journal.note(_ORIGINAL, asdict(summarise(scored, time.monotonic() - started, self._seed)))
+
+
+def _own_scores(streamed: Streamed, text: HeldOut) -> tuple[Scores, Tensor]:
+    """A model beside itself, and its final states."""
+    targets = text.input_ids.roll(-1, 1).reshape(-1)
+    chunks: list[Scores] = []
+    states: list[Tensor] = []
+
+    def on_logits(logits: Tensor, positions: Tensor) -> None:
+        chunks.append(score_chunk(logits, logits, targets[positions]))
+
+    streamed.run(
+        text.input_ids,
+        text.attention_mask,
+        on_logits=on_logits,
+        wanted=text.predicted,
+        on_states=states.append,
+    )
+    return join(chunks), torch.cat(states)
 
 
 @final

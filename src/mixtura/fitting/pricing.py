@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.droppable import least_kept
+from mixtura.errors import CheckpointError
 from mixtura.fitting.records import DROP, KEEP, OPTIONS, QUANTIZER, WIDTHS, Experts, Prices
 from mixtura.kernels import ExpertMath, ExpertTensors
 from mixtura.kernels.matmul import linear
@@ -21,6 +23,7 @@ from mixtura.methods import create
 from mixtura.methods.quantizers import Quantizer
 
 _ALIGNMENT = 64
+STATISTIC = "weighted_output_norm"
 
 
 def width_quantizers() -> dict[int, Quantizer]:
@@ -45,15 +48,32 @@ class LayerPricer:
 
     An `mixtura.kernels.AssignmentObserver`. The error of an assignment is the squared distance
     between what the expert adds to the layer's output and what it would add under the option.
+
+    Args:
+        layer: the layer.
+        math: what its experts compute around their matrices.
+        num_priced: experts that are run again under every option, spread evenly; all if not given. The
+            others' errors are taken to be the same share of their outputs.
     """
 
-    def __init__(self, layer: LayerView, math: ExpertMath) -> None:
+    def __init__(self, layer: LayerView, math: ExpertMath, num_priced: int | None = None) -> None:
         self.layer = layer
         self._math = math
         self._quantizers = width_quantizers()
+        self._statistic = create("statistics", STATISTIC)
+        self.price_only(num_priced)
         self.sums = np.zeros((layer.num_experts, len(OPTIONS)))
+        # Squared outputs of the rows that were run again.
+        self.compared = np.zeros(layer.num_experts)
+        self.importance = np.zeros(layer.num_experts)
         self.load = np.zeros(layer.num_experts, dtype=np.int64)
-        self.num_tokens = 0
+        self.num_tokens = np.zeros(1, dtype=np.int64)
+
+    def price_only(self, num_priced: int | None) -> None:
+        """Run so many experts again from now on."""
+        num_experts = self.layer.num_experts
+        step = 1 if num_priced is None else max(1, num_experts // num_priced)
+        self._priced = range(0, num_experts, step)
 
     def start(
         self,
@@ -79,21 +99,68 @@ class LayerPricer:
         if token_ids.numel() == 0:
             return
         squares = weights.double().square()
-        self.layer.check_finite([expert])
+        whole = float((squares * outputs.float().square().sum(-1)).sum())
+        if expert in self._priced:
+            self.layer.check_finite([expert])
+            self.compared[expert] += whole
+            self._price(expert, squares, inputs, outputs)
+        self.sums[expert, DROP] += whole
+        self.importance[expert] += float(self._statistic.measure(inputs, outputs, weights).double().sum())
+        self.load[expert] += token_ids.numel()
+
+    def _price(self, expert: int, squares: Tensor, inputs: Tensor, outputs: Tensor) -> None:
         tensors = self.layer.native_expert(expert)
         for option, quantizer in self._quantizers.items():
             changed = requantized(tensors, quantizer, transposed=self.layer.layout.transposed)
-            there = _outputs(inputs, _as(changed, inputs.dtype), self._math)
+            there = outputs_of(inputs, _as(changed, inputs.dtype), self._math)
             distance = (there.float() - outputs.float()).square().sum(-1)
             self.sums[expert, option] += float((squares * distance).sum())
-        self.sums[expert, DROP] += float((squares * outputs.float().square().sum(-1)).sum())
-        self.load[expert] += token_ids.numel()
 
     def finish(self) -> None:
-        """Nothing is left to do after a batch."""
+        """Refuse outputs that are no numbers.
+
+        Raises:
+            CheckpointError: the sums became NaN or infinite.
+        """
+        if not (np.isfinite(self.sums).all() and np.isfinite(self.importance).all()):
+            raise CheckpointError(
+                f"the outputs or routing weights of layer {self.layer.index} became NaN or infinite; the "
+                f"checkpoint is damaged, or its dtype cannot hold its activations: download it again or use "
+                f"float32"
+            )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything added up so far, by name; `restore` takes it back to the last bit."""
+        return {name: getattr(self, name).copy() for name in _SUMS}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from what `snapshot` gave."""
+        for name in _SUMS:
+            setattr(self, name, snapshot[name].copy())
+
+    def errors(self, usual: Float[ndarray, " O"]) -> Float[ndarray, "E O"]:
+        """Errors of all assignments added up, for every expert.
+
+        Args:
+            usual: error of each option as a share of the output, for a layer none of whose experts was
+                run again.
+        """
+        compared = self.compared.sum()
+        shares = self.sums.sum(0) / compared if compared > 0 else usual
+        found = self.sums.copy()
+        for expert in range(self.layer.num_experts):
+            whole, seen = self.sums[expert, DROP], self.compared[expert]
+            if seen == whole:
+                continue
+            own = self.sums[expert] / seen if seen > 0 else shares
+            found[expert, :DROP] = (own * whole)[:DROP]
+        return found
 
 
-def _outputs(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n D"]:
+_SUMS = ("sums", "compared", "importance", "load", "num_tokens")
+
+
+def outputs_of(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n D"]:
     """What an expert of these tensors makes of rows, before weighting."""
     hidden = math.activation(linear(x, math.matrix(tensors.up), tensors.up_bias))
     outputs = linear(hidden, math.matrix(tensors.down), tensors.down_bias)
@@ -108,21 +175,47 @@ def collect_prices(pricers: Sequence[LayerPricer], keep_dtype: torch.dtype | Non
     """The prices of all layers together.
 
     An expert seen rarely is priced with one more assignment of the layer's average error, so that
-    one that calibration text never reached is not free to ruin.
+    one that calibration text never reached is not free to ruin. A layer that was not reached at all is
+    taken to be like the average of the others.
     """
-    layers, errors, sizes = [], [], []
+    layers, errors, sizes, loads = [], [], [], []
+    usual = _usual_shares(pricers)
     for pricer in pricers:
-        average = pricer.sums.sum(0) / max(int(pricer.load.sum()), 1)
-        errors.append((pricer.sums + average) / max(pricer.num_tokens, 1))
+        sums, load = pricer.errors(usual), pricer.load
+        average = sums.sum(0) / max(int(load.sum()), 1)
+        errors.append((sums + average) / max(int(pricer.num_tokens[0]), 1))
         row = option_bytes(pricer.layer, keep_dtype)
         sizes.append(np.tile(row, (pricer.layer.num_experts, 1)))
         layers.append(pricer.layer)
+        loads.append(load)
+    reached = [number for number, pricer in enumerate(pricers) if pricer.num_tokens[0]]
+    for number, pricer in enumerate(pricers):
+        if not pricer.num_tokens[0]:
+            like = [errors[other].mean(0) for other in reached] or [usual]
+            errors[number] = np.tile(np.mean(like, axis=0), (pricer.layer.num_experts, 1))
     return Prices(
         experts=experts_of(layers),
         num_bytes=np.concatenate(sizes),
         errors=np.concatenate(errors),
-        load=np.concatenate([pricer.load for pricer in pricers]),
+        load=np.concatenate(loads),
     )
+
+
+def collect_importance(pricers: Sequence[LayerPricer]) -> Float[ndarray, " M"]:
+    """How much each expert matters: the mean of routing weight times output norm (REAP's score)."""
+    return np.concatenate([pricer.importance / np.maximum(pricer.load, 1) for pricer in pricers])
+
+
+def _usual_shares(pricers: Sequence[LayerPricer]) -> Float[ndarray, " O"]:
+    """Error of each option as a share of the output, over all layers."""
+    compared = sum(float(pricer.compared.sum()) for pricer in pricers)
+    if compared > 0:
+        shares: Float[ndarray, " O"] = np.sum([pricer.sums.sum(0) for pricer in pricers], axis=0) / compared
+    else:
+        # Squared steps of the widths' levels, as rounding makes them where the weights are of one size.
+        shares = np.array([0.0, *((2.0 / (1 << bits)) ** 2 for bits in WIDTHS), 1.0])
+    shares[DROP] = 1.0
+    return shares
 
 
 def experts_of(layers: Sequence[LayerView]) -> Experts:
@@ -158,8 +251,8 @@ def option_bytes(layer: LayerView, keep_dtype: torch.dtype | None = None) -> Int
     return sizes
 
 
-def save_prices(prices: Prices, path: Path) -> None:
-    """Write prices as one safetensors file."""
+def save_prices(prices: Prices, importance: Float[ndarray, " M"], path: Path) -> None:
+    """Write prices and importances as one safetensors file."""
     arrays: dict[str, Any] = {
         "layers": prices.experts.layers,
         "numbers": prices.experts.numbers,
@@ -169,11 +262,12 @@ def save_prices(prices: Prices, path: Path) -> None:
         "num_bytes": prices.num_bytes,
         "errors": prices.errors,
         "load": prices.load,
+        "importance": importance,
     }
     save_file(arrays, str(path))
 
 
-def load_prices(path: Path) -> Prices:
+def load_prices(path: Path) -> tuple[Prices, Float[ndarray, " M"]]:
     """Read what `save_prices` wrote."""
     arrays = load_file(str(path))
 
@@ -187,4 +281,5 @@ def load_prices(path: Path) -> Prices:
         by_layer("num_groups"),
         by_layer("least_kept"),
     )
-    return Prices(experts, arrays["num_bytes"], arrays["errors"], arrays["load"])
+    prices = Prices(experts, arrays["num_bytes"], arrays["errors"], arrays["load"])
+    return prices, arrays["importance"]

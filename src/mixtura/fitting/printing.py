@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 from mixtura.fitting.estimate import Estimate
 from mixtura.fitting.report import domain_rows, table_rows
 from mixtura.fitting.result import Fitted
+from mixtura.report import human_number
 from mixtura.report.units import format_bytes, format_seconds
 
 _MOST_COLUMNS = 7
@@ -23,7 +24,9 @@ def narrated() -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     started = time.monotonic()
     if not console.is_terminal:
-        yield lambda text: console.print(f"[{time.monotonic() - started:6.1f} s] {text}", markup=False)
+        yield lambda text: console.print(
+            f"[{time.monotonic() - started:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True
+        )
         return
     with console.status("starting") as status:
 
@@ -59,19 +62,21 @@ def print_fitted(fitted: Fitted) -> None:
             f"context and working buffers) of the {format_bytes(fitted.model_budget_bytes)} there are. "
             f"Nothing was written."
         )
+        _print_remarks(console, fitted.remarks)
         return
     print_table(console, "Models", *table_rows(fitted.rows, fitted.runtime_bytes))
     console.print()
     print_table(console, "By domain, on held-out text", *domain_rows(fitted.rows))
     console.print()
-    for row in fitted.rows:
-        if row.note:
-            console.print(f"{row.name}: {row.note}")
-    if fitted.out_of_time:
-        console.print("The time was over before everything was tried; --time gives the search longer.")
+    _print_remarks(console, fitted.remarks)
     console.print(f"model   {fitted.out}")
     console.print(f"report  {fitted.out}/report.html")
     console.print(f'try     mixtura generate {fitted.out} "..."', highlight=False)
+
+
+def _print_remarks(console: Console, remarks: Iterable[str]) -> None:
+    for remark in remarks:
+        console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_estimate(estimate: Estimate) -> None:
@@ -84,7 +89,7 @@ def print_estimate(estimate: Estimate) -> None:
             format_bytes(option.accounted_bytes),
             format_bytes(option.accounted_bytes + estimate.runtime_bytes),
             format_bytes(option.active_bytes),
-            f"{option.tokens_per_second:.3g}",
+            human_number(option.tokens_per_second),
             "yes" if option.fits else "no",
         ]
         for option in estimate.options
@@ -101,8 +106,15 @@ def print_estimate(estimate: Estimate) -> None:
     console.print(
         f"budget          {format_bytes(estimate.model_budget_bytes)} for weights, cache and buffers"
     )
-    console.print(f"time            about {format_seconds(estimate.seconds)}")
+    limit = format_seconds(estimate.limit_s)
+    console.print(f"time needed     about {format_seconds(estimate.seconds)} to try everything")
+    console.print(
+        f"time limit      {limit} (--time), then about {format_seconds(estimate.finishing_s)} to write"
+    )
     console.print(f"bytes read      {format_bytes(estimate.bytes_read)}")
     console.print(f"bytes written   {format_bytes(estimate.bytes_written)}")
     console.print(f"disk needed     {format_bytes(estimate.disk_bytes)}")
     console.print(f"memory to fit   {format_bytes(estimate.fitting_bytes)}")
+    _print_remarks(console, estimate.notes)
+    if estimate.less is not None:
+        _print_remarks(console, [f"within {limit}, {estimate.less.told}"])

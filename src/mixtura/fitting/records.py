@@ -20,6 +20,7 @@ WIDTHS = (8, 4, 2)
 OPTIONS = ("keep", *(f"{bits} bit" for bits in WIDTHS), "drop")
 KEEP, DROP = 0, len(OPTIONS) - 1
 QUANTIZER = "round_to_nearest"
+DEFAULT_CONTEXT = 4096
 
 
 @final
@@ -28,7 +29,8 @@ class Request:
     """What the user asked of a fit.
 
     Exactly one of ``memory_bytes`` (the whole process) and ``model_memory_bytes`` (weights, cache
-    and working buffers) may be given; without either the budget is half of the model's weights.
+    and working buffers) may be given; without either the budget is half of the model's weights, or the
+    least that a plan can keep. ``time_s`` is for observing and searching; writing and checking come after.
     """
 
     model: Path
@@ -36,7 +38,7 @@ class Request:
     name: str = ""
     memory_bytes: int | None = None
     model_memory_bytes: int | None = None
-    context: int = 4096
+    context: int = DEFAULT_CONTEXT
     text: Path | None = None
     max_kl: float | None = None
     time_s: float = 1800.0

@@ -123,11 +123,8 @@ def _result(fitted: Fitted) -> Iterable[Html]:
     )
     headers, cells = table_rows(fitted.rows, fitted.runtime_bytes)
     yield table_html(headers, cells, caption="The models", highlight=[len(cells) - 1])
-    for row in fitted.rows:
-        if row.note:
-            yield note(f"{row.name}: {row.note}")
-    if fitted.out_of_time:
-        yield note("The time was over before everything was tried; this is the best of what was measured.")
+    for remark in fitted.remarks:
+        yield note(remark)
 
 
 def _domains(fitted: Fitted) -> Iterable[Html]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.records import Measured, Quality
+from mixtura.report import human_number, human_percent
 from mixtura.types import Plan
 
 BudgetKind = Literal["process", "model"]
@@ -46,6 +47,44 @@ class Sample:
     after: str
 
 
+def time_over(left_out: tuple[str, ...]) -> tuple[str, ...]:
+    """The sentence that says what a search left out, where it did.
+
+    >>> time_over(("even drops",))
+    ('the time was over before everything was tried; left out: even drops; --time gives the search longer',)
+    """
+    if not left_out:
+        return ()
+    told = "; left out: " + ", ".join(left_out)
+    return (f"the time was over before everything was tried{told}; --time gives the search longer",)
+
+
+_BEFORE, _LOSS = "\n## Use\n", "## Measured loss"
+
+
+def card_with_loss(card: str, row: Row) -> str:
+    """A model card that says what was lost, before how to use the model; one that says it stays as it is."""
+    if _LOSS in card:
+        return card
+    quality = row.quality
+    lines = [
+        "",
+        _LOSS,
+        "",
+        f"On {quality.num_tokens} tokens of held-out text, which the plan was chosen by:",
+        "",
+        f"- KL divergence to the source: {human_number(quality.kl)} nats per token, 95 % interval "
+        f"{human_number(quality.kl_low)} to {human_number(quality.kl_high)}",
+        f"- same most likely token: {human_percent(quality.equal_top)}",
+        f"- perplexity: {human_number(quality.perplexity[ALL])}",
+        "",
+        "`measured.json` has all of it, with how it was measured; `report.html` shows it.",
+        "",
+    ]
+    before, use, after = card.partition(_BEFORE)
+    return before + "\n".join(lines) + use + after
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
@@ -65,6 +104,8 @@ class Fitted:
         choice_map: per MoE layer, the option of each expert by name.
         untouched: names of every tensor that was copied as it was.
         samples: answers side by side.
+        left_out: kinds of candidates that the time did not reach.
+        notes: what was not done as asked or measured in full, and why; a sentence each.
         about: seed, threads, hardware, versions, date, tokens, seconds by step.
     """
 
@@ -81,7 +122,8 @@ class Fitted:
     choice_map: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     untouched: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()
-    out_of_time: bool = False
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,6 +135,17 @@ class Fitted:
     def after(self) -> Row:
         """The model to use: the chosen one, or the unchanged one where that fits."""
         return self.rows[-1]
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time was over before everything was tried."""
+        return bool(self.left_out)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Everything a reader should know beside the numbers, a sentence each."""
+        rows = tuple(f"{row.name}: {row.note}" for row in self.rows if row.note)
+        return (*self.notes, *time_over(self.left_out), *rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The object `mixtura fit --json` prints."""
@@ -130,5 +183,7 @@ class Fitted:
                 for m in self.tried
             ],
             "out_of_time": self.out_of_time,
+            "left_out": list(self.left_out),
+            "notes": list(self.remarks),
             "about": dict(self.about),
         }

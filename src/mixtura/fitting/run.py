@@ -6,62 +6,43 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
 
 import mixtura
-from mixtura.checkpoints.apply import apply_plan
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import BudgetError, OutputError
 from mixtura.fitting.budget import Allowance, allowance
-from mixtura.fitting.candidates import smallest
+from mixtura.fitting.clock import Clock, Notify
+from mixtura.fitting.depth import Depth, Work, choose_depth, shortened
 from mixtura.fitting.environment import environment
-from mixtura.fitting.journal import Journal, open_journal
+from mixtura.fitting.journal import open_journal
 from mixtura.fitting.judging import Judge
-from mixtura.fitting.observing import importance_of, priced_trace
-from mixtura.fitting.pricing import experts_of, option_bytes
+from mixtura.fitting.observing import observed
+from mixtura.fitting.ongoing import Ongoing, model_directory, work_directory, written
+from mixtura.fitting.pace import measure_pace
 from mixtura.fitting.records import OPTIONS, Measured, Prices, Quality, Request
 from mixtura.fitting.report import report_html
-from mixtura.fitting.result import Fitted, Row, Sample
+from mixtura.fitting.result import Fitted, Row, Sample, card_with_loss, time_over
+from mixtura.fitting.rows import rows_of, samples_of
 from mixtura.fitting.search import Found, Search
-from mixtura.fitting.texts import Texts, load_texts
-from mixtura.fitting.verifying import Verified, sample_answers, verify
+from mixtura.fitting.texts import Texts, sequence_length, texts_of
 from mixtura.report.units import format_bytes
 from mixtura.types import Plan
-from mixtura.types.trace import Trace
-
-Notify = Callable[[str], None]
 
 _SEQUENCE_LENGTH = 512
 _REPORT = "report.html"
 _MEASURED = "measured.json"
-
-
-@final
-@dataclass(slots=True)
-class _Fit:
-    """What one fit knows as it goes along."""
-
-    request: Request
-    view: CheckpointView
-    tokenizer: Any
-    allowance: Allowance
-    texts: Texts
-    journal: Journal
-    notify: Notify
-    started: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def timed(self, step: str, since: float) -> None:
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - since
+_CARD = "README.md"
+_DEPTH = "depth"
 
 
 def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
@@ -76,28 +57,24 @@ def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
     Raises:
         UserError: the model, text, budget or output cannot be worked with; says why and what can.
     """
-    started = time.monotonic()
     check_out(request)
     view = open_checkpoint(request.model)
     notify("accounting for memory")
     allowed = allowance(request, view)
+    for note in allowed.notes:
+        notify(note)
     if allowed.account.total_bytes <= allowed.model_budget_bytes:
         return _unchanged(request, view, allowed)
-    check_smallest(view, allowed)
+    check_smallest(allowed)
     tokenizer = load_tokenizer(view.path)
-    texts = load_texts(
-        request.text,
-        tokenizer,
-        length=min(_SEQUENCE_LENGTH, allowed.context),
-        calibration_tokens=request.calibration_tokens,
-        held_out_tokens=request.held_out_tokens,
-        seed=request.seed,
-        num_embeddings=num_embeddings_of(view.config),
-    )
+    texts = texts_of(request, allowed.context, tokenizer, num_embeddings_of(view.config))
+    clock = Clock(time.monotonic(), request.time_s)
     settings = _settings(request, view, allowed, texts)
-    with open_journal(_work_directory(request), settings) as journal:
-        fitted = _run(_Fit(request, view, tokenizer, allowed, texts, journal, notify, started))
-    shutil.rmtree(_work_directory(request))
+    with open_journal(work_directory(request), settings) as journal:
+        fitted = _run(
+            _measured_in_time(Ongoing(request, view, tokenizer, allowed, texts, journal, notify, clock))
+        )
+    shutil.rmtree(work_directory(request))
     return fitted
 
 
@@ -111,15 +88,9 @@ def check_out(request: Request) -> None:
         raise OutputError(f"cannot write to {parent}; choose another place with --out")
 
 
-def check_smallest(view: CheckpointView, allowed: Allowance) -> None:
+def check_smallest(allowed: Allowance) -> None:
     """Refuse a budget that no plan can keep, with the smallest that one can."""
-    layers = view.layers
-    sizes = np.concatenate([np.tile(option_bytes(x), (x.num_experts, 1)) for x in layers])
-    blank = np.zeros((len(sizes), len(OPTIONS)))
-    prices = Prices(experts_of(layers), sizes, blank, np.zeros(len(sizes), dtype=np.int64))
-    rows = np.arange(len(sizes))
-    least = int(sizes[rows, list(smallest(prices).choice)].sum())
-    needed = allowed.fixed_bytes + least
+    needed = allowed.smallest_bytes
     if needed > allowed.model_budget_bytes:
         whole = needed + allowed.runtime_bytes
         raise BudgetError(
@@ -131,15 +102,15 @@ def check_smallest(view: CheckpointView, allowed: Allowance) -> None:
 
 
 def _settings(request: Request, view: CheckpointView, allowed: Allowance, texts: Texts) -> Mapping[str, Any]:
-    """Everything that decides the result: a journal begun with other values is not continued."""
+    """Everything that decides a measurement: a journal begun with other values is not continued.
+
+    Budget, allowed loss and time decide what is measured, not what comes out.
+    """
     return {
         "model": checkpoint_digest(view.path),
-        "memory": request.memory_bytes,
-        "model_memory": request.model_memory_bytes,
-        "model_budget_bytes": allowed.model_budget_bytes,
-        "context": allowed.context,
+        # Text is cut to so much of it; what lies beyond only takes memory.
+        "context": sequence_length(allowed.context),
         "text": texts.digest,
-        "max_kl": request.max_kl,
         "seed": request.seed,
         "threads": torch.get_num_threads(),
         "mixtura": mixtura.__version__,
@@ -147,54 +118,61 @@ def _settings(request: Request, view: CheckpointView, allowed: Allowance, texts:
     }
 
 
-def _work_directory(request: Request) -> Path:
-    return request.out.with_name(request.out.name + ".work")
+def _measured_in_time(fit: Ongoing) -> Ongoing:
+    """The fit with as much text, and as many experts priced, as its time allows on this machine.
+
+    A fit that goes on measures as it began: numbers of other text are no numbers to compare with.
+    """
+    fit.notes += fit.allowance.notes
+    known = fit.journal.notes().get(_DEPTH)
+    if known is None:
+        fit.notify("timing a layer of this model on this machine")
+        work = Work(fit.view, measure_pace(fit.view))
+        known = asdict(choose_depth(work, fit.texts, fit.clock.left_s))
+        fit.journal.note(_DEPTH, known)
+    fit.depth = Depth(**known)
+    if not fit.depth.is_full:
+        fit.texts = shortened(fit.texts, fit.depth)
+        fit.notes.append(f"to keep the time, {fit.depth.told}; a longer --time measures more")
+        fit.notify(f"{fit.notes[-1]}, once {work_directory(fit.request)} is removed")
+    return fit
 
 
-def _run(fit: _Fit) -> Fitted:
+def _run(fit: Ongoing) -> Fitted:
     since = time.monotonic()
-    trace, prices = priced_trace(fit.view, fit.texts, fit.journal, fit.notify)
+    seen = observed(fit.view, fit.texts, fit.depth, fit.journal, fit.clock, fit.notify)
+    prices = seen.prices
+    if seen.num_unseen_layers:
+        fit.notes.append(
+            f"the time for observing was over before {seen.num_unseen_layers} of {len(fit.view.layers)} "
+            f"layers were reached; their experts are priced like the others on average"
+        )
     fit.timed("observe and price", since)
     since = time.monotonic()
     judge = Judge(
-        fit.view,
-        fit.texts.held_out,
-        fit.journal,
-        deadline=fit.started + fit.request.time_s,
-        seed=fit.request.seed,
-        notify=fit.notify,
+        fit.view, fit.texts.held_out, fit.journal, clock=fit.clock, seed=fit.request.seed, notify=fit.notify
     )
     judge.price_with(prices, fit.allowance.fixed_bytes, fit.allowance.dense_active_bytes)
     original = judge.original()
-    found = _search(fit, trace, prices, judge)
+    # With what the budget leaves for the experts.
+    found = Search(prices, seen.importance, fit.allowance.expert_budget_bytes, judge.measure).run()
     fit.timed("search", since)
-    chosen = found.chosen
-    if fit.request.max_kl is not None and chosen.quality.kl > fit.request.max_kl:
+    if fit.request.max_kl is not None and found.chosen.quality.kl > fit.request.max_kl:
         raise BudgetError(_too_much_loss(found, fit))
     since = time.monotonic()
-    plan = chosen.candidate.plan(prices.experts, trace.source_digest)
-    model_directory = fit.journal.path("model")
-    if not model_directory.is_dir():
-        fit.notify("writing the model")
-        apply_plan(
-            plan,
-            fit.view.path,
-            model_directory,
-            source_name=fit.request.name or None,
-            name=fit.request.out.name,
-        )
+    digest = checkpoint_digest(fit.view.path)
+    plan = found.chosen.candidate.plan(prices.experts, digest)
+    directory = written(fit, plan, found.chosen)
     fit.timed("write", since)
     since = time.monotonic()
-    rows = _rows(fit, found, prices, original, trace.source_digest)
-    samples = sample_answers(
-        fit.view, fit.tokenizer, model_directory, fit.texts, fit.allowance.context, _whole(fit)
-    )
+    rows = rows_of(fit, found, prices, original, digest)
+    samples = samples_of(fit, directory)
     fit.timed("verify and measure", since)
     return _published(fit, found, prices, plan, rows, samples)
 
 
 def _published(
-    fit: _Fit,
+    fit: Ongoing,
     found: Found,
     prices: Prices,
     plan: Plan,
@@ -216,19 +194,15 @@ def _published(
         choice_map=_choice_map(prices, found.chosen),
         untouched=_untouched(fit.view),
         samples=samples,
-        out_of_time=found.out_of_time,
+        left_out=found.left_out,
+        notes=tuple(fit.notes),
         about=environment(fit.request, fit.texts, fit.seconds),
     )
-    _publish(fitted, fit.journal.path("model"))
+    _publish(fitted, model_directory(fit, found.chosen))
     return fitted
 
 
-def _search(fit: _Fit, trace: Trace, prices: Prices, judge: Judge) -> Found:
-    """The search, with what the budget leaves for the experts."""
-    return Search(prices, importance_of(trace), fit.allowance.expert_budget_bytes, judge.measure).run()
-
-
-def _too_much_loss(found: Found, fit: _Fit) -> str:
+def _too_much_loss(found: Found, fit: Ongoing) -> str:
     steps = sorted({(m.account_bytes, m.quality.kl) for m in found.tried})
     best: list[tuple[int, float]] = []
     for size, kl in steps:
@@ -236,71 +210,13 @@ def _too_much_loss(found: Found, fit: _Fit) -> str:
             break
         else:
             best.append((size, kl))
+    over = "".join(f"{said}; " for said in time_over(found.left_out))
     costs = "; ".join(f"{format_bytes(size)} costs {kl:.4g}" for size, kl in best)
     return (
         f"the least loss measured within {format_bytes(fit.allowance.model_budget_bytes)} is "
         f"{found.chosen.quality.kl:.4g} nats per token, more than the --max-kl {fit.request.max_kl:g} "
-        f"that is allowed; of the sizes measured, {costs}; give more memory or allow more loss"
-    )
-
-
-def _verify_all(fit: _Fit, found: Found, prices: Prices, digest: str) -> dict[str, Verified]:
-    """Generate with the written model, with the uniform plan beside it and, if it fits, the original."""
-    context = fit.allowance.context
-    chosen = verify(fit.journal.path("model"), context, fit.journal, "chosen", fit.notify)
-    if found.uniform.candidate.key == found.chosen.candidate.key:
-        return {"before": _verify_before(fit), "uniform": chosen, "chosen": chosen}
-    uniform_directory = fit.journal.path("uniform")
-    if "verified uniform" not in fit.journal.notes() and not uniform_directory.is_dir():
-        plan = found.uniform.candidate.plan(prices.experts, digest)
-        apply_plan(plan, fit.view.path, uniform_directory)
-    uniform = verify(uniform_directory, context, fit.journal, "uniform", fit.notify)
-    shutil.rmtree(uniform_directory, ignore_errors=True)
-    return {"before": _verify_before(fit), "uniform": uniform, "chosen": chosen}
-
-
-def _whole(fit: _Fit) -> int:
-    """What a process with the original takes."""
-    return fit.allowance.account.total_bytes + fit.allowance.runtime_bytes
-
-
-def _verify_before(fit: _Fit) -> Verified:
-    needed = _whole(fit)
-    return verify(
-        fit.view.path, fit.allowance.context, fit.journal, "before", fit.notify, needed_bytes=needed
-    )
-
-
-def _rows(fit: _Fit, found: Found, prices: Prices, original: Quality, digest: str) -> tuple[Row, ...]:
-    """The table: before, uniform, chosen."""
-    verified = _verify_all(fit, found, prices, digest)
-    uniform, chosen = found.uniform, found.chosen
-    return (
-        _row(fit, "before", "", None, verified["before"], original),
-        _row(fit, "uniform", uniform.candidate.label, uniform, verified["uniform"], uniform.quality),
-        _row(fit, "chosen", chosen.candidate.label, chosen, verified["chosen"], chosen.quality),
-    )
-
-
-def _row(
-    fit: _Fit,
-    name: str,
-    label: str,
-    measured: Measured | None,
-    verified: Verified,
-    quality: Quality,
-) -> Row:
-    account = fit.allowance.account
-    return Row(
-        name=name,
-        label=label,
-        weights_bytes=verified.weights_bytes or account.weights_bytes,
-        accounted_bytes=verified.accounted_bytes or account.total_bytes,
-        active_bytes=fit.allowance.active_bytes if measured is None else measured.active_bytes,
-        quality=quality,
-        tokens_per_second=verified.tokens_per_second,
-        peak_bytes=verified.peak_bytes,
-        note=verified.note,
+        f"that is allowed; of the sizes measured, {costs}; {over}give more memory or allow more loss; the "
+        f"same command with another budget or --max-kl goes on from what has been measured"
     )
 
 
@@ -343,6 +259,7 @@ def _unchanged(request: Request, view: CheckpointView, allowed: Allowance) -> Fi
         context=allowed.context,
         plan=None,
         rows=(row,),
+        notes=allowed.notes,
     )
 
 
@@ -351,6 +268,8 @@ def _publish(fitted: Fitted, directory: Path) -> None:
     assert fitted.out is not None
     text = json.dumps(fitted.to_dict(), indent=1, sort_keys=True) + "\n"
     (directory / _MEASURED).write_text(text, encoding="utf-8")
+    card = directory / _CARD
+    card.write_text(card_with_loss(card.read_text(encoding="utf-8"), fitted.after), encoding="utf-8")
     (directory / _REPORT).write_text(report_html(fitted), encoding="utf-8")
     if fitted.out.is_dir():
         fitted.out.rmdir()

@@ -1,9 +1,11 @@
 """The search: proxies order the candidates, measured KL decides.
 
-First every uniform width is measured: they are the baseline and the ends of the trade-off curve.
-Then each block of layers alone is made small, which shows how much KL an error in that block costs.
-With those prices each expert is given an option; the mixtures, even drops and their combinations
-are measured, and the best mixture is improved by moving bytes between blocks while that helps.
+First the plain plan is measured, which is the baseline, and a mixture that takes an error to cost the
+same in every layer: where the time is short, that is all. Then come the other uniform widths, the ends
+of the trade-off curve, and each block of layers alone made small, which shows how much KL an error in
+that block costs. With those prices each expert is given an option; the mixtures, even drops and their
+combinations are measured, and the best mixture is improved by moving bytes between blocks while that
+helps.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from mixtura.fitting.records import DROP, KEEP, OPTIONS, WIDTHS, Candidate, Meas
 
 _STEP = 1.6
 _ROUNDS = 1
+_LEAST_KL = 1e-12
 
 
 class OutOfTimeError(Exception):
@@ -34,13 +37,19 @@ class Found:
     """What a search found.
 
     ``chosen`` is the least measured KL within the budget, ``uniform`` the plain plan measured
-    beside it, ``tried`` everything measured, and ``out_of_time`` whether the time ended the search.
+    beside it, ``tried`` everything measured, and ``left_out`` the kinds of candidates that time did not
+    reach, the one it ended in first.
     """
 
     chosen: Measured
     uniform: Measured
     tried: tuple[Measured, ...]
-    out_of_time: bool
+    left_out: tuple[str, ...]
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time ended the search."""
+        return bool(self.left_out)
 
 
 @final
@@ -66,6 +75,9 @@ class Search:
         self.budget_bytes = budget_bytes
         self._measure = measure
         self._tried: dict[str, Measured] = {}
+        # Predicted KL per unit of error, by expert, and how much worse drops are: measured on the way.
+        self._scale = np.ones(len(prices.errors))
+        self._dropping = 1.0
 
     def run(self) -> Found:
         """Measure until there is nothing more to try or the time is over.
@@ -75,13 +87,26 @@ class Search:
         """
         baseline = self.baseline()
         self._try(baseline)
-        out_of_time = False
-        try:
-            self._explore()
-        except OutOfTimeError:
-            out_of_time = True
+        steps = iter(self._steps())
+        left_out: list[str] = []
+        for name, step in steps:
+            try:
+                step()
+            except OutOfTimeError:
+                left_out = [name, *(later for later, _ in steps)]
         chosen = self._best()
-        return Found(chosen, self._tried[baseline.key], tuple(self._tried.values()), out_of_time)
+        return Found(chosen, self._tried[baseline.key], tuple(self._tried.values()), tuple(left_out))
+
+    def _steps(self) -> list[tuple[str, Callable[[], None]]]:
+        """What is tried after the baseline, the most promising for its time first."""
+        return [
+            ("a mixture of widths", self._blocks_alike),
+            ("every uniform width", self._uniform_widths),
+            ("what each block of layers costs, and mixtures by it", self._mixed_by_block),
+            ("mixtures with drops", self._with_drops),
+            ("even drops", self._even_drops),
+            ("moving bytes between blocks", self._improve),
+        ]
 
     def baseline(self) -> Candidate:
         """The plain plan: the largest one width for all that fits; two bits and even drops otherwise."""
@@ -91,9 +116,14 @@ class Search:
                 return candidate
         return drop_evenly(self.prices, self.importance, len(WIDTHS), self.budget_bytes)
 
-    def _explore(self) -> None:
+    def _blocks_alike(self) -> None:
+        self._try_mixed(self._scale, "mixed widths, blocks alike")
+
+    def _uniform_widths(self) -> None:
         for option in range(1, DROP):
             self._try(uniform(self.prices, option))
+
+    def _mixed_by_block(self) -> None:
         scale = self._block_scale()
         scales = {
             "mixed widths": scale,
@@ -102,12 +132,11 @@ class Search:
         }
         measured = {label: self._try_mixed(values, label) for label, values in scales.items()}
         losses = {label: m.quality.kl for label, m in measured.items() if m is not None}
-        if losses:
-            scale = scales[min(losses, key=lambda label: losses[label])]
-        drop_scale = self._drop_scale(scale)
-        self._try_mixed(scale, "mixed widths and drops", drop_scale=drop_scale)
-        self._even_drops(scale)
-        self._improve(scale, drop_scale)
+        self._scale = scales[min(losses, key=lambda label: losses[label])] if losses else scale
+
+    def _with_drops(self) -> None:
+        self._dropping = self._drop_scale(self._scale)
+        self._try_mixed(self._scale, "mixed widths and drops", drop_scale=self._dropping)
 
     def _block_scale(self) -> Float[ndarray, " M"]:
         """KL per unit of error for each block, measured by making that block alone small."""
@@ -117,7 +146,7 @@ class Search:
             chosen = np.where(mask, option, KEEP)
             measured = self._try(Candidate(f"block {number} at {OPTIONS[option]}", tuple(chosen.tolist())))
             error = float(self.prices.errors[mask, option].sum())
-            scale[mask] = max(measured.quality.kl, 1e-12) / max(error, 1e-30)
+            scale[mask] = max(measured.quality.kl, _LEAST_KL) / max(error, 1e-30)
         return scale
 
     def _probe_option(self) -> int:
@@ -135,7 +164,7 @@ class Search:
     def _bytes(self, option: int) -> int:
         return choice_bytes(self.prices, uniform(self.prices, option).choice)
 
-    def _even_drops(self, scale: Float[ndarray, " M"]) -> None:
+    def _even_drops(self) -> None:
         """Even drops alone, and with fewer bits for those that stay."""
         for option in (KEEP, *range(1, DROP - 1)):
             if self._bytes(option) > self.budget_bytes:
@@ -147,7 +176,7 @@ class Search:
             even = drop_evenly(self.prices, self.importance, KEEP, self._bytes(KEEP) * (share - 1) // share)
             gone = np.asarray(even.choice) == DROP
             label = f"mixed widths, 1/{share} dropped evenly"
-            self._try_mixed(scale, label, dropped=gone)
+            self._try_mixed(self._scale, label, dropped=gone)
 
     def _try_mixed(self, scale: Float[ndarray, " M"], label: str, **rules: object) -> Measured | None:
         try:
@@ -156,9 +185,10 @@ class Search:
             return None
         return self._try(candidate)
 
-    def _improve(self, scale: Float[ndarray, " M"], drop_scale: float) -> None:
+    def _improve(self) -> None:
         """Move bytes between blocks while the measured KL falls."""
-        rules = {} if self._best_has_no_drops() else {"drop_scale": drop_scale}
+        rules = {} if self._best_has_no_drops() else {"drop_scale": self._dropping}
+        scale = self._scale
         best = self._best().quality.kl
         for _ in range(_ROUNDS):
             before = best

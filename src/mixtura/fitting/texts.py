@@ -17,10 +17,12 @@ from mixtura.data.records import Document
 from mixtura.data.tokens import encode_text
 from mixtura.errors import UserError
 from mixtura.fitting.quality import HeldOut
+from mixtura.fitting.records import Request
 
 Encode = Callable[..., list[int]]
 
 _SHORTEST = 8
+_SEQUENCE_LENGTH = 512
 _MOST_ANSWERS = 60
 _CHARS_PER_TOKEN = 8
 
@@ -79,6 +81,28 @@ def load_texts(
         calibration=_parts(calibration, calibration_tokens),
         held_out=_parts(held_out, held_out_tokens),
         digest=f"sha256:{digest.hexdigest()}",
+    )
+
+
+def sequence_length(context: int) -> int:
+    """Tokens that text is cut to where the cache is to hold ``context``; more only takes memory."""
+    return min(_SEQUENCE_LENGTH, context)
+
+
+def texts_of(request: Request, context: int, tokenizer: Any, num_embeddings: int | None = None) -> Texts:
+    """The text a request is to be measured on, in full; with ``num_embeddings``, those of the model, checked.
+
+    Raises:
+        UserError: the text is missing, unreadable, too short, or has a token the model has no embedding of.
+    """
+    return load_texts(
+        request.text,
+        tokenizer,
+        length=sequence_length(context),
+        calibration_tokens=request.calibration_tokens,
+        held_out_tokens=request.held_out_tokens,
+        seed=request.seed,
+        num_embeddings=num_embeddings,
     )
 
 

@@ -43,13 +43,16 @@ def verify(
     name: str,
     notify: Callable[[str], None],
     *,
+    key: str,
     needed_bytes: int = 0,
 ) -> Verified:
     """Generate with a model in a process of its own and measure its memory and speed.
 
+    The journal keeps what was measured under `key`.
+
     A model of which `needed_bytes` are known is run only if there is room for it; the note says why not.
     """
-    noted = journal.notes().get(f"verified {name}")
+    noted = journal.notes().get(key)
     if noted is not None:
         return Verified(**noted)
     # Where memory is limited, two processes are to share it.
@@ -64,7 +67,7 @@ def verify(
     verified = Verified(
         taken.weights_bytes, taken.total_bytes, measured.peak_bytes, measured.tokens_per_second
     )
-    journal.note(f"verified {name}", asdict(verified))
+    journal.note(key, asdict(verified))
     return verified
 
 

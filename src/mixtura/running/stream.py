@@ -39,6 +39,7 @@ DEFAULT_WORKING_BYTES = 1 << 30
 LOGITS_BYTES = 64 << 20
 
 OnLogits = Callable[[Tensor, Tensor], None]
+OnStates = Callable[[Tensor], None]
 OnBoth = Callable[[Tensor, Tensor, Tensor], None]
 # From final states [P, D] to logits [P, V].
 Head = Callable[[Tensor], Tensor]
@@ -114,6 +115,7 @@ class Streamed:
         *,
         on_logits: OnLogits,
         wanted: Bool[Tensor, "S T"] | None = None,
+        on_states: OnStates | None = None,
         max_bytes: int = DEFAULT_WORKING_BYTES,
         logits_bytes: int = LOGITS_BYTES,
     ) -> None:
@@ -125,10 +127,13 @@ class Streamed:
             on_logits: called with ``logits[P, V]`` and ``positions[P]``, places in the flattened
                 ``input_ids``; positions come in ascending order.
             wanted: which positions to compute logits for; all that are not padding by default.
+            on_states: called with the final states of each batch, as `hidden` returns them, before its
+                logits come.
             max_bytes: bound on activations; see `hidden`.
             logits_bytes: bound on the logits of one chunk in float32.
         """
-        for states, head, places in self._chunks(input_ids, attention_mask, wanted, max_bytes, logits_bytes):
+        chunks = self._chunks(input_ids, attention_mask, wanted, max_bytes, logits_bytes, on_states)
+        for states, head, places in chunks:
             on_logits(head(states), places)
 
     def run_beside(
@@ -166,6 +171,7 @@ class Streamed:
         wanted: Tensor | None,
         max_bytes: int,
         logits_bytes: int,
+        on_states: OnStates | None = None,
     ) -> Iterator[tuple[Tensor, Head, Tensor]]:
         """Final states of wanted positions a chunk at a time, the head for them, and their places."""
         if wanted is None:
@@ -175,6 +181,8 @@ class Streamed:
         for rows in self.batches(*input_ids.shape, max_bytes=max_bytes):
             mask = None if attention_mask is None else attention_mask[rows]
             outputs = self._outputs(input_ids[rows], mask)
+            if on_states is not None:
+                on_states(outputs.last_hidden_state)
             states = outputs.last_hidden_state.flatten(0, 1)
             first = int(rows[0]) * input_ids.shape[1]
             with self._head(outputs) as head:

@@ -1,0 +1,154 @@
+"""How fast this machine works on this model: one expert and one decoder layer, run for a moment.
+
+Every prediction of time is made of these rates, those of ``--estimate`` and the choice of how much text
+a fit can read in its time. Each rate is the best of a few repeats, so that what else the machine does
+disturbs it least.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.fitting.machine import disk_speed
+from mixtura.fitting.pricing import outputs_of, requantized, width_quantizers
+from mixtura.fitting.quality import score_chunk
+from mixtura.kernels import ExpertTensors
+from mixtura.kernels.backend import math_of
+from mixtura.running.memory.available import available_bytes
+from mixtura.running.stream import Streamed
+
+_REPEATS = 3
+_ROWS = 256
+_SEQUENCES, _LENGTH = 2, 256
+_HEAD_ROWS, _HEAD_VOCABULARY = 64, 8192
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Seconds on this machine.
+
+    Attributes:
+        read_s: for each byte of an expert, read again and again: from memory where the files fit there.
+        cold_s: for each byte read for the first time.
+        round_s: for each weight that is rounded and decoded again, by option.
+        row_s: for each weight of an expert and each row it multiplies.
+        token_s: for each token, in one decoder layer without its routed experts.
+        head_s: for each token, for the logits of two models and what is measured of them.
+    """
+
+    read_s: float
+    cold_s: float
+    round_s: Mapping[int, float]
+    row_s: float
+    token_s: float
+    head_s: float
+
+
+def measure_pace(view: CheckpointView) -> Pace:
+    """Measure a model's pace here; reads an expert and a decoder layer, and takes a few seconds."""
+    layer = view.layers[0]
+    streamed = Streamed(view)
+    tensors = layer.native_expert(0)
+    num_weights = tensors.up.numel() + tensors.down.numel()
+    num_bytes = tensors.up.nbytes + tensors.down.nbytes
+    module: Any = streamed.model.get_submodule(layer.name)
+    dtype = streamed.model.dtype
+    ready = ExpertTensors(*(None if t is None else t.to(dtype) for t in tensors))  # type: ignore[arg-type]
+    rows = torch.randn(_ROWS, layer.shape.d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
+    math = math_of(module)
+    transposed = layer.layout.transposed
+    with torch.no_grad():
+        rounding = {
+            option: best_of(partial(requantized, tensors, quantizer, transposed=transposed)) / num_weights
+            for option, quantizer in width_quantizers().items()
+        }
+        warm = best_of(lambda: [t.clone() for t in layer.native_expert(0) if t is not None]) / num_bytes
+        multiply = best_of(lambda: outputs_of(rows, ready, math)) / (num_weights * _ROWS)
+    cold = max(warm, 1 / disk_speed(Path(view.files[0])))
+    return Pace(
+        read_s=cold if view.num_bytes > available_bytes() else warm,
+        cold_s=cold,
+        round_s=rounding,
+        row_s=multiply,
+        token_s=_token_seconds(streamed),
+        head_s=_head_seconds(streamed),
+    )
+
+
+def best_of(work: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class _SeenEnoughError(Exception):
+    """The layer that is timed is done; the rest of the model need not run."""
+
+
+def _token_seconds(streamed: Streamed) -> float:
+    """Seconds a token takes in the first decoder layer with experts, these left out."""
+    layer = streamed.view.layers[0]
+    block = streamed.model.get_submodule(layer.site.block_name)
+    experts: Any = streamed.model.get_submodule(layer.name)
+    times: list[float] = []
+
+    def begin(*_: Any) -> None:
+        times.append(time.perf_counter())
+
+    def end(*_: Any) -> None:
+        times.append(time.perf_counter())
+        raise _SeenEnoughError
+
+    # The reading of the layer's weights, a hook as well, comes before.
+    handles = [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
+    experts.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
+    vocabulary = int(streamed.model.config.get_text_config().vocab_size)
+    positions = getattr(streamed.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+    ids = torch.arange(_SEQUENCES * min(_LENGTH, positions)).view(_SEQUENCES, -1) % vocabulary
+    spans = []
+    try:
+        for _ in range(_REPEATS):
+            times.clear()
+            try:
+                streamed.hidden(ids, torch.ones_like(ids))
+            except _SeenEnoughError:
+                spans.append(times[-1] - times[0])
+    finally:
+        del experts.forward
+        for handle in handles:
+            handle.remove()
+    return min(spans) / ids.numel()
+
+
+def _head_seconds(streamed: Streamed) -> float:
+    """Seconds for the logits of one token by two models and their comparison, by part of the vocabulary."""
+    config: Any = streamed.model.config.get_text_config()
+    vocabulary = int(config.vocab_size)
+    part = min(vocabulary, _HEAD_VOCABULARY)
+    width = streamed.view.layers[0].shape.d_model
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(part, width, generator=generator).to(streamed.model.dtype)
+    states = torch.randn(_HEAD_ROWS, width, generator=generator).to(streamed.model.dtype)
+    targets = torch.zeros(_HEAD_ROWS, dtype=torch.int64)
+
+    def compare() -> Tensor:
+        one, other = states @ weight.T, states @ weight.T
+        score_chunk(one, other, targets)
+        return one
+
+    return best_of(compare) / _HEAD_ROWS * vocabulary / part
