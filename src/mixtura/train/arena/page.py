@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mixtura.train.arena.plot import axis_of
 from mixtura.train.arena.standings import MEANS, Standing
 
 _COLUMNS = (
@@ -41,7 +42,7 @@ def markdown(
         f"{len(methods)} methods and {len(trained) - len(methods)} baselines, {facts['num_seeds']} seeds "
         "each. Of the methods, " + ", ".join(f"{count} {word}" for word, count in counts.items()) + "."
     )
-    picture = f"![Quality against cost]({plot})"
+    picture = f"![Bits per byte against {axis_of(kind).what}]({plot})"
     about = _ABOUT.format(**facts)
     texts = [f"# The arena: {kind}", about, _PROVENANCE, summary, picture, "\n".join(lines), _LEGEND]
     if missing:

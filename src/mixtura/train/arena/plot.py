@@ -24,6 +24,30 @@ _ANGLES = 16
 
 @final
 @dataclass(frozen=True, slots=True)
+class Axis:
+    """What quality is plotted against: a mean of every entry by its key, in words, and with its unit."""
+
+    key: str
+    what: str
+    label: str
+
+
+_TIME = Axis("time_ratio", "time", "time of a forward pass, plain top-k = 1")
+# What a kind is for, where that is not its cost: balancers take next to no time in a forward pass.
+_AXES = {
+    "balancers": Axis(
+        "max_over_mean", "balance", "load of the fullest expert over the mean, worst layer (1 is even)"
+    )
+}
+
+
+def axis_of(kind: str) -> Axis:
+    """What the entries of a kind are plotted against."""
+    return _AXES.get(kind, _TIME)
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Point:
     """A named point with half the height of its interval; ``group`` sets its colour and shape."""
 
@@ -53,7 +77,7 @@ class _Box:
 
 
 def scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str) -> str:
-    """The picture; the cost axis is logarithmic where the dearest is many times the cheapest."""
+    """The picture; the horizontal axis is logarithmic where the largest is many times the smallest."""
     xs, ys = [p.x for p in points], [v for p in points for v in (p.y - p.half_height, p.y + p.half_height)]
     log = max(xs) > 1.8 * min(xs) > 0
     across = _Axis.over(xs, LEFT, WIDTH - RIGHT, log)

@@ -14,7 +14,7 @@ import torch
 from mixtura.errors import SettingError, check_range
 from mixtura.train.arena.entries import REFERENCE, Entry, entries, plain_layer
 from mixtura.train.arena.page import as_csv, markdown
-from mixtura.train.arena.plot import Point, scatter
+from mixtura.train.arena.plot import Axis, Point, axis_of, scatter
 from mixtura.train.arena.race import Notify, Run, perform, result_of
 from mixtura.train.arena.scale import Scale
 from mixtura.train.arena.standings import Standing, standings
@@ -84,21 +84,22 @@ def publish(contest: Contest, taking_part: Sequence[Entry], runs: Sequence[Run])
     facts = _facts(contest, results, _dates([run.file(contest.runs) for run in runs]))
     page.write_text(markdown(contest.kind, table, facts, f"{contest.kind}.svg", settings), encoding="utf-8")
     page.with_suffix(".csv").write_text(as_csv(table), encoding="utf-8")
-    points = [_point(one) for one in table if not one.error]
+    axis = axis_of(contest.kind)
+    points = [_point(one, axis) for one in table if not one.error]
     picture = scatter(
         points,
-        title=f"{contest.kind}: bits per byte against time, {contest.num_seeds} seeds",
-        x_label="time of a forward pass, plain top-k = 1",
+        title=f"{contest.kind}: bits per byte against {axis.what}, {contest.num_seeds} seeds",
+        x_label=axis.label,
         y_label="bits per byte of held-out text (lower is better)",
     )
     page.with_suffix(".svg").write_text(picture, encoding="utf-8")
     return table
 
 
-def _point(one: Standing) -> Point:
+def _point(one: Standing, axis: Axis) -> Point:
     return Point(
         name=one.name,
-        x=one.values["time_ratio"],
+        x=one.values[axis.key],
         y=one.values["bits_per_byte"],
         half_height=one.half_width or 0.0,
         group=one.verdict,
