@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,16 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
         measure_generating(tmp_path, 8, 4)
 
 
+@pytest.mark.slow
+def test_the_account_is_no_less_than_generating_takes(tmp_path: Path) -> None:
+    """Of 16 bits with the kernels there are, as a fit measures its models: pages of libraries count too."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 6}
+    path = save_middling(tmp_path / "model", "qwen3_moe", **sizes)
+    tiny_tokenizer().save_pretrained(path)
+    peak = measure_generating(path, 512, 32).peak_bytes
+    assert peak <= account(path, 512).total_bytes + runtime_bytes()
+
+
 COUNTED = """
 import json
 from mixtura.running.memory.process import peak_resident_bytes, resident_bytes, settle
@@ -108,6 +119,22 @@ during = resident_bytes()
 del held
 print(json.dumps([before, during, resident_bytes(), peak_resident_bytes()]))
 """
+
+
+def test_a_settled_process_waits_without_spinning() -> None:
+    """OpenMP says itself how its threads wait, when it is loaded."""
+    code = "from mixtura.running.memory.process import settle; settle(); import torch; torch.ones(8).sum()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "TRUE"
+
+    def policy(own: dict[str, str]) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment | own
+        )
+        return next(line for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line).upper()
+
+    assert "PASSIVE" in policy({})
+    assert "ACTIVE" in policy({"OMP_WAIT_POLICY": "ACTIVE"})
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ class MeasuredGeneration:
     Attributes:
         peak_bytes: the most resident memory it had, its own runtime included.
         loaded_bytes: resident memory once the model was loaded.
-        tokens_per_second: decoding speed after the first token.
-        prefill_ms: time to the first token.
+        tokens_per_second: decoding speed after a short prompt, by `mixtura.running.generation.tokens_per_second`.
+        prefill_ms: time to the first token of a full context.
     """
 
     peak_bytes: int
