@@ -47,6 +47,7 @@ def environment(request: Request, texts: Texts, seconds: Mapping[str, float]) ->
         else "the calibration and held-out text that comes with mixtura",
         "calibration tokens": calibrated,
         "held-out tokens": judged,
+        "tokens/s": "one sequence, after a prompt of at most 64 tokens",
         "time": ", ".join(f"{step}: {format_seconds(value)}" for step, value in seconds.items()),
     }
     warning = None if request.text else comparability_warning()

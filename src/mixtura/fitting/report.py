@@ -10,6 +10,7 @@ from mixtura.fitting.result import Fitted, Row
 from mixtura.report import (
     Highlight,
     Html,
+    Limit,
     Section,
     Series,
     category_map_svg,
@@ -75,7 +76,7 @@ def table_rows(rows: Iterable[Row], runtime_bytes: int) -> tuple[list[str], list
         quality = row.quality
         cells.append(
             [
-                f"{row.name}: {row.label}" if row.label else row.name,
+                _named(row),
                 format_bytes(row.weights_bytes),
                 format_bytes(row.active_bytes),
                 f"{human_number(quality.kl)} ({human_number(quality.kl_low)} to "
@@ -89,6 +90,12 @@ def table_rows(rows: Iterable[Row], runtime_bytes: int) -> tuple[list[str], list
             ]
         )
     return headers, cells
+
+
+def _named(row: Row) -> str:
+    if not row.label or row.label.startswith(row.name):
+        return row.label or row.name
+    return f"{row.name}: {row.label}"
 
 
 def domain_rows(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
@@ -122,7 +129,9 @@ def _result(fitted: Fitted) -> Iterable[Html]:
         }
     )
     headers, cells = table_rows(fitted.rows, fitted.runtime_bytes)
-    yield table_html(headers, cells, caption="The models", highlight=[len(cells) - 1])
+    # A model a column: ten numbers side by side would not fit a page.
+    names, *rows = zip(headers, *cells, strict=True)
+    yield table_html(names, rows, caption="The models", highlight_columns=[len(names) - 1])
     for remark in fitted.remarks:
         yield note(remark)
 
@@ -152,11 +161,11 @@ def _tried(fitted: Fitted) -> Iterable[Html]:
         x_label="accounted memory of the model",
         y_label="KL to the original, nats per token",
         highlights=[Highlight(chosen.accounted_bytes, chosen.quality.kl, "chosen")],
+        limits=[Limit(fitted.model_budget_bytes, "budget")],
         log_y=True,
         x_unit=_MIB,
         x_format=format_bytes,
     )
-    yield paragraph(f"The budget is {format_bytes(fitted.model_budget_bytes)}.")
 
 
 def _series(name: str, measured: list[Measured], *, joined: bool) -> Series:

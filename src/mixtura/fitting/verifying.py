@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+from transformers import PreTrainedModel
+
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.result import Sample
@@ -108,6 +110,16 @@ def _continue(directory: Path, tokenizer: Any, prompts: list[str], context: int)
     answers = []
     for prompt in prompts:
         room = context - len(tokenizer(prompt)["input_ids"])
-        made = generate(model, tokenizer, prompt, max_new_tokens=max(1, min(_SAMPLE_TOKENS, room)))
-        answers.append(made.text)
+        most = max(1, min(_SAMPLE_TOKENS, room))
+        made = generate(model, tokenizer, prompt, max_new_tokens=most)
+        # An answer that was not ended by the model is cut, and says so.
+        is_cut = len(made.token_ids) == most and made.token_ids[-1] not in _ends(model)
+        answers.append(made.text + (" …" if is_cut else ""))
     return answers
+
+
+def _ends(model: PreTrainedModel) -> set[int]:
+    """The tokens by which a model ends its text."""
+    own = model.generation_config
+    ends = None if own is None else own.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends} - {None}

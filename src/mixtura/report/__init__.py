@@ -7,7 +7,7 @@ is not yet markup is `str`, what is markup is `Html`, and a type checker keeps t
 
 from __future__ import annotations
 
-from mixtura.report.chart import Highlight, Series, line_svg
+from mixtura.report.chart import Highlight, Limit, Series, line_svg
 from mixtura.report.heatmap import Scale, category_map_svg, heatmap_svg
 from mixtura.report.markup import Html, escape, join
 from mixtura.report.numbers import counted, human_count, human_number, human_percent
@@ -17,6 +17,7 @@ from mixtura.report.tables import side_by_side, table_html
 __all__ = [
     "Highlight",
     "Html",
+    "Limit",
     "Scale",
     "Section",
     "Series",

@@ -57,6 +57,15 @@ class Highlight:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """A value of the horizontal axis that is not to be passed: a line across the chart, with its name."""
+
+    x: Number
+    label: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class _Axis:
     """Where values of one axis are placed, and which are marked."""
 
@@ -112,6 +121,7 @@ def line_svg(
     x_label: str,
     y_label: str,
     highlights: Sequence[Highlight] = (),
+    limits: Sequence[Limit] = (),
     log_x: bool = False,
     log_y: bool = False,
     x_unit: Number = 1,
@@ -126,6 +136,7 @@ def line_svg(
         x_label: what the horizontal axis counts, with its unit.
         y_label: what the vertical axis counts, with its unit.
         highlights: points set apart with their names.
+        limits: values of the horizontal axis drawn as lines from top to bottom, such as a budget.
         log_x: a logarithmic horizontal axis; values of 0 or less lie at its start.
         log_y: a logarithmic vertical axis.
         x_unit: marks of the horizontal axis are round when counted in this unit; `2**20` for MiB.
@@ -133,7 +144,7 @@ def line_svg(
         y_format: how values of the vertical axis are shown.
     """
     points = [point for line in series for point in line.points] + [(h.x, h.y) for h in highlights]
-    x_axis = _Axis.over([x for x, _ in points], log_x, x_unit)
+    x_axis = _Axis.over([*(x for x, _ in points), *(limit.x for limit in limits)], log_x, x_unit)
     y_axis = _Axis.over([y for _, y in points], log_y)
 
     def place(x: Number, y: Number) -> tuple[float, float]:
@@ -143,6 +154,7 @@ def line_svg(
         return f"{x_label} {x_format(x)}, {y_label} {y_format(y)}"
 
     drawn = [_grid(x_axis, y_axis, x_format, y_format)]
+    drawn += [_limit(limit, x_axis, x_format) for limit in limits]
     drawn += [_drawn(line, number, place, told) for number, line in enumerate(series)]
     drawn += [_highlighted(h, place, told) for h in highlights]
     keys = "".join(
@@ -155,6 +167,7 @@ def line_svg(
         for line in series
         for i, (x, y) in enumerate(line.points)
     ] + [[h.label, x_format(h.x), y_format(h.y)] for h in highlights]
+    rows += [[limit.label, x_format(limit.x), "–"] for limit in limits]
     numbers = details("The numbers as a table", table_html(["", x_label, y_label], rows, caption=title))
     return Html(
         f"<figure><figcaption>{escape(title)}</figcaption><ul class=legend>{keys}</ul>"
@@ -205,6 +218,16 @@ def _drawn(line: Series, number: int, place: Place, told: Told) -> str:
             f"<title>{escape(f'{name}: {told(x, y)}')}</title>{_dot(number)}</svg>"
         )
     return "".join(parts)
+
+
+def _limit(limit: Limit, x_axis: _Axis, x_format: NumberFormat) -> str:
+    at = x_axis.place(limit.x)
+    side, anchor = ("-6", "end") if at > 50 else ("6", "start")
+    name = escape(f"{limit.label} {x_format(limit.x)}")
+    return (
+        f'<g class=limit><title>{name}</title><line x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"></line>'
+        f'<text x="{at:.2f}%" y="0" dx="{side}" dy="12" text-anchor={anchor}>{name}</text></g>'
+    )
 
 
 def _highlighted(spot: Highlight, place: Place, told: Told) -> str:

@@ -13,6 +13,7 @@ def table_html(
     *,
     caption: str = "",
     highlight: Iterable[int] = (),
+    highlight_columns: Iterable[int] = (),
 ) -> Html:
     """A table; columns that hold numbers in every row are aligned right.
 
@@ -22,17 +23,20 @@ def table_html(
             be shorter than the headers.
         caption: what the table shows; its name for screen readers too.
         highlight: numbers of rows to set apart, such as the chosen one.
+        highlight_columns: numbers of columns to set apart.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     numeric = [
         _is_numeric([row[column] for row in cells if column < len(row)]) for column in range(len(headers))
     ]
     marked = set(highlight)
-    head = "".join(f"<th scope=col{_align(numeric[i])}>{escape(name)}</th>" for i, name in enumerate(headers))
+    own = {number: ["chosen"] for number in highlight_columns}
+    classes = [_classes([*(["n"] if numeric[i] else []), *own.get(i, [])]) for i in range(len(headers))]
+    head = "".join(f"<th scope=col{classes[i]}>{escape(name)}</th>" for i, name in enumerate(headers))
     body = []
     for number, row in enumerate(cells):
-        first = f"<th scope=row{_align(numeric[0])}>{escape(row[0])}</th>" if row else ""
-        rest = "".join(f"<td{_align(numeric[i])}>{escape(cell)}</td>" for i, cell in enumerate(row) if i)
+        first = f"<th scope=row{classes[0]}>{escape(row[0])}</th>" if row else ""
+        rest = "".join(f"<td{classes[i]}>{escape(cell)}</td>" for i, cell in enumerate(row) if i)
         body.append(f"<tr{' class=chosen' if number in marked else ''}>{first}{rest}</tr>")
     # Above the part that scrolls, so that a long caption stays in view on a phone.
     label = f"<p class=caption>{escape(caption)}</p>" if caption else ""
@@ -44,8 +48,10 @@ def table_html(
     )
 
 
-def _align(numeric: bool) -> str:
-    return " class=n" if numeric else ""
+def _classes(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f" class={names[0]}" if len(names) == 1 else f' class="{" ".join(names)}"'
 
 
 def _is_numeric(column: Sequence[str]) -> bool:
