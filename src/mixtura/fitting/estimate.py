@@ -86,7 +86,7 @@ def estimate_fit(request: Request) -> Estimate:
     view = open_checkpoint(request.model)
     runtime = psutil.Process(os.getpid()).memory_info().rss
     allowed = allowance(request, view, runtime)
-    texts = texts_of(request, allowed.context, load_tokenizer(view.path))
+    texts = texts_of(request, allowed.context, load_tokenizer(view.path), num_embeddings_of(view.config))
     rates = read_rates(build(view).dtype)
     summary = summarize(view)
     prices = _blank_prices(view)
