@@ -256,6 +256,21 @@ class Routing:
     extra: Float[Tensor, "T D"] | None = None
     demand: Int[Tensor, " E"] | None = None
 
+    def __post_init__(self) -> None:
+        rows = self.scores.shape[:1]
+        if self.scores.dim() != 2 or self.logits.shape != self.scores.shape or self.valid.shape != rows:
+            raise UserError(
+                "scores and logits of Routing must both be [T, E] and valid [T], got "
+                f"{tuple(self.scores.shape)}, {tuple(self.logits.shape)} and {tuple(self.valid.shape)}"
+            )
+        if self.valid.dtype != torch.bool:
+            raise UserError(f"valid of Routing must be true or false, got {self.valid.dtype}")
+        if not self.token_ids.shape == self.expert_ids.shape == self.weights.shape:
+            raise UserError(
+                "token_ids, expert_ids and weights of Routing must be one entry an assignment each, got "
+                f"{[tuple(one.shape) for one in (self.token_ids, self.expert_ids, self.weights)]}"
+            )
+
     @property
     def num_tokens(self) -> int:
         """T, padding included."""
@@ -365,6 +380,9 @@ class BalancerInput:
         router_weight: the router's row of each expert.
         gradients: at the step before, the gradient of each expert's matrices that read a token, flattened;
             None at the first step.
+
+    Raises:
+        UserError: a field does not have one row for each token, or one for each expert.
     """
 
     routing: Routing
@@ -379,6 +397,25 @@ class BalancerInput:
     router_weight: Float[Tensor, "E D"] | None = None
     gradients: Float[Tensor, "E P"] | None = None
 
+    def __post_init__(self) -> None:
+        num_tokens, num_experts = self.routing.scores.shape
+        for name, length, what in (("load", num_experts, "expert"), ("sequence_ids", num_tokens, "token")):
+            values = getattr(self, name)
+            if values is not None and tuple(values.shape) != (length,):
+                _refuse_shape(name, f"one entry for each of {length} {what}s", values.shape)
+        if self.loads is not None and tuple(self.loads.shape[1:]) != (num_experts,):
+            _refuse_shape("loads", f"a row of {num_experts} experts for each layer", self.loads.shape)
+        if self.gradients is not None and (
+            self.gradients.dim() != 2 or self.gradients.shape[0] != num_experts
+        ):
+            _refuse_shape("gradients", f"one row for each of {num_experts} experts", self.gradients.shape)
+        if self.experts is not None and self.router_weight is not None:
+            held = self.experts.shape
+            wanted = (held.num_experts, held.d_model)
+            if tuple(self.router_weight.shape) != wanted:
+                what = f"one row of {wanted[1]} features for each of {wanted[0]} experts"
+                _refuse_shape("router_weight", what, self.router_weight.shape)
+
     @property
     def demand(self) -> Num[Tensor, " E"]:
         """The assignments per expert to balance: ``load`` if given, else what the tokens asked for.
@@ -388,3 +425,7 @@ class BalancerInput:
         if self.load is not None:
             return self.load
         return self.routing.load if self.routing.demand is None else self.routing.demand
+
+
+def _refuse_shape(name: str, wanted: str, got: torch.Size) -> None:
+    raise UserError(f"{name} of BalancerInput must have {wanted}, got a shape of {tuple(got)}")

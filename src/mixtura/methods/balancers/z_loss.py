@@ -33,6 +33,7 @@ class ZLoss(Balancer):
         SettingError: ``coefficient`` is not in [0, 1e6].
 
     Example:
+        >>> import torch
         >>> from mixtura.types import Routing
         >>> logits = torch.zeros(2, 4)
         >>> chosen, valid = torch.tensor([[0], [1]]), torch.tensor([True, True])
