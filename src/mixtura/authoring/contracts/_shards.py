@@ -50,8 +50,10 @@ def _work(rank: int, kind: str, name: str, folder: str) -> None:
 
 
 def _shard_result(rank: int, method: Subject, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    num_tokens = whole["valid"].shape[0]
-    mine = (torch.arange(num_tokens) % _NUM_PROCESSES) == rank
+    tokens = torch.arange(whole["valid"].shape[0])
+    if method.has("whole_sequences"):
+        tokens = tokens * _NUM_PROCESSES // max(len(tokens), 1)
+    mine = (tokens % _NUM_PROCESSES) == rank
     routing = Routing.from_assignments(
         whole["token_ids"],
         whole["expert_ids"],

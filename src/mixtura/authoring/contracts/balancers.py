@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixtura.authoring.contracts import _inputs
 from mixtura.authoring.contracts._core import Subject, require, slow
+from mixtura.authoring.contracts._routings import by_choice, collapsed, even_routing, masked, reordered
 from mixtura.authoring.contracts._samples import sample_routing
 from mixtura.authoring.contracts._shards import loss_of_shards
 from mixtura.methods.balancers import Balancer
@@ -51,7 +52,7 @@ def given_for(method: Subject, routing: Routing, seed: int = 0, **more: Any) -> 
         "step": 3,
         "generator": generator,
         "sequence_ids": torch.arange(num_tokens) * 2 // max(num_tokens, 1),
-        "experts": _inputs.experts(seed),
+        "experts": _inputs.experts(seed, shape=replace(_SHAPE, num_experts=num_experts)),
         "router_weight": torch.randn(num_experts, _SHAPE.d_model, generator=generator),
         "gradients": torch.randn(num_experts, 40, generator=generator),
     }
@@ -68,7 +69,7 @@ def check_results_are_finite(method: Subject) -> None:
     """The loss is one finite number and the state finite tensors, also without any token."""
     balancer = method.create()
     inputs = sample(method, 10)
-    empty = _masked(inputs.routing, torch.zeros_like(inputs.routing.valid))
+    empty = masked(inputs.routing, torch.zeros_like(inputs.routing.valid))
     for routing in (inputs.routing, empty):
         made = use(balancer, replace(inputs, routing=routing))
         require(made["loss"].shape == (), "the loss must be a single number")
@@ -91,12 +92,95 @@ def check_state_keeps_its_form(method: Subject) -> None:
         require(value.is_leaf, f"the update of {name} carries a gradient")
 
 
+def check_state_is_exact(method: Subject) -> None:
+    """Numbers of the state are in float32 at least, in a model that is made in bfloat16 too."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        state = method.create().start(_SHAPE)
+    finally:
+        torch.set_default_dtype(usual)
+    for name, value in state.items():
+        wide = not value.is_floating_point() or torch.finfo(value.dtype).bits >= 32
+        require(wide, f"{name} is in {value.dtype} where the default dtype is: say dtype=torch.float32")
+
+
+def check_sizes(method: Subject) -> None:
+    """Many experts, several choices a token and other seeds: finite results, gradients and states."""
+    balancer = method.create()
+    for seed, num_experts, top_k in ((1, 24, 1), (2, 64, 6), (3, 128, 8)):
+        routing = sample_routing(seed, num_tokens=48, num_experts=num_experts, top_k=top_k, hot=1.0)
+        state = balancer.start(replace(_SHAPE, num_experts=num_experts))
+        inputs = given_for(method, routing, seed, state=state)
+        _require_finite(balancer, inputs, f"with {num_experts} experts")
+
+
+def check_extreme_logits(method: Subject) -> None:
+    """However sure or unsure a router is, loss, gradient and state are finite; so with any padding."""
+    balancer = method.create()
+    plain = sample_routing(21)
+    for scale in (0.0, 30.0, 200.0, 1e4):
+        logits = (scale * plain.logits.detach()).requires_grad_()
+        routing = by_choice(replace(plain, logits=logits, scores=logits.softmax(-1)), _two_best(logits))
+        _require_finite(balancer, _begun(method, balancer, routing), f"with logits times {scale:g}")
+    unknown = torch.where(plain.valid[:, None], plain.logits.detach(), torch.nan).requires_grad_()
+    given = _begun(method, balancer, replace(plain, logits=unknown, scores=plain.scores.detach()))
+    _require_finite(balancer, given, "with padding that is no number")
+
+
+def check_autocast_changes_nothing(method: Subject) -> None:
+    """Under autocast the loss is as exact as without."""
+    balancer = method.create()
+    inputs = _begun(method, balancer, sample_routing(22, hot=1.0))
+    plain = use(balancer, inputs)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = use(balancer, inputs)["loss"]
+    require(torch.allclose(rounded, plain, rtol=1e-6), f"{plain:.7g} is {rounded:.7g} under autocast")
+
+
+def check_low_precision(method: Subject) -> None:
+    """Of scores in bfloat16 a finite loss is made, and a state of the usual form."""
+    balancer = method.create()
+    plain = sample_routing(23, hot=1.0)
+    half = {name: getattr(plain, name).detach().bfloat16() for name in ("scores", "logits", "weights")}
+    inputs = _begun(method, balancer, replace(plain, **half))
+    made = use(balancer, inputs)
+    require(torch.isfinite(made["loss"]), "the loss of bfloat16 scores is not finite")
+    for name, value in made["state"].items():
+        require(value.dtype == inputs.state[name].dtype, f"bfloat16 scores make {name} {value.dtype}")
+
+
+def check_by_load(method: Subject) -> None:
+    """Tag ``by_load``: where every token has every expert the loss pulls at no score; else it does."""
+    if method.cls.loss is Balancer.loss or method.tagged("needs_router"):
+        return
+    balancer = method.create()
+    chosen = sample_routing(24, hot=1.0)
+    everyone = torch.arange(_NUM_EXPERTS).expand(chosen.num_tokens, -1)
+    pulls = []
+    for routing in (chosen, by_choice(chosen, everyone)):
+        cost = _cost(method, balancer, routing)
+        if not cost.requires_grad:
+            return
+        (slope,) = torch.autograd.grad(cost, chosen.logits, allow_unused=True, retain_graph=True)
+        if slope is None:
+            return
+        pulls.append(slope.abs().max())
+    constant = pulls[1] < 1e-4 * pulls[0]
+    require(
+        constant == method.has("by_load"),
+        "where every token has every expert the loss is constant: it needs the tag by_load"
+        if constant
+        else "the tag by_load is for losses that are constant where every token has every expert",
+    )
+
+
 def check_even_load_costs_least(method: Subject) -> None:
     """A perfectly even routing costs no more than any other."""
     if _skips(method, "loss"):
         return
     balancer = method.create()
-    even = _cost(method, balancer, _even_routing())
+    even = _cost(method, balancer, even_routing())
     for hot in (-2.0, 0.0, 0.5, _HOT):
         other = _cost(method, balancer, sample_routing(19, hot=hot))
         require(even <= other + 1e-6, f"an even load costs {even:.5g}, an uneven one {other:.5g}")
@@ -150,7 +234,7 @@ def check_bias_evens_the_load(method: Subject) -> None:
     loads = []
     for _ in range(300):
         wanted = plain.scores.detach() + state["bias"]
-        routing = _by_choice(plain, wanted.topk(2).indices)
+        routing = by_choice(plain, wanted.topk(2).indices)
         loads.append(routing.load)
         state = balancer.update(given_for(method, routing, 13, state=state))
     worst = [float(load.max() / load.float().mean()) for load in (loads[0], loads[-1])]
@@ -164,7 +248,7 @@ def check_expert_order_is_irrelevant(method: Subject) -> None:
     inputs = replace(sample(method, 14), generator=None)
     order = torch.randperm(_NUM_EXPERTS, generator=torch.Generator().manual_seed(14))
     balancer = method.create()
-    moved_inputs = replace(inputs, routing=_reordered(inputs.routing, order))
+    moved_inputs = replace(inputs, routing=reordered(inputs.routing, order))
     for name in ("router_weight", "gradients"):
         value = getattr(inputs, name)
         if value is not None:
@@ -212,7 +296,9 @@ def check_parts_make_the_whole(method: Subject) -> None:
     total = _cost(method, balancer, whole, **facts)
     alone = _cost(method, balancer, whole)
     require(torch.allclose(total, alone, rtol=1e-4), "the counts of the routing at hand change its loss")
-    parts = [_masked(whole, (torch.arange(60) < 20) == first) for first in (True, False)]
+    # Between the two sequences, where these must be whole.
+    cut = 30 if method.has("whole_sequences") else 20
+    parts = [masked(whole, (torch.arange(60) < cut) == first) for first in (True, False)]
     states = [balancer.update(_begun(method, balancer, part, **facts)) for part in (whole, *parts)]
     for name, value in states[0].items():
         for state in states[1:]:
@@ -260,6 +346,25 @@ def whole_facts(whole: Routing) -> dict[str, Any]:
     return {"load": whole.load, "loads": whole.load[None], "num_tokens": int(whole.valid.sum())}
 
 
+def _require_finite(balancer: Balancer, inputs: BalancerInput, where: str) -> None:
+    """Loss, its gradients and the next state are finite numbers."""
+    made = use(balancer, inputs)
+    require(torch.isfinite(made["loss"]).all(), f"the loss is not finite {where}")
+    values = list(made["state"].values())
+    if made["loss"].requires_grad:
+        trained = [value for value in inputs.state.values() if value.requires_grad]
+        leaves = [value for value in (inputs.routing.logits, *trained) if value.requires_grad]
+        found = torch.autograd.grad(made["loss"], leaves, allow_unused=True)
+        values += [slope for slope in found if slope is not None]
+    require(
+        all(torch.isfinite(value).all() for value in values), f"a gradient or state is not finite {where}"
+    )
+
+
+def _two_best(values: Float[Tensor, "T E"]) -> Int[Tensor, "T K"]:
+    return values.topk(2).indices
+
+
 def _skips(method: Subject, name: str) -> bool:
     return getattr(method.cls, name) is getattr(Balancer, name) or method.has("regularizer")
 
@@ -272,69 +377,17 @@ def _cost(method: Subject, balancer: Balancer, routing: Routing, **more: Any) ->
     return balancer.loss(_begun(method, balancer, routing, **more))
 
 
-def _by_choice(routing: Routing, chosen: Int[Tensor, "T K"]) -> Routing:
-    """The routing with other experts chosen, weighted by their scores."""
-    return Routing.from_choices(
-        chosen,
-        routing.scores.gather(-1, chosen),
-        scores=routing.scores,
-        logits=routing.logits,
-        valid=routing.valid,
-    )
-
-
-def _even_routing() -> Routing:
-    """Tokens with equal scores for all experts, each expert chosen as often as any other."""
-    routing = sample_routing(0, num_tokens=64)
-    logits = torch.zeros_like(routing.logits).requires_grad_()
-    chosen = (torch.arange(64)[:, None] + torch.tensor([0, _NUM_EXPERTS // 2])) % _NUM_EXPERTS
-    even = replace(routing, logits=logits, scores=logits.softmax(-1), valid=torch.ones(64, dtype=torch.bool))
-    return _by_choice(even, chosen)
-
-
-def _collapsed(expert: int) -> Routing:
-    """Every token at the same two experts, and sure of it."""
-    even = _even_routing()
-    chosen = torch.tensor([expert, (expert + 1) % _NUM_EXPERTS]).expand(64, -1)
-    logits = (5.0 * torch.zeros_like(even.logits).scatter(1, chosen, 1.0)).detach().requires_grad_()
-    return _by_choice(replace(even, logits=logits, scores=logits.softmax(-1)), chosen)
-
-
 def _check_one_collapse(method: Subject, expert: int) -> None:
     balancer = method.create()
-    collapsed, even = _collapsed(expert), _even_routing()
+    crowded, even = collapsed(expert), even_routing()
     if method.cls.loss is not Balancer.loss:
-        costs = [_cost(method, balancer, routing).item() for routing in (collapsed, even)]
+        costs = [_cost(method, balancer, routing).item() for routing in (crowded, even)]
         require(
             costs[0] > costs[1],
             f"a layer collapsed onto expert {expert} costs {costs[0]:.4g}, even {costs[1]:.4g}",
         )
     if "bias" in balancer.start(_SHAPE):
-        bias = balancer.update(_begun(method, balancer, collapsed))["bias"]
+        bias = balancer.update(_begun(method, balancer, crowded))["bias"]
         used = [expert, (expert + 1) % _NUM_EXPERTS]
         others = [number for number in range(_NUM_EXPERTS) if number not in used]
         require(bias[used].max() < bias[others].min(), "the bias does not see a collapsed layer")
-
-
-def _masked(routing: Routing, kept: Bool[Tensor, " T"]) -> Routing:
-    """The same routing with more of its tokens counted as padding."""
-    return Routing.from_assignments(
-        routing.token_ids,
-        routing.expert_ids,
-        routing.weights,
-        scores=routing.scores,
-        logits=routing.logits,
-        valid=routing.valid & kept,
-    )
-
-
-def _reordered(routing: Routing, order: Int[Tensor, " E"]) -> Routing:
-    """The same routing with the experts in another order."""
-    return Routing.from_assignments(
-        routing.token_ids,
-        order.argsort()[routing.expert_ids],
-        routing.weights,
-        scores=routing.scores[:, order],
-        logits=routing.logits[:, order],
-        valid=routing.valid,
-    )

@@ -185,6 +185,48 @@ def check_state_dict_round_trip(method: Subject) -> None:
     )
 
 
+def check_sizes_and_padded_rows(method: Subject) -> None:
+    """More sequences and other seeds, whole rows of padding among them: all as if mixed alone."""
+    mixer = method.create()
+    for seed, num_sequences in ((40, 1), (41, 4), (42, 8)):
+        given = token_fields(seed, 64, num_sequences) | {"generator": None}
+        absent = (given["sequence_ids"] == num_sequences - 1) & (num_sequences > 1)
+        given["valid"] = given["valid"] & ~absent
+        output, routing = use(mixer, declared(method, given))
+        require((output[~given["valid"]] == 0).all(), "padding has an output")
+        require(torch.isfinite(routing.scores).all(), f"shares of {num_sequences} sequences are not finite")
+        if not method.has("batch_dependent"):
+            rows = (given["sequence_ids"] == 0).nonzero().squeeze(-1)
+            alone, _ = use(mixer, declared(method, chosen(given, rows)))
+            require(torch.allclose(output[rows], alone, atol=_SAME), "a sequence is not mixed as if alone")
+
+
+def check_extreme_tokens(method: Subject) -> None:
+    """Of tokens of zeros, and very large ones, output and gradients are finite."""
+    mixer = method.create()
+    for scale in (0.0, 1e-3, 1e4):
+        given = token_fields(43)
+        given["x"] = (scale * given["x"]).requires_grad_()
+        output, routing = use(mixer, declared(method, given))
+        total = output.sum() + routing.scores.square().sum() + sum(routing.losses.values())
+        leaves = [given["x"], *(one for one in mixer.parameters() if one.requires_grad)]
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+        finite = all(torch.isfinite(slope).all() for slope in (output, *found) if slope is not None)
+        require(finite, f"output or a gradient of tokens times {scale:g} is not finite")
+
+
+def check_autocast_keeps_shares(method: Subject) -> None:
+    """Under autocast the shares of experts are as exact as without."""
+    mixer, inputs = method.create(), sample(method, 44)
+    _, plain = use(mixer, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rounded = use(mixer, inputs)
+    require(
+        torch.allclose(rounded.scores.float(), plain.scores, rtol=1e-5, atol=1e-6),
+        "autocast changes the shares of experts",
+    )
+
+
 @slow
 def check_compiles(method: Subject) -> None:
     """Tag ``compiles``: under ``torch.compile`` the output is the same."""
