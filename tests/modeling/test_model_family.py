@@ -10,10 +10,10 @@ import torch
 from modeling.tiny_models import some_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from mixtura.errors import SettingError, UserError
+from mixtura.errors import SettingError, UnsupportedModelError, UserError
 from mixtura.machine.releases import with_cache
 from mixtura.methods import header, names
-from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM
+from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM, export
 
 LABELS = {
     name: torch.zeros(2, dtype=torch.long)
@@ -206,11 +206,46 @@ def test_continuous_batching_equals_generate() -> None:
         ({"balancers": ["switch_los"]}, "did you mean 'switch_loss'"),
         ({"router": "hash", "balancers": ["loss_free"]}, "takes no selection_bias"),
         ({"pool": 3}, "does not divide"),
+        ({"balancers": [{"name": "device_loss", "num_devices": 3}]}, "cannot be divided into 3 devices"),
+        ({"balancers": [{"name": "moec", "num_clusters": 3}]}, "cannot be divided into 3 clusters"),
+        ({"router": "pre_gated", "balancers": ["erc_loss"]}, "no matrix with a row for each"),
+        ({"router": "yuan_attention", "balancers": ["erc_loss"]}, "no matrix with a row for each"),
+        ({"router": None, "mixer": "soft_moe", "balancers": ["erc_loss"]}, "no matrix with a row for each"),
+        ({"router": None, "mixer": "dense", "balancers": ["switch_loss"]}, "every expert every token"),
+        ({"router": None, "mixer": "smear", "balancers": ["global_batch"]}, "every expert every token"),
+        ({"router": None, "mixer": "dense", "balancers": ["conflict_loss"]}, "every expert every token"),
+        ({"router": None, "mixer": "dense", "balancers": ["loss_free"]}, "takes no selection_bias"),
+        ({"router": "sinkhorn", "balancers": ["moec"]}, "takes no allowed"),
     ],
 )
 def test_what_is_wrong_is_said(moe: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         tiny_model(moe)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"balancers": ["loss_free", "conflict_loss", "moec"]},
+        {"router": "re_moe", "balancers": ["re_moe_l1"]},
+        {"router": "x_moe"},
+        {"router": None, "mixer": "smear"},
+    ],
+)
+def test_what_a_checkpoint_lacks_is_drawn_by_the_seed(tmp_path: Path, moe: dict[str, Any]) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    config = tiny_config(moe)
+    loaded, info = MixturaForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    drawn = MixturaForCausalLM(config)
+    assert info["missing_keys"]
+    for name in info["missing_keys"]:
+        assert torch.equal(loaded.state_dict()[name], drawn.state_dict()[name]), name
+    assert torch.isfinite(loaded(some_ids()).logits).all()
+
+
+def test_ties_between_experts_are_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="weighs experts by their ties"):
+        export(tiny_model({"balancers": ["conflict_loss"]}, query_key_norm="none"), tmp_path / "out")
 
 
 def test_a_config_of_another_length_is_refused() -> None:
