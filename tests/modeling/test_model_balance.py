@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import mixtura
 from mixtura.errors import UserError
+from mixtura.methods.balancers.conflict_loss import ConflictLoss
 from mixtura.methods.balancers.quantile import Quantile
+from mixtura.modeling.balance import LayerBalance
 from mixtura.modeling.family import MixturaForCausalLM
 from mixtura.modeling.layer import Experts, MoELayer
 from mixtura.types import BalancerInput, LayerShape, RouterInput
@@ -332,3 +334,10 @@ def test_ties_weigh_experts_that_meet_at_a_token() -> None:
     mixer = MoELayer(mixtura.create("mixers", "dense", shape), Experts(shape))
     with pytest.raises(UserError, match="leave ties out"):
         mixer(RouterInput.of(x), ties)
+
+
+def test_ties_that_nobody_reads_are_refused() -> None:
+    shape = LayerShape(d_model=8, d_expert=6, num_experts=4)
+    with pytest.raises(UserError, match="ConflictLoss trains alpha, which nothing in this model reads"):
+        LayerBalance([ConflictLoss()], shape)
+    assert LayerBalance([ConflictLoss(ties="scores")], shape).ties is None
