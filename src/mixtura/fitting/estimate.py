@@ -14,6 +14,7 @@ import psutil
 from mixtura.checkpoints.skeleton import CheckpointView, build, open_checkpoint
 from mixtura.checkpoints.summary import ModelSummary, summarize
 from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data.tokens import num_embeddings_of
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
 from mixtura.fitting.depth import Depth, Work, choose_depth, positions
