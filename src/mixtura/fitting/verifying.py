@@ -121,7 +121,7 @@ def _continue(directory: Path, tokenizer: Any, prompts: list[str], context: int)
 def _ends(model: PreTrainedModel) -> set[int]:
     """The tokens by which a model ends its text."""
     own = model.generation_config
-    ends: list[int] | int | None = None if own is None else own.eos_token_id
+    ends = None if own is None else own.eos_token_id
     if ends is None:
         return set()
-    return set(ends) if isinstance(ends, list) else {ends}
+    return set(ends) if isinstance(ends, list) else {int(ends)}

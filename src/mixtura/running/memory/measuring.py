@@ -31,7 +31,7 @@ class MeasuredGeneration:
     Attributes:
         peak_bytes: the most resident memory it had, its own runtime included.
         loaded_bytes: resident memory once the model was loaded.
-        tokens_per_second: decoding speed after a short prompt, by `mixtura.running.generation.tokens_per_second`.
+        tokens_per_second: decoding speed after a short prompt, by `running.generation.tokens_per_second`.
         prefill_ms: time to the first token of a full context.
     """
 
