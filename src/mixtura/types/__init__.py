@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, final
 
 from mixtura.errors import UserError, suggest
-from mixtura.types.routing import BalancerInput, ExpertsHandle, LayerShape, RouterInput, Routing
+from mixtura.types.inputs import ExpertsHandle, LayerShape, RouterInput
+from mixtura.types.routing import BalancerInput, Routing
 
 __all__ = [
     "Action",
