@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ LAYOUTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "clamped": ("deepseek_v4", "DeepseekV4Experts", "DeepseekV4Config", {"swiglu_limit": 1.5}),
     "two_argument_gate": ("inkling2", "Inkling2Experts", "Inkling2TextConfig", {}),
 }
+
+# Those whose family the installed release has.
+LAYOUTS = {name: one for name, one in LAYOUTS.items() if find_spec(f"transformers.models.{one[0]}")}
 
 # What rounds to float32 on the way whatever it is given: the family's loop, its norm, its gate.
 ROUNDED = ("transposed_biased", "post_norm", "two_argument_gate")
