@@ -101,3 +101,84 @@ def train(rank: int, family: str, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _joined(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = FileStore(str(Path(folder) / "store"), NUM_PROCESSES)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=NUM_PROCESSES, timeout=timedelta(seconds=120)
+    )
+
+
+def _shared_out(model: Any, how: str) -> Any:
+    """The model with its parameters shared out over the processes."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeTopKRouter
+
+    if how == "fsdp1":
+        policy = ModuleWrapPolicy({Qwen3MoeDecoderLayer, Qwen3MoeTopKRouter})
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+    for layer in model.model.layers:
+        if how == "fsdp2 routers":
+            fully_shard(layer.mlp.gate)
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def sharded(rank: int, how: str, folder: str) -> None:
+    """Changed models before and after they are shared out; writes losses and biases."""
+    _joined(rank, folder)
+    mine = batch(slice(2 * rank, 2 * rank + 2))
+    found: dict[str, Tensor] = {}
+    changes: dict[str, Any] = {
+        "top_p": lambda model: mixtura.set_router(model, "top_p", p=0.4),
+        "ada_moe": lambda model: mixtura.set_router(model, "ada_moe", num_null=4),
+        "balance": lambda model: mixtura.balance(model, ["switch_loss", ("loss_free", {"rate": 0.01})]),
+    }
+    try:
+        for name, change in changes.items():
+            for prefix in ("expected.", ""):
+                model = model_of("qwen3_moe").train()
+                made = change(model)
+                shared = _shared_out(model, how) if not prefix else model
+                loss = shared(**mine, use_cache=False).loss
+                loss.backward()
+                made.end_step()
+                found[f"{prefix}{name}"] = loss.detach()
+                biases = made.biases() if name == "balance" else {}
+                found |= {f"{prefix}bias.{index}": bias.clone() for index, bias in biases.items()}
+        save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def averaged(rank: int, folder: str, whole: bool) -> None:
+    """A step of two parts after counting; processes divide by all labels, or each by its own."""
+    _joined(rank, folder)
+    try:
+        model = model_of("qwen3_moe").train()
+        made = mixtura.balance(model, "switch_loss", coefficient=1.0)
+        shared = DistributedDataParallel(model)
+        parts = [batch(slice(2 * rank, 2 * rank + 1)), batch(slice(2 * rank + 1, 2 * rank + 2))]
+        with made.counting():
+            for part in parts:
+                model(**part)
+        own = sum(int(part["labels"][:, 1:].ne(-100).sum()) for part in parts)
+        total = torch.tensor(own)
+        if whole:
+            dist.all_reduce(total)
+        scale = NUM_PROCESSES if whole else 1
+        with shared.no_sync():
+            (scale * shared(**parts[0], num_items_in_batch=total).loss).backward()
+        (scale * shared(**parts[1], num_items_in_batch=total).loss).backward()
+        save_file(
+            {name: slope.contiguous() for name, slope in gradients(model).items()}, Path(folder) / f"{rank}"
+        )
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import rerouting_process
-from rerouted import assert_alike, gradients
+from rerouted import assert_alike, gradients, model_of
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
+
+import mixtura
 
 
 @pytest.mark.slow
@@ -36,3 +38,16 @@ def test_a_trainer_in_two_processes_ends_with_the_weights_of_one(tmp_path: Path,
     expected = rerouting_process.trained(tmp_path, rerouting_process.ROWS, adapters=adapters)
     for rank in range(rerouting_process.NUM_PROCESSES):
         assert_alike(expected, load_file(tmp_path / str(rank)), tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_counted_step_weighs_the_same_whether_processes_divide_by_all_labels_or_their_own(
+    whole: bool, tmp_path: Path
+) -> None:
+    spawn(rerouting_process.averaged, (str(tmp_path), whole), nprocs=rerouting_process.NUM_PROCESSES)
+    model = model_of("qwen3_moe").train()
+    mixtura.balance(model, "switch_loss", coefficient=1.0)
+    model(**rerouting_process.batch(slice(0, rerouting_process.ROWS))).loss.backward()
+    for rank in range(rerouting_process.NUM_PROCESSES):
+        assert_alike(gradients(model), load_file(tmp_path / str(rank)), tolerance=1e-4)

@@ -175,6 +175,7 @@ class Rerouting:
                 f"model has {here[0]} and {here[1]}; set the same ones first, or load it by load_router"
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.passes.active is not None:
             return
@@ -185,6 +186,7 @@ class Rerouting:
         for listener in self.listeners:
             listener.before(here)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         here = self.passes.active
         if here is None or self.passes.owner is not model or not here.collecting:
@@ -207,6 +209,7 @@ class Rerouting:
         if here.without_gradient and torch.is_grad_enabled() and trained:
             raise UserError(NO_GRADIENT.format("the balancing loss"))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finally(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.passes.owner is model:
             self.passes.end()

@@ -73,7 +73,7 @@ def padding_of(mask: Any, size: Size, device: torch.device) -> Padding:
     )
 
 
-def _keys(mask: Bool[Tensor, "*R C"], size: Size) -> Bool[Tensor, "*R C"]:
+def _keys(mask: Bool[Tensor, "*_ C"], size: Size) -> Bool[Tensor, "*_ Q"]:
     """The columns of what is in the cache and of the batch; of a cache of fixed length there are more."""
     total = size.past + size.columns
     return mask[..., :total] if mask.shape[-1] >= total else mask

@@ -150,10 +150,12 @@ class Passes:
     def _unknown(self, module: nn.Module) -> Pass:
         return Pass(number=self.number, training=module.training and torch.is_grad_enabled())
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if not _goes_backward() and args and isinstance(args[0], Tensor):
             self._of_input[args[0]] = self._unknown(layer) if self.active is None else self.active
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find(self, child: nn.Module, args: tuple[Any, ...]) -> None:
         if self.active is None and _goes_backward() and args and isinstance(args[0], Tensor):
             self._latest = self._of_input.get(args[0]) or self._alias(args[0]) or self._latest

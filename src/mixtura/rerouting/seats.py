@@ -251,6 +251,7 @@ class Seat:
         logits = routing.logits.to(output[0].dtype)
         return (logits, weights.to(output[1].dtype), ids, *output[3:])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add_extra(self, experts: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The experts' output, with the branch that the router has just added."""
         extra, self._extra = self._extra, None
