@@ -8,7 +8,6 @@ from typing import Any, final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     best,
@@ -81,12 +80,9 @@ class AdaMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("AdaMoe", "num_null", num_null, 0, 4096)
-        check_range("AdaMoe", "num_choices", num_choices, 1, shape.num_experts + num_null)
-        check_range("AdaMoe", "coefficient", coefficient, 0, 1e6)
-        self.num_null = num_null
-        self.num_choices = num_choices
-        self.coefficient = coefficient
+        self.num_null = self.within("num_null", num_null, 0, 4096)
+        self.num_choices = self.within("num_choices", num_choices, 1, shape.num_experts + num_null)
+        self.coefficient = self.within("coefficient", coefficient, 0, 1e6)
         self.seed = seed
         self.weight = router_weight(shape, seed)
         self.null = drawn(seed + 1, num_null, shape.d_model)
@@ -106,11 +102,11 @@ class AdaMoe(Router):
         used, likely = choice_shares(chosen, scores, inputs.valid)
         null_load = used[num_experts:].mean() if self.num_null else used.new_zeros(())
         used = torch.cat([used[:num_experts], null_load.expand(self.num_null)])
-        return Routing.from_choices(
+        return self.chose(
+            inputs,
             chosen,
-            weights.to(inputs.x.dtype),
+            weights,
             scores=scores[:, :num_experts],
             logits=logits[:, :num_experts],
-            valid=inputs.valid,
             losses={"balance": self.coefficient * scores.shape[1] * (used * likely).sum()},
         )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import attended, best, exact_logits, router_weight, softmax, to_sum_one
+from mixtura.methods.routers._shared import (
+    attended,
+    best_weighed,
+    exact_logits,
+    router_weight,
+    softmax,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -70,8 +75,7 @@ class AttentionAware(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("AttentionAware", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.mean_of = mean_of
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -81,12 +85,5 @@ class AttentionAware(Router):
         own = softmax(logits) if self.mean_of == "scores" else logits
         mean, history = attended(own, inputs, "AttentionAware")
         scores = mean if self.mean_of == "scores" else softmax(mean)
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-            history=history,
-        )
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits, history=history)

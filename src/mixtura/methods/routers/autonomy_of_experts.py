@@ -6,7 +6,6 @@ from typing import final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, exact_logits, softmax
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
@@ -56,8 +55,7 @@ class AutonomyOfExperts(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2) -> None:
         super().__init__(shape)
-        check_range("AutonomyOfExperts", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
 
     def forward(self, inputs: RouterInput) -> Routing:
         experts: ExpertsHandle = inputs.need("experts", "AutonomyOfExperts")
@@ -65,6 +63,4 @@ class AutonomyOfExperts(Router):
         norms = torch.stack([exact_logits(inputs.x, matrix).norm(dim=-1) for matrix in matrices], dim=-1)
         chosen = best(norms, self.top_k)
         weights = softmax(norms.gather(-1, chosen))
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=softmax(norms), logits=norms, valid=inputs.valid
-        )
+        return self.chose(inputs, chosen, weights, scores=softmax(norms), logits=norms)

@@ -6,7 +6,6 @@ from typing import final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._assignment import balanced
 from mixtura.methods.routers._shared import best, exact_logits, orthogonal, softmax
@@ -60,8 +59,7 @@ class BaseLayer(Router):
 
     def __init__(self, shape: LayerShape, *, tolerance: float = 1e-3, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("BaseLayer", "tolerance", tolerance, 1e-6, 1)
-        self.tolerance = tolerance
+        self.tolerance = self.within("tolerance", tolerance, 1e-6, 1)
         self.seed = seed
         self.weight = orthogonal(shape.num_experts, shape.d_model, seed)
 
@@ -72,10 +70,6 @@ class BaseLayer(Router):
             rows = inputs.valid.nonzero().squeeze(-1)
             matched = balanced(logits[rows], tolerance=self.tolerance)
             chosen = chosen.index_copy(0, rows, matched[:, None])
-        return Routing.from_choices(
-            chosen,
-            torch.sigmoid(logits).gather(-1, chosen).to(inputs.x.dtype),
-            scores=softmax(logits),
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, chosen, torch.sigmoid(logits).gather(-1, chosen), scores=softmax(logits), logits=logits
         )

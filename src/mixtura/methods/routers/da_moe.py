@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax, to_sum_one
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -73,10 +72,8 @@ class DaMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("DaMoe", "mean_experts", mean_experts, 1, shape.num_experts)
-        check_range("DaMoe", "max_experts", max_experts, 1, 1e6)
-        self.mean_experts = mean_experts
-        self.max_experts = max_experts
+        self.mean_experts = self.within("mean_experts", mean_experts, 1, shape.num_experts)
+        self.max_experts = self.within("max_experts", max_experts, 1, 1e6)
         self.renormalize = renormalize
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -91,12 +88,8 @@ class DaMoe(Router):
         weights = scores.gather(-1, chosen).masked_fill(extra, 0.0)
         if self.renormalize:
             weights = to_sum_one(weights)
-        return Routing.from_choices(
-            chosen.masked_fill(extra, self.shape.num_experts),
-            weights.to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, chosen.masked_fill(extra, self.shape.num_experts), weights, scores=scores, logits=logits
         )
 
 

@@ -107,10 +107,6 @@ class DeepseekV3(Router):
         weights = scores.gather(-1, chosen).masked_fill(wanted.gather(-1, chosen).isneginf(), 0.0)
         if self.renormalize:
             weights = to_sum_one(weights)
-        return Routing.from_choices(
-            present(chosen, wanted),
-            (self.scaling * weights).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, present(chosen, wanted), self.scaling * weights, scores=scores, logits=logits
         )

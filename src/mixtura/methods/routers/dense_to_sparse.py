@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, router_weight, softmax, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, exact_logits, router_weight, softmax, to_sum_one
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -66,14 +65,10 @@ class DenseToSparse(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("DenseToSparse", "start", start, 1e-3, 1e3)
-        check_range("DenseToSparse", "end", end, 1e-3, 1e3)
-        check_range("DenseToSparse", "num_steps", num_steps, 1, 1e8)
-        check_range("DenseToSparse", "threshold", threshold, 0, 1e6)
-        self.start = start
-        self.end = end
-        self.num_steps = num_steps
-        self.threshold = threshold
+        self.start = self.within("start", start, 1e-3, 1e3)
+        self.end = self.within("end", end, 1e-3, 1e3)
+        self.num_steps = self.within("num_steps", num_steps, 1, 1e8)
+        self.threshold = self.within("threshold", threshold, 0, 1e6)
         self.activation = activation
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -81,17 +76,12 @@ class DenseToSparse(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         logits = self._activated(exact_logits(inputs.x, self.weight)) / self.temperature(inputs.step)
         scores = softmax(logits)
-        chosen = best(scores, self.shape.num_experts)
-        weights = scores.gather(-1, chosen)
+        chosen, weights = best_weighed(scores, self.shape.num_experts, renormalize=False)
         first = torch.arange(self.shape.num_experts, device=chosen.device) == 0
         kept = (weights >= self.threshold / self.shape.num_experts) | first
         weights = to_sum_one(weights * kept)
-        return Routing.from_choices(
-            chosen.masked_fill(~kept, self.shape.num_experts),
-            weights.to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, chosen.masked_fill(~kept, self.shape.num_experts), weights, scores=scores, logits=logits
         )
 
     def temperature(self, step: int) -> float:

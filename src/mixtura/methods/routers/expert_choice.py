@@ -6,7 +6,6 @@ from typing import Literal, final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     best_weighed,
@@ -75,8 +74,7 @@ class ExpertChoice(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("ExpertChoice", "capacity_factor", capacity_factor, 1, shape.num_experts)
-        self.capacity_factor = capacity_factor
+        self.capacity_factor = self.within("capacity_factor", capacity_factor, 1, shape.num_experts)
         self.group = group
         self.seed = seed
         self.weight = router_weight(shape, seed)

@@ -72,8 +72,7 @@ class Gshard(Router):
     ) -> None:
         super().__init__(shape)
         check_range("Gshard", "number of experts", shape.num_experts, 2, float("inf"))
-        check_range("Gshard", "capacity_factor", capacity_factor, 0, 1e6)
-        self.capacity_factor = capacity_factor
+        self.capacity_factor = self.within("capacity_factor", capacity_factor, 0, 1e6)
         self.random_second = random_second
         self.seed = seed
         self.weight = router_weight(shape, seed)

@@ -7,10 +7,9 @@ from typing import final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
-    best,
+    best_weighed,
     entropy,
     exact_logits,
     rank_in_sequence,
@@ -78,12 +77,9 @@ class GwMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("GwMoe", "top_k", top_k, 1, shape.num_experts)
-        check_range("GwMoe", "threshold", threshold, 0, 1)
-        check_range("GwMoe", "max_slots", max_slots, 0, 1e8)
-        self.top_k = top_k
-        self.threshold = threshold
-        self.max_slots = max_slots
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.threshold = self.within("threshold", threshold, 0, 1)
+        self.max_slots = self.within("max_slots", max_slots, 0, 1e8)
         self.renormalize = renormalize
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -92,8 +88,9 @@ class GwMoe(Router):
         num_experts = self.shape.num_experts
         logits = exact_logits(inputs.x, self.weight)
         scores = softmax(logits)
-        chosen = best(scores, num_experts if inputs.training else self.top_k)
-        weights = scores.gather(-1, chosen)
+        chosen, weights = best_weighed(
+            scores, num_experts if inputs.training else self.top_k, renormalize=False
+        )
         if inputs.training:
             # Equal probabilities may come out a rounding below the highest entropy.
             unsure = entropy(scores) >= self.threshold * math.log(num_experts) - 1e-6
@@ -105,6 +102,4 @@ class GwMoe(Router):
             weights = weights * kept
         if self.renormalize:
             weights = to_sum_one(weights)
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid
-        )
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import check_counts, generator_of
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -65,10 +64,8 @@ class Hash(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("Hash", "top_k", top_k, 1, shape.num_experts)
-        check_range("Hash", "num_words", num_words, 1, 1e8)
-        self.top_k = top_k
-        self.num_words = num_words
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.num_words = self.within("num_words", num_words, 1, 1e8)
         self.assignment = assignment
         self.seed = seed
         generator = generator_of(seed)

@@ -7,7 +7,6 @@ from typing import final
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
 from mixtura.methods.routers._shared import best, drawn, exact_logits, keep, softmax
@@ -75,12 +74,9 @@ class HyperRouter(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("HyperRouter", "top_k", top_k, 1, shape.num_experts)
-        check_range("HyperRouter", "embedding_width", embedding_width, 1, 1e6)
-        check_range("HyperRouter", "hidden_width", hidden_width, 1, 1e6)
-        self.top_k = top_k
-        self.embedding_width = embedding_width
-        self.hidden_width = hidden_width
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.embedding_width = self.within("embedding_width", embedding_width, 1, 1e6)
+        self.hidden_width = self.within("hidden_width", hidden_width, 1, 1e6)
         self.train_hypernet = train_hypernet
         self.seed = seed
         rows = shape.num_experts * (shape.d_model + 1)
@@ -103,10 +99,6 @@ class HyperRouter(Router):
         rows, biases = self._remade.of(self, sources, self.made)
         logits = exact_logits(inputs.x, rows) + biases
         chosen = best(logits, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            softmax(logits.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=softmax(logits),
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, chosen, softmax(logits.gather(-1, chosen)), scores=softmax(logits), logits=logits
         )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._losses import mean_of_valid
-from mixtura.methods.routers._shared import best, drawn, exact, exact_logits, full_precision, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, drawn, exact, exact_logits, full_precision
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -102,12 +102,15 @@ class IdaMoe(Router):
         # Detached, for the encoder would raise the likelihood by shrinking all codes to a point.
         joint = self._log_density(encoded.detach()).unflatten(-1, (-1, self.num_groups)).logsumexp(-1)
         scores = joint.detach().softmax(-1)
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen, to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=scores, logits=joint.detach(), valid=inputs.valid,
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(
+            inputs,
+            chosen,
+            weights,
+            scores=scores,
+            logits=joint.detach(),
             losses=self._losses(x, encoded, joint, inputs) if inputs.training else {},
-        )  # fmt: skip
+        )
 
     def _losses(
         self,

@@ -6,7 +6,7 @@ from typing import final
 
 from torch.nn import functional as F
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UserError
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._losses import mean_of_valid
 from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax
@@ -67,8 +67,7 @@ class LrMoe(Router):
         self, shape: LayerShape, *, coefficient: float = 0.3, weighted: bool = False, seed: int = 0
     ) -> None:
         super().__init__(shape)
-        check_range("LrMoe", "coefficient", coefficient, 0, 1e6)
-        self.coefficient = coefficient
+        self.coefficient = self.within("coefficient", coefficient, 0, 1e6)
         self.weighted = weighted
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -92,12 +91,4 @@ class LrMoe(Router):
         scores = softmax(logits)
         chosen = best(logits, 1)
         weights = scores.gather(-1, chosen) if self.weighted else scores.new_ones(chosen.shape)
-        return Routing.from_choices(
-            chosen,
-            weights.to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-            losses=losses,
-            state=logits,
-        )
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits, losses=losses, state=logits)

@@ -70,10 +70,6 @@ class M6T(Router):
         size = self.shape.num_experts // self.num_prototypes
         scores = softmax(logits.reshape(-1, size)).reshape(logits.shape)
         chosen = best_per_group(scores, self.num_prototypes, 1)
-        return Routing.from_choices(
-            chosen,
-            scores.gather(-1, chosen).to(inputs.x.dtype),
-            scores=scores / self.num_prototypes,
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, chosen, scores.gather(-1, chosen), scores=scores / self.num_prototypes, logits=logits
         )

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Num
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     best,
@@ -80,14 +79,10 @@ class MaskMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("MaskMoe", "num_visible", num_visible, 1, shape.num_experts)
-        check_range("MaskMoe", "num_choices", num_choices, 1, num_visible)
-        check_range("MaskMoe", "frequent_share", frequent_share, 0, 1)
-        check_range("MaskMoe", "num_words", num_words, 1, 1e8)
-        self.num_visible = num_visible
-        self.num_choices = num_choices
-        self.frequent_share = frequent_share
-        self.num_words = num_words
+        self.num_visible = self.within("num_visible", num_visible, 1, shape.num_experts)
+        self.num_choices = self.within("num_choices", num_choices, 1, num_visible)
+        self.frequent_share = self.within("frequent_share", frequent_share, 0, 1)
+        self.num_words = self.within("num_words", num_words, 1, 1e8)
         self.seed = seed
         self.weight = router_weight(shape, seed)
         self.register_buffer("visible", torch.zeros(num_words, shape.num_experts, dtype=torch.bool))
@@ -99,12 +94,8 @@ class MaskMoe(Router):
         scores = softmax(masked(logits, self.visible[words % self.num_words]))
         wanted = masked(scores, scores > 0)
         chosen = best(wanted, self.num_choices)
-        return Routing.from_choices(
-            present(chosen, wanted),
-            scores.gather(-1, chosen).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
+        return self.chose(
+            inputs, present(chosen, wanted), scores.gather(-1, chosen), scores=scores, logits=logits
         )
 
     @torch.no_grad()

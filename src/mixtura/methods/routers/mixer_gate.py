@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UserError
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._clusters import k_means
 from mixtura.methods.routers._shared import (
@@ -82,12 +82,9 @@ class MixerGate(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("MixerGate", "noise", noise, 0, 1e6)
-        check_range("MixerGate", "num_iterations", num_iterations, 1, 1e6)
-        check_range("MixerGate", "tolerance", tolerance, 0, 1e6)
-        self.noise = noise
-        self.num_iterations = num_iterations
-        self.tolerance = tolerance
+        self.noise = self.within("noise", noise, 0, 1e6)
+        self.num_iterations = self.within("num_iterations", num_iterations, 1, 1e6)
+        self.tolerance = self.within("tolerance", tolerance, 0, 1e6)
         self.seed = seed
         keep(self, "weight", router_weight(shape, seed))
         keep(self, "bias", torch.zeros(shape.num_experts))

@@ -108,12 +108,14 @@ class MixtureOfDepths(Router):
         taken = self._ranked(depth, inputs) if inputs.may_look_ahead else guess > 0
         each = F.binary_cross_entropy_with_logits(guess, taken.to(guess), reduction="none")
         chosen = best(scores, self.num_choices)
-        return Routing.from_choices(
+        return self.chose(
+            inputs,
             chosen.masked_fill(~taken[:, None], self.shape.num_experts),
-            (scores.gather(-1, chosen) * depth).to(inputs.x.dtype),
-            scores=scores, logits=logits, valid=inputs.valid,
+            (scores.gather(-1, chosen) * depth),
+            scores=scores,
+            logits=logits,
             losses={"depth": self.coefficient * mean_of_valid(each, inputs.valid)},
-        )  # fmt: skip
+        )
 
     def _guess(self, x: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
         return exact_logits(F.silu(exact_logits(x, self.hidden)), self.predicted)[:, 0]

@@ -6,9 +6,8 @@ from typing import Literal, final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, drawn, exact_logits, softmax, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, drawn, exact_logits, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -63,10 +62,8 @@ class MixtureOfRouters(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("MixtureOfRouters", "top_k", top_k, 1, shape.num_experts)
-        check_range("MixtureOfRouters", "num_routers", num_routers, 1, 1e4)
-        self.top_k = top_k
-        self.num_routers = num_routers
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.num_routers = self.within("num_routers", num_routers, 1, 1e4)
         self.mix = mix
         self.seed = seed
         self.routers = drawn(seed, num_routers, shape.num_experts, shape.d_model)
@@ -81,8 +78,5 @@ class MixtureOfRouters(Router):
         else:
             scores = (say * votes.softmax(-1)).sum(1)
             logits = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
-        chosen = best(scores, self.top_k)
-        weights = to_sum_one(scores.gather(-1, chosen))
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid
-        )
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

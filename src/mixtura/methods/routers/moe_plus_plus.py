@@ -116,12 +116,16 @@ class MoePlusPlus(Router):
         used, likely = choice_shares(chosen, scores, inputs.valid)
         eta = torch.where(torch.arange(total, device=used.device) < num_experts, 1.0, self.tau)
         table = torch.zeros_like(scores).scatter(-1, chosen, weights)[:, num_experts:]
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype),
-            scores=scores[:, :num_experts], logits=logits[:, :num_experts], valid=inputs.valid,
+        return self.chose(
+            inputs,
+            chosen,
+            weights,
+            scores=scores[:, :num_experts],
+            logits=logits[:, :num_experts],
             losses={"balance": self.coefficient * total * (eta.to(used) * used * likely).sum()},
-            state=logits, extra=self._free(inputs, table),
-        )  # fmt: skip
+            state=logits,
+            extra=self._free(inputs, table),
+        )
 
     @full_precision()
     def _free(self, inputs: RouterInput, table: Float[Tensor, "T Z"]) -> Float[Tensor, "T D"]:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
 from mixtura.methods.routers._shared import best, exact, exact_logits, full_precision, softmax
@@ -61,8 +60,7 @@ class MoeX(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2) -> None:
         super().__init__(shape)
-        check_range("MoeX", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self._remade = Remade()
 
     def forward(self, inputs: RouterInput) -> Routing:
@@ -72,9 +70,7 @@ class MoeX(Router):
         logits = _expected_sparsity(inputs.x, mean, spread)
         chosen = best(logits, self.top_k)
         weights = softmax(logits.gather(-1, chosen))
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=softmax(logits), logits=logits, valid=inputs.valid
-        )
+        return self.chose(inputs, chosen, weights, scores=softmax(logits), logits=logits)
 
 
 @full_precision()

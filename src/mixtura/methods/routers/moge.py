@@ -79,6 +79,4 @@ class Moge(Router):
         weights = scores.gather(-1, chosen)
         if self.renormalize:
             weights = to_sum_one(weights)
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid
-        )
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

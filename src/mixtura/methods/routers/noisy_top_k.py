@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._losses import squared_variation
 from mixtura.methods.routers._shared import best, exact_logits, normal_like, router_weight, softmax
@@ -71,12 +70,9 @@ class NoisyTopK(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("NoisyTopK", "top_k", top_k, 1, shape.num_experts)
-        check_range("NoisyTopK", "importance_coefficient", importance_coefficient, 0, 1e6)
-        check_range("NoisyTopK", "load_coefficient", load_coefficient, 0, 1e6)
-        self.top_k = top_k
-        self.importance_coefficient = importance_coefficient
-        self.load_coefficient = load_coefficient
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.importance_coefficient = self.within("importance_coefficient", importance_coefficient, 0, 1e6)
+        self.load_coefficient = self.within("load_coefficient", load_coefficient, 0, 1e6)
         self.seed = seed
         self.weight = router_weight(shape, seed)
         self.noise = nn.Parameter(torch.zeros(shape.num_experts, shape.d_model))
@@ -94,14 +90,7 @@ class NoisyTopK(Router):
         weights = logits.gather(-1, chosen).softmax(-1)
         shared = torch.zeros_like(logits).scatter(-1, chosen, weights)
         losses["importance"] = self.importance_coefficient * squared_variation(shared[inputs.valid].sum(0))
-        return Routing.from_choices(
-            chosen,
-            weights.to(inputs.x.dtype),
-            scores=softmax(logits),
-            logits=logits,
-            valid=inputs.valid,
-            losses=losses,
-        )
+        return self.chose(inputs, chosen, weights, scores=softmax(logits), logits=logits, losses=losses)
 
     def _expected_load(self, clean: Tensor, noisy: Tensor, spread: Tensor, valid: Tensor) -> Tensor:
         """Tokens each expert would get, in expectation over its own noise, that of others as drawn."""

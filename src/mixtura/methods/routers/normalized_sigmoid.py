@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, exact_logits, masked, present, router_weight, to_sum_one
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -66,8 +65,7 @@ class NormalizedSigmoid(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("NormalizedSigmoid", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.over = over
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -80,10 +78,4 @@ class NormalizedSigmoid(Router):
         chosen = best(wanted, self.top_k)
         weights = scores.gather(-1, chosen).masked_fill(wanted.gather(-1, chosen).isneginf(), 0.0)
         weights = to_sum_one(weights, None if self.over == "chosen" else scores.sum(-1, keepdim=True))
-        return Routing.from_choices(
-            present(chosen, wanted),
-            weights.to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        return self.chose(inputs, present(chosen, wanted), weights, scores=scores, logits=logits)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, router_weight, softmax
+from mixtura.methods.routers._shared import best_weighed, exact_logits, router_weight, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -52,19 +51,12 @@ class OmniRouter(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 1, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("OmniRouter", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.seed = seed
         self.weight = router_weight(shape, seed)
 
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x, self.weight)
         scores = softmax(logits)
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            scores.gather(-1, chosen).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        chosen, weights = best_weighed(scores, self.top_k, renormalize=False)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

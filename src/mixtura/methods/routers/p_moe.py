@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import exact_logits, rank_in_sequence, router_weight
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -66,8 +65,7 @@ class PMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("PMoe", "patches", patches, 1, 1e6)
-        self.patches = patches
+        self.patches = self.within("patches", patches, 1, 1e6)
         self.weights = weights
         self.seed = seed
         self.weight = router_weight(shape, seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     beside_unused,
@@ -61,8 +60,7 @@ class PreGated(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("PreGated", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.seed = seed
         self.weight = router_weight(shape, seed)
         self.first = router_weight(shape, seed + 1)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, check_range
+from mixtura.errors import SettingError
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, cosine_logits, drawn, exact, full_precision, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -80,13 +80,10 @@ class ProMoe(Router):
                 "ProMoe keeps one expert for unconditional tokens, so it needs two at least, got "
                 f"{shape.num_experts}"
             )
-        check_range("ProMoe", "per_token", per_token, 1, shape.num_experts - 1)
-        check_range("ProMoe", "contrastive_coefficient", contrastive_coefficient, 0, 1e6)
-        check_range("ProMoe", "temperature", temperature, 1e-3, 1e3)
-        self.per_token = per_token
+        self.per_token = self.within("per_token", per_token, 1, shape.num_experts - 1)
         self.weigh_by = weigh_by
-        self.contrastive_coefficient = contrastive_coefficient
-        self.temperature = temperature
+        self.contrastive_coefficient = self.within("contrastive_coefficient", contrastive_coefficient, 0, 1e6)
+        self.temperature = self.within("temperature", temperature, 1e-3, 1e3)
         self.seed = seed
         self.prototypes = drawn(seed, shape.num_experts - 1, shape.d_model)
 
@@ -107,12 +104,12 @@ class ProMoe(Router):
             sure = (inputs.valid & ~alone.squeeze(-1)).nonzero().squeeze(-1)
             contrast = self._contrast(exact(inputs.x)[sure], chosen[sure])
             losses["contrastive"] = self.contrastive_coefficient * contrast
-        return Routing.from_choices(
+        return self.chose(
+            inputs,
             torch.where(alone, only, chosen),
-            weights.to(inputs.x.dtype),
+            weights,
             scores=torch.where(alone, own, F.pad(rated, (0, 1))),
             logits=F.pad(cosines, (0, 1)),
-            valid=inputs.valid,
             losses=losses,
         )
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UserError
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best_weighed, drawn, exact_logits, full_precision, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -77,12 +77,9 @@ class RMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("RMoe", "top_k", top_k, 1, shape.num_experts)
-        check_range("RMoe", "num_layers", num_layers, 1, 1e4)
-        check_range("RMoe", "num_dims", num_dims, 1, 1e5)
-        self.top_k = top_k
-        self.num_layers = num_layers
-        self.num_dims = num_dims
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.num_layers = self.within("num_layers", num_layers, 1, 1e4)
+        self.num_dims = self.within("num_dims", num_dims, 1, 1e5)
         self.cell = cell
         self.seed = seed
         size = 3 * num_dims if cell == "gru" else num_dims

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, uniform_like
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -50,8 +49,7 @@ class Random(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("Random", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.seed = seed
 
     def forward(self, inputs: RouterInput) -> Routing:

@@ -113,10 +113,9 @@ class ReadMe(Router):
         scores = softmax(logits)
         chosen = best(scores, self.top_k)
         weights = scores.gather(-1, chosen) if self.weighted else torch.ones_like(scores[:, : self.top_k])
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=exact(logits), valid=inputs.valid,
-            state=logits, history=history,
-        )  # fmt: skip
+        return self.chose(
+            inputs, chosen, weights, scores=scores, logits=exact(logits), state=logits, history=history
+        )
 
     def distillation(self, logits: Float[Tensor, "T E"], overlap: Float[Tensor, "T E"]) -> Float[Tensor, ""]:
         """How far logits are from each expert's share of a dense model's activations: two cross entropies."""

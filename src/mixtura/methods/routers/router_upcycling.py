@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UserError
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best_weighed, drawn, exact, full_precision
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -59,12 +59,9 @@ class RouterUpcycling(Router):
         self, shape: LayerShape, *, top_k: int = 2, num_routers: int = 4, width: int = 16, seed: int = 0
     ) -> None:
         super().__init__(shape)
-        check_range("RouterUpcycling", "top_k", top_k, 1, shape.num_experts)
-        check_range("RouterUpcycling", "num_routers", num_routers, 1, 1e4)
-        check_range("RouterUpcycling", "width", width, 1, 1e6)
-        self.top_k = top_k
-        self.num_routers = num_routers
-        self.width = width
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.num_routers = self.within("num_routers", num_routers, 1, 1e4)
+        self.width = self.within("width", width, 1, 1e6)
         self.seed = seed
         self.query = drawn(seed, num_routers, width, shape.d_model)
         self.key = drawn(seed + 1, num_routers, shape.num_experts, width, scale=width)

@@ -117,10 +117,7 @@ class S2Moe(Router):
             weights = gate * weights
             extra = torch.zeros_like(x).index_copy(0, rows, (1 - gate[rows]) * other).to(inputs.x.dtype)
             losses["uncertainty"] = self.coefficient * contrast(clean, other, self.temperature)
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid,
-            losses=losses, extra=extra,
-        )  # fmt: skip
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits, losses=losses, extra=extra)
 
     def _routed(self, x: Float[Tensor, "T D"], top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = exact_logits(x, self.weight)

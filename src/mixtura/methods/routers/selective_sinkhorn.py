@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, router_weight, sinkhorn, softmax, to_sum_one
+from mixtura.methods.routers._shared import (
+    best_weighed,
+    exact_logits,
+    router_weight,
+    sinkhorn,
+    softmax,
+)
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -69,14 +74,10 @@ class SelectiveSinkhorn(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("SelectiveSinkhorn", "top_k", top_k, 1, shape.num_experts)
-        check_range("SelectiveSinkhorn", "rate", rate, 0, 1)
-        check_range("SelectiveSinkhorn", "num_iterations", num_iterations, 1, 1000)
-        check_range("SelectiveSinkhorn", "temperature", temperature, 1e-3, 1e3)
-        self.top_k = top_k
-        self.rate = rate
-        self.num_iterations = num_iterations
-        self.temperature = temperature
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.rate = self.within("rate", rate, 0, 1)
+        self.num_iterations = self.within("num_iterations", num_iterations, 1, 1000)
+        self.temperature = self.within("temperature", temperature, 1e-3, 1e3)
         self.seed = seed
         self.weight = router_weight(shape, seed)
 
@@ -92,11 +93,5 @@ class SelectiveSinkhorn(Router):
             scores = sinkhorn(
                 logits, inputs.valid, num_iterations=self.num_iterations, temperature=self.temperature
             )
-        chosen = best(scores, self.top_k)
-        return Routing.from_choices(
-            chosen,
-            to_sum_one(scores.gather(-1, chosen)).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, router_weight, softmax, to_sum_one
+from mixtura.methods.routers._shared import best_weighed, exact_logits, router_weight, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -67,14 +66,10 @@ class SigmaMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("SigmaMoe", "top_k", top_k, 1, shape.num_experts)
-        check_range("SigmaMoe", "start_k", start_k, 1, 1e6)
-        check_range("SigmaMoe", "num_lower", num_lower, 0, 4096)
-        check_range("SigmaMoe", "switch_step", switch_step, 0, 1e8)
-        self.top_k = top_k
-        self.start_k = start_k
-        self.num_lower = num_lower
-        self.switch_step = switch_step
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.start_k = self.within("start_k", start_k, 1, 1e6)
+        self.num_lower = self.within("num_lower", num_lower, 0, 4096)
+        self.switch_step = self.within("switch_step", switch_step, 0, 1e8)
         self.renormalize = renormalize
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -90,10 +85,7 @@ class SigmaMoe(Router):
     def forward(self, inputs: RouterInput) -> Routing:
         logits = exact_logits(inputs.x, self.weight)
         scores = softmax(logits)
-        chosen = best(scores, self.num_active(inputs.layer, inputs.step))
-        weights = scores.gather(-1, chosen)
-        if self.renormalize:
-            weights = to_sum_one(weights)
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid
+        chosen, weights = best_weighed(
+            scores, self.num_active(inputs.layer, inputs.step), renormalize=self.renormalize
         )
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

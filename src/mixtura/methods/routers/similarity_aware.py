@@ -10,18 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     attended,
-    best,
+    best_weighed,
     by_position,
     exact,
     exact_logits,
     full_precision,
     router_weight,
     softmax,
-    to_sum_one,
 )
 from mixtura.types import LayerShape, RouterInput, Routing
 
@@ -89,11 +87,9 @@ class SimilarityAware(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("SimilarityAware", "top_k", top_k, 1, shape.num_experts)
-        check_range("SimilarityAware", "temperature", temperature, 1e-4, 1e4)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.similarity = similarity
-        self.temperature = temperature
+        self.temperature = self.within("temperature", temperature, 1e-4, 1e4)
         self.seed = seed
         self.weight = router_weight(shape, seed)
 
@@ -101,12 +97,10 @@ class SimilarityAware(Router):
         logits = exact_logits(inputs.x, self.weight)
         alike, table = self._alike(inputs)
         scores, history = attended(softmax(logits), replace(inputs, attention=alike), "SimilarityAware")
-        chosen = best(scores, self.top_k)
-        weights = to_sum_one(scores.gather(-1, chosen))
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid,
-            history=history | {"tokens": table},
-        )  # fmt: skip
+        chosen, weights = best_weighed(scores, self.top_k)
+        return self.chose(
+            inputs, chosen, weights, scores=scores, logits=logits, history=history | {"tokens": table}
+        )
 
     @full_precision()
     def _alike(self, inputs: RouterInput) -> tuple[Float[Tensor, "T C"], Float[Tensor, "S C D1"]]:

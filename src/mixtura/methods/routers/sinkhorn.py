@@ -6,7 +6,6 @@ from typing import final
 
 import torch
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, exact_logits, router_weight, sinkhorn, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -67,12 +66,9 @@ class Sinkhorn(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("Sinkhorn", "top_k", top_k, 1, shape.num_experts)
-        check_range("Sinkhorn", "num_iterations", num_iterations, 1, 1000)
-        check_range("Sinkhorn", "temperature", temperature, 1e-3, 1e3)
-        self.top_k = top_k
-        self.num_iterations = num_iterations
-        self.temperature = temperature
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.num_iterations = self.within("num_iterations", num_iterations, 1, 1000)
+        self.temperature = self.within("temperature", temperature, 1e-3, 1e3)
         self.seed = seed
         self.weight = router_weight(shape, seed)
 
@@ -86,10 +82,4 @@ class Sinkhorn(Router):
             )
         chosen = best(wanted, self.top_k)
         gates = torch.sigmoid(logits) if self.top_k == 1 else scores
-        return Routing.from_choices(
-            chosen,
-            gates.gather(-1, chosen).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        return self.chose(inputs, chosen, gates.gather(-1, chosen), scores=scores, logits=logits)

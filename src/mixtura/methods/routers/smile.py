@@ -6,7 +6,6 @@ from typing import final
 
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._levels import two_levels
 from mixtura.methods.routers._losses import unevenness
@@ -71,12 +70,10 @@ class Smile(Router):
     ) -> None:
         super().__init__(shape)
         check_parts("Smile", "num_nodes", num_nodes, shape.num_experts)
-        check_range("Smile", "inter_coefficient", inter_coefficient, 0, 1e6)
-        check_range("Smile", "intra_coefficient", intra_coefficient, 0, 1e6)
         self.num_nodes = num_nodes
         self.shared_rows = shared_rows
-        self.inter_coefficient = inter_coefficient
-        self.intra_coefficient = intra_coefficient
+        self.inter_coefficient = self.within("inter_coefficient", inter_coefficient, 0, 1e6)
+        self.intra_coefficient = self.within("intra_coefficient", intra_coefficient, 0, 1e6)
         self.seed = seed
         rows = shape.num_experts // num_nodes if shared_rows else shape.num_experts
         self.node_weight = drawn(seed + 1, num_nodes, shape.d_model)

@@ -96,12 +96,12 @@ class SpeechMoe2(Router):
         chosen = best(scores, 1)
         means = scores[inputs.valid].sum(0) / inputs.valid.sum().clamp(min=1)
         sparsity = mean_of_valid(F.normalize(scores, dim=-1).sum(-1), inputs.valid)
-        return Routing.from_choices(
+        return self.chose(
+            inputs,
             chosen,
-            scores.gather(-1, chosen).to(inputs.x.dtype),
+            scores.gather(-1, chosen),
             scores=scores,
             logits=logits,
-            valid=inputs.valid,
             losses={
                 "sparsity": self.sparsity_coefficient * sparsity,
                 "importance": self.importance_coefficient * self.shape.num_experts * means.square().sum(),

@@ -105,14 +105,8 @@ class StableMoe(Router):
             losses["balance"] = self.balance_coefficient * crowding
             missed = mean_of_valid(F.cross_entropy(light, chosen[:, 0], reduction="none"), inputs.valid)
             losses["distil"] = self.distil_coefficient * missed
-        return Routing.from_choices(
-            chosen,
-            weights.to(inputs.x.dtype),
-            scores=softmax(logits),
-            logits=logits,
-            valid=inputs.valid,
-            losses=losses,
-            history=history,
+        return self.chose(
+            inputs, chosen, weights, scores=softmax(logits), logits=logits, losses=losses, history=history
         )
 
     def _light(self, inputs: RouterInput) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._capacity import limit, room
 from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax, uniform_like
@@ -64,10 +63,8 @@ class Switch(Router):
         self, shape: LayerShape, *, capacity_factor: float = 1.25, jitter: float = 0.01, seed: int = 0
     ) -> None:
         super().__init__(shape)
-        check_range("Switch", "capacity_factor", capacity_factor, 0, 1e6)
-        check_range("Switch", "jitter", jitter, 0, 1)
-        self.capacity_factor = capacity_factor
-        self.jitter = jitter
+        self.capacity_factor = self.within("capacity_factor", capacity_factor, 0, 1e6)
+        self.jitter = self.within("jitter", jitter, 0, 1)
         self.seed = seed
         self.weight = router_weight(shape, seed, scale=0.1)
 
@@ -78,13 +75,7 @@ class Switch(Router):
         logits = exact_logits(x, self.weight)
         scores = softmax(logits)
         chosen = best(scores, 1)
-        routing = Routing.from_choices(
-            chosen,
-            scores.gather(-1, chosen).to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        routing = self.chose(inputs, chosen, scores.gather(-1, chosen), scores=scores, logits=logits)
         if not inputs.may_look_ahead:
             return routing
         return limit(routing, room(inputs.valid, self.shape.num_experts, self.capacity_factor))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._levels import two_levels
 from mixtura.methods.routers._losses import unevenness
@@ -63,11 +62,9 @@ class SwitchAndMixture(Router):
         super().__init__(shape)
         check_parts("SwitchAndMixture", "num_groups", num_groups, shape.num_experts)
         size = shape.num_experts // num_groups
-        check_range("SwitchAndMixture", "group_top_k", group_top_k, 1, size)
-        check_range("SwitchAndMixture", "balance_coefficient", balance_coefficient, 0, 1e6)
         self.num_groups = num_groups
-        self.group_top_k = group_top_k
-        self.balance_coefficient = balance_coefficient
+        self.group_top_k = self.within("group_top_k", group_top_k, 1, size)
+        self.balance_coefficient = self.within("balance_coefficient", balance_coefficient, 0, 1e6)
         self.seed = seed
         self.group_weight = drawn(seed + 1, num_groups, shape.d_model)
         self.weight = router_weight(shape, seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     best,
@@ -63,8 +62,7 @@ class TopK(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2, renormalize: bool = True, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("TopK", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.renormalize = renormalize
         self.seed = seed
         self.weight = router_weight(shape, seed)
@@ -78,10 +76,4 @@ class TopK(Router):
         weights = scores.gather(-1, chosen)
         if self.renormalize:
             weights = to_sum_one(weights)
-        return Routing.from_choices(
-            present(chosen, wanted),
-            weights.to(inputs.x.dtype),
-            scores=scores,
-            logits=logits,
-            valid=inputs.valid,
-        )
+        return self.chose(inputs, present(chosen, wanted), weights, scores=scores, logits=logits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best, exact_logits, masked, present, router_weight, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -49,8 +48,7 @@ class TopP(Router):
 
     def __init__(self, shape: LayerShape, *, p: float = 0.4, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("TopP", "p", p, 0, 1)
-        self.p = p
+        self.p = self.within("p", p, 0, 1)
         self.seed = seed
         self.weight = router_weight(shape, seed)
 
@@ -63,10 +61,10 @@ class TopP(Router):
         before = (weights.cumsum(-1) - weights).detach()
         needed = before < self.p
         needed[:, 0] = True
-        return Routing.from_choices(
+        return self.chose(
+            inputs,
             present(order, usable).masked_fill(~needed, self.shape.num_experts),
-            weights.to(inputs.x.dtype),
+            weights,
             scores=scores,
             logits=logits,
-            valid=inputs.valid,
         )

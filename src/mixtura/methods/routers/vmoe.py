@@ -11,7 +11,7 @@ from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._capacity import places_in_rounds, room
 from mixtura.methods.routers._losses import squared_variation
-from mixtura.methods.routers._shared import best, exact_logits, normal_like, router_weight, softmax
+from mixtura.methods.routers._shared import best_weighed, exact_logits, normal_like, router_weight, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -98,8 +98,7 @@ class Vmoe(Router):
             likely = torch.special.ndtr((clean - bar) / spread)[inputs.valid].sum(0)
             losses["load"] = self.coefficient * squared_variation(likely)
         scores = softmax(logits)
-        chosen = best(scores, self.top_k)
-        weights = scores.gather(-1, chosen)
+        chosen, weights = best_weighed(scores, self.top_k, renormalize=False)
         wanted = torch.bincount(chosen[inputs.valid].flatten(), minlength=self.shape.num_experts)
         if inputs.may_look_ahead:
             rated = {

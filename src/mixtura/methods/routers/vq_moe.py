@@ -122,11 +122,15 @@ class VqMoe(Router):
             q, torch.arange(rows.numel(), device=rows.device), nearest % self.shape.num_experts
         )
         branch = mix[rows, 1:] * self._normed(exact(made))
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid,
+        return self.chose(
+            inputs,
+            chosen,
+            weights,
+            scores=scores,
+            logits=logits,
             losses={"codes": self.coefficient * self._apart(x, found)} if inputs.training else {},
             extra=torch.zeros_like(inputs.x).index_copy(0, rows, branch.to(inputs.x.dtype)),
-        )  # fmt: skip
+        )
 
     def _apart(self, x: Tensor, found: Tensor) -> Tensor:
         """What draws entries to their tokens and tokens to their entries."""

@@ -8,7 +8,6 @@ from typing import Literal, final
 import torch
 from torch import nn
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import (
     best,
@@ -73,12 +72,9 @@ class XMoe(Router):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        check_range("XMoe", "top_k", top_k, 1, shape.num_experts)
-        check_range("XMoe", "num_dims", num_dims, 1, 1e6)
-        check_range("XMoe", "temperature", temperature, 1e-3, 1e3)
-        self.top_k = top_k
-        self.num_dims = num_dims
-        self.temperature = temperature
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
+        self.num_dims = self.within("num_dims", num_dims, 1, 1e6)
+        self.temperature = self.within("temperature", temperature, 1e-3, 1e3)
         self.gate = gate
         self.renormalize = renormalize
         self.seed = seed
@@ -94,6 +90,4 @@ class XMoe(Router):
         weights = scores.gather(-1, chosen)
         if self.renormalize:
             weights = to_sum_one(weights)
-        return Routing.from_choices(
-            chosen, weights.to(inputs.x.dtype), scores=scores, logits=logits, valid=inputs.valid
-        )
+        return self.chose(inputs, chosen, weights, scores=scores, logits=logits)

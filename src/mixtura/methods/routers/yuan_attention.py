@@ -6,7 +6,6 @@ from typing import final
 
 from torch.nn import functional as F
 
-from mixtura.errors import check_range
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._shared import best_weighed, drawn, exact_logits, full_precision, softmax
 from mixtura.types import LayerShape, RouterInput, Routing
@@ -56,8 +55,7 @@ class YuanAttention(Router):
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2, seed: int = 0) -> None:
         super().__init__(shape)
-        check_range("YuanAttention", "top_k", top_k, 1, shape.num_experts)
-        self.top_k = top_k
+        self.top_k = self.within("top_k", top_k, 1, shape.num_experts)
         self.seed = seed
         self.weight = drawn(seed, 3 * shape.num_experts, shape.d_model)
 
