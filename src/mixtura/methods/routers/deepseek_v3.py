@@ -20,6 +20,7 @@ METHOD = {
     "paper": None,
     "title": "DeepSeek-V3 Technical Report",
     "tags": [
+        "normalized",
         "token_independent",
         "lowest_index",
         "keeps_weights",
