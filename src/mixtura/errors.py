@@ -114,6 +114,13 @@ def suggest(name: str, options: Iterable[str]) -> str:
     return "there are: " + ", ".join(choices)
 
 
+def _bound(value: float) -> str:
+    """A limit as people write it: without an exponent as long as that is short."""
+    if 1000 <= abs(value) < 10**15 and value == int(value):
+        return str(int(value))
+    return f"{value:g}"
+
+
 def check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
     """Raise `SettingError` unless `low <= value <= high`.
 
@@ -123,4 +130,4 @@ def check_range(owner: str, name: str, value: float, low: float, high: float) ->
     mixtura.errors.SettingError: top_k of TopK must be in [1, 4], got 5
     """
     if not (low <= value <= high):
-        raise SettingError(f"{name} of {owner} must be in [{low:g}, {high:g}], got {value!r}")
+        raise SettingError(f"{name} of {owner} must be in [{_bound(low)}, {_bound(high)}], got {value!r}")

@@ -40,7 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         ("balancers=3", "a balancer is written as a name"),
         ("router=pro_moe", "ProMoe cannot route without labels named 'conditional', got domain"),
         # Capacity.
-        ("capacity=0", "factor of Capacity must be in [1e-06, 1e+06], got 0"),
+        ("capacity=0", "factor of Capacity must be in [1e-06, 1000000], got 0"),
         ("capacity={factor: x}", "factor of capacity must be a number, got 'x'"),
         ("capacity={factor: 1, order: wait}", "order of capacity must be 'arrival', 'weight', got 'wait'"),
         ("capacity={factor: 1, ordr: weight}", "capacity has no setting 'ordr'; did you mean 'order'?"),

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import typer
 
+from mixtura.cli._places import check_folder
+from mixtura.errors import SettingError
+
 
 def arena(
     kind: str = typer.Argument(help="routers, balancers or mixers."),
@@ -28,6 +31,11 @@ def arena(
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """
+    names = tuple(name.strip() for name in only.split(",") if name.strip())
+    if only and not names:
+        raise SettingError(f"--only takes names with commas between, got {only!r}")
+    check_folder(out)
+    check_folder(runs)
     import torch
 
     from mixtura.train.arena.run import Contest, hold
@@ -35,7 +43,6 @@ def arena(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    names = tuple(name.strip() for name in only.split(",") if name.strip())
     contest = Contest(
         kind=kind,
         only=names,
@@ -45,7 +52,13 @@ def arena(
         runs=runs,
         out=out,
     )
-    table = hold(contest, lambda line: typer.echo(line, err=True))
+    try:
+        table = hold(contest, lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; runs that are done are kept in {runs}, and the same command goes on", err=True
+        )
+        raise
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
         return

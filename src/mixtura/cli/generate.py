@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mixtura.errors import UserError
+from mixtura.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from mixtura.running.generation import Generated
@@ -45,6 +45,7 @@ def generate(
     from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
+    _check_model(resolved.path)
     tokenizer = load_tokenizer(resolved.path)
     from mixtura.running.generation import generate as generate_text
     from mixtura.running.loading import load
@@ -80,6 +81,20 @@ def _arguments(first: str, second: str | None) -> tuple[str | None, str]:
     if second is None and Path(first).is_dir():
         raise UserError(f'{first} is a directory; give the text to continue after it, in quotes: "..."')
     return model, sys.stdin.read() if prompt == "-" else prompt
+
+
+def _check_model(path: Path) -> None:
+    """Refuse what is no model before its tokenizer is looked for.
+
+    Raises:
+        CheckpointError: it is a file, or has no config.json.
+    """
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is not a model: it has no config.json; give the directory of a transformers model"
+        )
 
 
 def _fields(made: Generated) -> dict[str, object]:

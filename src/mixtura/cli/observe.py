@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from mixtura.errors import OutputError
+from mixtura.cli._places import check_file
 from mixtura.methods import header
 
 _SHOWN_SPECIALISTS = 10
@@ -23,7 +22,9 @@ def observe(
         None, help="A directory, a hub id (owner/name, owner/name@revision), or nothing for the specimen."
     ),
     text: Path | None = typer.Option(
-        None, help="A UTF-8 file, a .jsonl file, or a directory of them; without it, text of three domains."
+        None,
+        help="A UTF-8 file, records (.jsonl, .json: text, prompt and answer or completion, instruction and "
+        "output, messages, conversations), or a directory of them; without it, text of three domains.",
     ),
     tokens: int = typer.Option(16_384, min=2, help="Tokens to read at most, the same number of each domain."),
     length: int = typer.Option(512, min=2, help="Tokens per sequence at most; longer documents are cut."),
@@ -41,7 +42,8 @@ def observe(
 
     Example: `mixtura observe ./OLMoE-1B-7B --text ./docs --report observed.html`
     """
-    _check_writable(save, report)
+    check_file(save)
+    check_file(report)
     _check_known(statistics)
     from mixtura.checkpoints.skeleton import open_checkpoint
     from mixtura.data.records import readable
@@ -67,21 +69,6 @@ def observe(
         for what, target in (("trace", save), ("report", report)):
             if target is not None:
                 typer.echo(f"{what}: {target}", err=True)
-
-
-def _check_writable(*targets: Path | None) -> None:
-    """Refuse files that cannot be written before the long work begins."""
-    for target in targets:
-        if target is None:
-            continue
-        if target.is_dir():
-            raise OutputError(f"{target} is a directory; give the name of a file to write")
-        if not target.parent.is_dir():
-            raise OutputError(
-                f"there is no directory {target.parent} to write {target.name} to; make it first"
-            )
-        if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise OutputError(f"{target} cannot be written; give a file in a directory of yours")
 
 
 def _check_known(statistics: list[str]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from mixtura.cli._places import check_folder
+
 
 def train(
     config: Path = typer.Argument(help="A YAML file; examples/train.yaml explains every key."),
@@ -26,6 +28,9 @@ def train(
     from mixtura.train.config import read_config
 
     read = read_config(config, changes)
+    directory = out or Path("runs") / config.stem
+    if not directory.is_file():
+        check_folder(directory)
     import torch
     import transformers
 
@@ -35,7 +40,11 @@ def train(
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    trained = run_training(read, out or Path("runs") / config.stem, progress=not as_json)
+    try:
+        trained = run_training(read, directory, progress=not as_json)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command goes on from the last checkpoint in {directory}", err=True)
+        raise
     if as_json:
         typer.echo(json.dumps(trained.to_dict()))
         return

@@ -63,22 +63,23 @@ def read(path: str | Path, tokenizer: Any | None = None) -> tuple[Document, ...]
 def _files(root: Path) -> list[Path]:
     """The file itself, or the files of a directory that are not hidden."""
     try:
-        if not root.exists():
-            raise TextError(f"no text at {root}; give a file or directory of UTF-8 text or JSONL")
-        if not root.is_dir():
-            return [root]
-        files = [
-            file
-            for file in sorted(root.rglob("*"))
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
-        ]
-    except (OSError, ValueError) as error:
+        found = _below(root) if root.is_dir() else [root] if root.exists() else None
+    except OSError as error:
         # A name that is too long, say: a text where its path belongs.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TextError(f"no text can be read at {str(root)[:80]!r}: {reason}; give a path") from None
-    if not files:
+        raise TextError(f"no text can be read at {str(root)[:80]!r}: {error.strerror}; give a path") from None
+    if found is None:
+        raise TextError(f"no text at {root}; give a file or directory of UTF-8 text or JSONL")
+    if not found:
         raise TextError(f"the directory {root} holds no files; put UTF-8 text or .jsonl files there")
-    return files
+    return found
+
+
+def _below(root: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
 
 
 def _text_of(file: Path) -> str:

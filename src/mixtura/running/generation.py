@@ -81,12 +81,13 @@ def generate(
         on_text: called with pieces of the text as they are made.
 
     Raises:
-        SettingError: ``max_new_tokens`` or ``temperature`` is out of range.
+        SettingError: ``max_new_tokens``, ``temperature`` or ``seed`` is out of range.
         UserError: the prompt has no tokens, too many or such as the model has not, or ``chat`` without a
             chat template that takes it.
     """
     check_range("generate", "max_new_tokens", max_new_tokens, 1, 1 << 30)
     check_range("generate", "temperature", temperature, 0.0, 100.0)
+    check_range("generate", "seed", seed, 0, (1 << 63) - 1)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, num_embeddings=num_embeddings_of(model.config))
     _check_positions(model, prompt_ids.shape[0], max_new_tokens)
     clock = Clock(tokenizer, on_text)
