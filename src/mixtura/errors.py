@@ -116,7 +116,7 @@ def suggest(name: str, options: Iterable[str]) -> str:
 
 def _bound(value: float) -> str:
     """A limit as people write it: without an exponent as long as that is short."""
-    if 1000 <= abs(value) < 10**15 and value == int(value):
+    if isinstance(value, int) or (1000 <= abs(value) < 10**15 and value == int(value)):
         return str(int(value))
     return f"{value:g}"
 

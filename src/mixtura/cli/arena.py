@@ -55,9 +55,7 @@ def arena(
     try:
         table = hold(contest, lambda line: typer.echo(line, err=True))
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; runs that are done are kept in {runs}, and the same command goes on", err=True
-        )
+        typer.echo(f"interrupted; the same command goes on from the runs in {runs}", err=True)
         raise
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
