@@ -17,7 +17,15 @@ from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Request
 from mixtura.fitting.texts import Texts, texts_of
 
-PACE = Pace(read_s=0.0, cold_s=0.0, round_s={1: 1e-6, 2: 2e-6, 3: 3e-6}, row_s=1e-9, token_s=1e-4, head_s=0.0)
+PACE = Pace(
+    read_s=0.0,
+    cold_s=0.0,
+    round_s={1: 1e-6, 2: 2e-6, 3: 3e-6},
+    row_s=1e-9,
+    token_s=1e-4,
+    step_s=1e-4,
+    head_s=0.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +129,14 @@ def test_full_depth_leaves_the_text_alone(texts: Texts) -> None:
 
 def test_the_pace_is_measured_without_changing_the_model(view: CheckpointView) -> None:
     pace = measure_pace(view)
-    rates = [pace.read_s, pace.cold_s, *pace.round_s.values(), pace.row_s, pace.token_s, pace.head_s]
+    rates = [
+        pace.read_s,
+        pace.cold_s,
+        *pace.round_s.values(),
+        pace.row_s,
+        pace.token_s,
+        pace.step_s,
+        pace.head_s,
+    ]
     assert all(rate > 0 for rate in rates)
     assert pace.cold_s >= pace.read_s

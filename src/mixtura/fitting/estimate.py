@@ -34,7 +34,10 @@ _OTHER_CANDIDATES, _MOVES_PER_BLOCK = 9, 2
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanEstimate:
-    """One kind of plan: what it would take, and the speed that reading its bytes allows at most."""
+    """One kind of plan: what it would take, and about how fast it makes a token.
+
+    The speed is that of its layers without experts as timed here, and of the bytes that it reads besides.
+    """
 
     name: str
     weights_bytes: int
@@ -91,10 +94,12 @@ def estimate_fit(request: Request) -> Estimate:
     rates = read_rates(build(view).dtype)
     summary = summarize(view)
     prices = _blank_prices(view)
-    options = tuple(
-        _plan_estimate(name, candidate, prices, allowed, rates) for name, candidate in _kinds_of_plan(prices)
-    )
     work = Work(view, measure_pace(view))
+    dense_s = summary.num_layers * work.pace.step_s + _head_bytes(view) / rates[KEEP]
+    options = tuple(
+        _plan_estimate(name, candidate, prices, allowed, rates, dense_s)
+        for name, candidate in _kinds_of_plan(prices)
+    )
     num_candidates = _num_candidates(view)
     written = min(allowed.model_budget_bytes, summary.num_bytes) * 2
     judged, seen = positions(texts.held_out), positions(texts.calibration)
@@ -119,6 +124,12 @@ def estimate_fit(request: Request) -> Estimate:
         smallest_bytes=min(option.accounted_bytes for option in options),
         options=options,
     )
+
+
+def _head_bytes(view: CheckpointView) -> int:
+    """What the logits of one token read."""
+    vocabulary = int(view.config.get_text_config().vocab_size)
+    return vocabulary * view.layers[0].shape.d_model * int(build(view).dtype.itemsize)
 
 
 def _num_candidates(view: CheckpointView) -> int:
@@ -156,12 +167,17 @@ def _kinds_of_plan(prices: Prices) -> list[tuple[str, Candidate]]:
 
 
 def _plan_estimate(
-    name: str, candidate: Candidate, prices: Prices, allowed: Allowance, rates: Mapping[int, float]
+    name: str,
+    candidate: Candidate,
+    prices: Prices,
+    allowed: Allowance,
+    rates: Mapping[int, float],
+    dense_s: float,
 ) -> PlanEstimate:
     chosen = np.asarray(candidate.choice)
     sizes = prices.num_bytes[np.arange(len(chosen)), chosen]
     saved = int(prices.num_bytes[:, KEEP].sum() - sizes.sum())
-    active, seconds = allowed.dense_active_bytes, allowed.dense_active_bytes / rates[KEEP]
+    active, seconds = allowed.dense_active_bytes, dense_s
     for layer, top_k in prices.experts.top_k.items():
         here = prices.experts.of_layer(layer) & (chosen != DROP)
         read = top_k * float(sizes[here].mean())

@@ -43,6 +43,7 @@ class Pace:
         round_s: for each weight that is rounded and decoded again, by option.
         row_s: for each weight of an expert and each row it multiplies.
         token_s: for each token, in one decoder layer without its routed experts.
+        step_s: for one token alone, in one decoder layer without its routed experts.
         head_s: for each token, for the logits of two models and what is measured of them.
     """
 
@@ -51,6 +52,7 @@ class Pace:
     round_s: Mapping[int, float]
     row_s: float
     token_s: float
+    step_s: float
     head_s: float
 
 
@@ -80,7 +82,8 @@ def measure_pace(view: CheckpointView) -> Pace:
         cold_s=cold,
         round_s=rounding,
         row_s=multiply,
-        token_s=_token_seconds(streamed),
+        token_s=_token_seconds(streamed, _SEQUENCES, _LENGTH),
+        step_s=_token_seconds(streamed, 1, 1),
         head_s=_head_seconds(streamed),
     )
 
@@ -100,7 +103,7 @@ class _SeenEnoughError(Exception):
     """The layer that is timed is done; the rest of the model need not run."""
 
 
-def _token_seconds(streamed: Streamed) -> float:
+def _token_seconds(streamed: Streamed, num_sequences: int, length: int) -> float:
     """Seconds a token takes in the first decoder layer with experts, these left out."""
     layer = streamed.view.layers[0]
     block = streamed.model.get_submodule(layer.site.block_name)
@@ -118,8 +121,8 @@ def _token_seconds(streamed: Streamed) -> float:
     handles = [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
     experts.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
     vocabulary = int(streamed.model.config.get_text_config().vocab_size)
-    positions = getattr(streamed.model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
-    ids = torch.arange(_SEQUENCES * min(_LENGTH, positions)).view(_SEQUENCES, -1) % vocabulary
+    positions = getattr(streamed.model.config.get_text_config(), "max_position_embeddings", None) or length
+    ids = torch.arange(num_sequences * min(length, positions)).view(num_sequences, -1) % vocabulary
     spans = []
     try:
         for _ in range(_REPEATS):

@@ -94,7 +94,7 @@ def print_estimate(estimate: Estimate) -> None:
         ]
         for option in estimate.options
     ]
-    headers = ["plan", "weights", "accounted", "process", "read per token", "tokens/s, at most", "fits"]
+    headers = ["plan", "weights", "accounted", "process", "read per token", "tokens/s, about", "fits"]
     table = Table(
         title=f"{estimate.model}: what a fit would take", title_justify="left", box=None, pad_edge=False
     )
