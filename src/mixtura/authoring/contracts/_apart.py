@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from mixtura.authoring.contracts._core import Subject, require, subject
+from mixtura.authoring.contracts._processes import run_apart
 
 
 def require_compiles(method: Subject) -> None:
@@ -15,12 +15,13 @@ def require_compiles(method: Subject) -> None:
 
     The contract of its kind says by ``close(left, right)`` when two results are the same.
     """
-    spawn(_work, (method.header.kind, str(method.header.path)), nprocs=1)
+    run_apart(_work, 1, method.header.kind, str(method.header.path))
 
 
 def _work(rank: int, kind: str, path: str) -> None:
     del rank
     torch.set_num_threads(1)
+    torch.compiler.reset()
     method = subject(kind, path)
     contract, module = method.contract, method.create()
     compiled: Any = torch.compile(module)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
-from torch.multiprocessing.spawn import spawn
 
 from mixtura.authoring.contracts._core import Subject, subject
 from mixtura.authoring.contracts._inputs import SHAPE
+from mixtura.authoring.contracts._processes import run_apart
 from mixtura.types import BalancerInput, Routing
 
 _NUM_PROCESSES = 2
@@ -29,7 +29,7 @@ def loss_of_shards(method: Subject, whole: Routing) -> list[tuple[float, dict[st
     with TemporaryDirectory() as folder:
         path = Path(folder)
         save_file({name: getattr(whole, name).detach().contiguous() for name in _PARTS}, path / "whole")
-        spawn(_work, (method.header.kind, str(method.header.path), folder), nprocs=_NUM_PROCESSES)
+        run_apart(_work, _NUM_PROCESSES, method.header.kind, str(method.header.path), folder)
         found = [load_file(path / str(rank)) for rank in range(_NUM_PROCESSES)]
         return [(float(state.pop(_LOSS)), state) for state in found]
 
