@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_server import ENVIRONMENT, run_forked
 from families import tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -33,12 +34,17 @@ def save_tiny(path: Path, family: str = "qwen3_moe", seed: int = 0) -> Path:
 
 
 def run_mixtura(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """The command line in a process of its own: forked, or fresh where its environment is another one."""
+    return run_forked(arguments) if env is None else run_fresh(*arguments, env=env)
+
+
+def run_fresh(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line as a shell starts it: for what imports, or the size of the process, decide."""
     return subprocess.run(
         [sys.executable, "-c", "from mixtura.cli import main; main()", *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **(env or {})},
+        env={**os.environ, **ENVIRONMENT, **(env or {})},
         stdin=subprocess.DEVNULL,
         check=False,
     )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import run_mixtura, tiny_tokenizer
+from tiny_checkpoints import run_fresh, run_mixtura, tiny_tokenizer
 from tiny_plans import save_packed
 from typer.testing import CliRunner
 
@@ -40,7 +40,7 @@ def test_text_goes_to_stdout_and_speed_to_stderr(model: Path) -> None:
 
 @pytest.mark.slow
 def test_without_a_model_the_specimen_answers() -> None:
-    result = run_mixtura("generate", "def add(a, b):", "--max-new-tokens", "4", "--json")
+    result = run_fresh("generate", "def add(a, b):", "--max-new-tokens", "4", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["model"] == "specimen"
 

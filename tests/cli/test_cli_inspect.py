@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from families import tiny_model
-from tiny_checkpoints import run_mixtura, save_tiny
+from tiny_checkpoints import run_fresh, run_mixtura, save_tiny
 
 from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.summary import summarize
@@ -72,7 +72,7 @@ def test_command_prints_for_people_and_for_programs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_missing_models_end_with_one_sentence(tmp_path: Path) -> None:
-    result = run_mixtura("inspect", str(tmp_path / "nothing"))
+    result = run_fresh("inspect", str(tmp_path / "nothing"))
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: there is no directory")
