@@ -19,12 +19,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    place = tmp_path_factory.mktemp("fit")
-    source = save_tiny(place / "tiny")
-    done = run_mixtura("fit", str(source), "--out", str(place / "out"), "--json")
-    assert done.returncode == 0, done.stderr
-    return source, json.loads(done.stdout)
+def fitted(tiny_fit: tuple[Path, Path, dict]) -> tuple[Path, dict]:
+    source, _, told = tiny_fit
+    return source, told
 
 
 def test_json_says_everything_promised(fitted: tuple[Path, dict]) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_checkpoints import run_mixtura, save_tiny
+from tiny_checkpoints import run_mixtura
 
 pytestmark = pytest.mark.slow
 
@@ -28,16 +28,13 @@ def digests(directory: Path, *, of_result: bool = True) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("stopped") / "tiny")
+def source(tiny_fit: tuple[Path, Path, dict]) -> Path:
+    return tiny_fit[0]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    done = run_mixtura("fit", str(source), "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    return digests(out)
+def undisturbed(tiny_fit: tuple[Path, Path, dict]) -> dict[str, str]:
+    return digests(tiny_fit[1])
 
 
 def stop_when(source: Path, out: Path, reached: str, how: signal.Signals) -> int:
