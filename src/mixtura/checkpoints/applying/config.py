@@ -17,8 +17,8 @@ from mixtura.checkpoints.viewing.probe import CountField
 # transformers reads weights from the file of this name and stops with its text where it is none.
 _REFUSAL_KEY = "transformers_weights"
 _REFUSAL = (
-    "this model is in the mixtura format: install mixtura, load the directory with mixtura.load(directory), "
-    "and give pipeline() that model and the tokenizer in place of the directory"
+    "this model is in the mixtura format: load its directory with mixtura.load, and give pipeline() that "
+    "model and its tokenizer in place of the directory"
 )
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
