@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
+    from mixtura.kernels.paths import LayerPath
     from mixtura.running.doctor import Health
 
 
@@ -20,20 +24,37 @@ def doctor(
 ) -> None:
     """Show versions, threads and rates of this machine and, of a model, the path each layer takes and why.
 
-    A layer's tokens run, from the fastest: in a whole compiled step with all layers, in two compiled calls
-    a layer, with compiled experts alone, or through PyTorch. Where it is not the first, the reason is said.
+    The model is loaded and runs a few tokens. The paths, from the fastest: a whole step of all layers in one
+    compiled call; both halves of a layer in two; one half; compiled experts alone; PyTorch.
 
     Example: `mixtura doctor ./OLMoE-1B-7B`
     """
+    from mixtura.kernels.paths import paths_of
     from mixtura.running.doctor import examine
+    from mixtura.running.loading import load
     from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
     health = examine(max(resolved.path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
+    paths = [] if model is None else paths_of(load(resolved.path))
     if as_json:
-        typer.echo(json.dumps({"machine": health.to_dict()}))
-    else:
-        _print(health)
+        layers = {} if model is None else {"model": resolved.name, "layers": [asdict(path) for path in paths]}
+        typer.echo(json.dumps({"machine": health.to_dict()} | layers))
+        return
+    _print(health)
+    if model is not None:
+        typer.echo(f"\n{resolved.name}")
+        typer.echo("\n".join(path_lines(paths)))
+
+
+def path_lines(paths: Sequence[LayerPath]) -> list[str]:
+    """One line for layers that follow one another and take the same path for the same reason."""
+    lines = []
+    for (path, reason), run in groupby(paths, lambda one: (one.path, one.reason)):
+        names = [one.layer for one in run]
+        last = "" if len(names) == 1 else f" to {names[-1].rpartition('.')[2]}"
+        lines.append(f"{names[0]}{last}: {path}" + (f", as {reason}" if reason else ""))
+    return lines
 
 
 def _print(health: Health) -> None:

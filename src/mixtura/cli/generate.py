@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from mixtura.cli.doctor import path_lines
 from mixtura.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ def generate(
     ),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
+    verbose: bool = typer.Option(
+        False, "--verbose", "-v", help="Say which path each layer took, and why not a faster one."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object, when all is generated."),
 ) -> None:
     """Continue a prompt with a model, or with the specimen; `mixtura fit` makes models for it, too.
@@ -50,8 +55,9 @@ def generate(
     from mixtura.running.generation import generate as generate_text
     from mixtura.running.loading import load
 
+    loaded = load(resolved.path, bits=bits)
     made = generate_text(
-        load(resolved.path, bits=bits),
+        loaded,
         tokenizer,
         text,
         max_new_tokens=max_new_tokens,
@@ -60,8 +66,13 @@ def generate(
         chat=chat,
         on_text=None if as_json else lambda piece: typer.echo(piece, nl=False),
     )
+    from mixtura.kernels.paths import paths_of
+
+    taken = paths_of(loaded, probe=False) if verbose else []
     if as_json:
-        typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak_resident_bytes()}))
+        more = {"layers": [asdict(path) for path in taken]} if verbose else {}
+        peak = peak_resident_bytes()
+        typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
         return
     typer.echo()
     typer.echo(
@@ -69,6 +80,8 @@ def generate(
         f"{len(made.token_ids)} generated at {made.tokens_per_second:.1f} tokens/s",
         err=True,
     )
+    for line in path_lines(taken):
+        typer.echo(line, err=True)
 
 
 def _arguments(first: str, second: str | None) -> tuple[str | None, str]:

@@ -1,0 +1,38 @@
+"""`mixtura doctor` and `generate -v`: the path of each layer, with the reason where it is not the fastest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from mixtura import specimen
+from mixtura.cli.doctor import path_lines
+from mixtura.kernels.paths import PATHS, LayerPath
+
+MODEL = str(specimen.path())
+
+
+def test_layers_that_are_alike_share_a_line() -> None:
+    paths = [
+        LayerPath("model.layers.0", "PyTorch", "it is in training"),
+        *(LayerPath(f"model.layers.{number}", "whole step", "") for number in (1, 2, 3)),
+    ]
+    assert path_lines(paths) == [
+        "model.layers.0: PyTorch, as it is in training",
+        "model.layers.1 to 3: whole step",
+    ]
+
+
+def test_doctor_tells_the_machine_and_the_layers(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("doctor", MODEL, "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["machine"]["read_bytes_per_s"] > 0
+    assert [layer["layer"] for layer in told["layers"]] == [f"model.layers.{number}" for number in range(6)]
+    assert all(layer["path"] in PATHS for layer in told["layers"])
+
+
+def test_generate_says_which_way_it_went(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = run("generate", "1 + 1 =", "--max-new-tokens", "3", "-v")
+    assert code == 0
+    assert said.splitlines()[-1].startswith("model.layers.0 to 5: ")
