@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mixtura.cli._places import check_folder
 from mixtura.errors import SettingError
+
+if TYPE_CHECKING:
+    from mixtura.train.arena.standings import Standing
 
 
 def arena(
@@ -60,6 +65,11 @@ def arena(
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
         return
+    _print(table)
+    typer.echo(f"the page is {out / kind}.md", err=True)
+
+
+def _print(table: Iterable[Standing]) -> None:
     from mixtura.report.screen import screen, show_table
 
     rows = []
@@ -69,4 +79,3 @@ def arena(
         said = one.error if bits is None else one.verdict
         rows.append([one.name, shown, said + ("  (leaking)" if one.leaks else "")])
     show_table(screen(), ["name", "bits per byte", "verdict"], rows, left=(0, 2))
-    typer.echo(f"the page is {out / kind}.md", err=True)
