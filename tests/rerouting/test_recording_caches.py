@@ -26,7 +26,7 @@ def whole(model: Any, batch: dict[str, Tensor]) -> Recording:
 
 
 def cropped(cache: Any, count: int) -> None:
-    """Take the last tokens out of a cache: newer releases are told what to take away, older what to keep."""
+    """Take the last tokens out of a cache; older releases tell `crop` how many to keep instead."""
     takes = "tokens_to_remove" in inspect.signature(type(cache).crop).parameters
     cache.crop(-count if takes else cache.get_seq_length() - count)
 

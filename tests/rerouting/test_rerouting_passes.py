@@ -23,6 +23,13 @@ BATCH["labels"][MASK.cumsum(-1) == 1] = -100
 POSITIONS = (MASK.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def changed(model: Any) -> None:
+    """Give the routers other weights: what some steps of training make of them."""
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.weight.add_(0.3 * torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(1)))
+
+
 def chosen(model: Any, call: Any) -> Tensor:
     """The experts that reach the experts modules in a call, layer by layer."""
     seen: list[Tensor] = []
@@ -229,9 +236,7 @@ def test_packed_rows_are_recorded_and_replayed_text_by_text(how: str) -> None:
     with torch.no_grad(), mixtura.record_routing(model) as recording:
         model(**packed(how), use_cache=False)
     assert [one.tolist() for one in recording.tokens] == [one.tolist() for one in rows.tokens]
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.weight.add_(0.3 * torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(1)))
+    changed(model)
     own = chosen(model, lambda: model(**packed(how), use_cache=False))
     with mixtura.replay_routing(model, rows):
         made = chosen(model, lambda: model(**packed(how), use_cache=False))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +70,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 def test_what_wraps_a_model_is_looked_through(wrapper: str) -> None:
     plain = model_of("qwen3_moe")
     model = WRAPPERS[wrapper](model_of("qwen3_moe")).eval()
@@ -86,17 +91,18 @@ def test_what_wraps_a_model_is_looked_through(wrapper: str) -> None:
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_and_run_before_is_changed_and_observed() -> None:
-    plain, model = model_of("qwen3_moe"), compiled(model_of("qwen3_moe"))
-    own = logits_of(model, BATCH)
-    made, expected = (mixtura.observe(one, TOKENS, progress=False) for one in (model, plain))
-    assert all(torch.equal(a.counts, b.counts) for a, b in zip(made.layers, expected.layers, strict=True))
-    for one in (plain, model):
-        mixtura.set_router(one, "top_p", p=0.4)
-    torch.testing.assert_close(logits_of(model, BATCH), logits_of(plain, BATCH))
-    assert not torch.allclose(logits_of(model, BATCH), own)
-    mixtura.restore(model)
-    torch.testing.assert_close(logits_of(model, BATCH), own)
+    # Elsewhere, where no types are checked: what checks them here cannot be traced.
+    path = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(path / "rerouting_compiled.py")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(path), str(path.parent)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_adapters_that_have_learned_are_observed_with_the_model() -> None:
