@@ -11,7 +11,7 @@ from modeling.tiny_models import some_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from mixtura.errors import SettingError, UnsupportedModelError, UserError
-from mixtura.machine.releases import with_cache
+from mixtura.machine.releases import checkpoint_layers, with_cache
 from mixtura.methods import header, names
 from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM, export
 
@@ -171,7 +171,7 @@ def test_activation_checkpointing_gives_the_same_gradients(router: str) -> None:
     model.zero_grad()
     model.end_step()
     model.model.balance.step.zero_()
-    model.activation_checkpointing_enable()
+    checkpoint_layers(model)
     torch.autograd.backward(model(ids, labels=ids).loss)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name])

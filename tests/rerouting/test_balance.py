@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import mixtura
 from mixtura.checkpoints.view import open_model
 from mixtura.errors import SettingError, UnknownNameError, UnsupportedModelError, UserError
+from mixtura.machine.releases import checkpoint_layers, checkpointing_arguments
 from mixtura.methods.balancers._shared import violation
 
 BATCH = with_labels(left_padded(texts(4, 10), [10, 7, 9, 4]))
@@ -151,7 +152,7 @@ def test_activation_checkpointing_changes_neither_gradients_nor_counts(balancer:
         model = model_of("qwen3_moe").train()
         made = mixtura.balance(model, balancer)
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, use_reentrant=False)
         model(**BATCH, use_cache=False).loss.backward()
         found.append(gradients(model))
         made.end_step()
@@ -163,7 +164,7 @@ def test_activation_checkpointing_changes_neither_gradients_nor_counts(balancer:
 def test_checkpointing_that_hides_gradients_is_refused() -> None:
     model = model_of("qwen3_moe").train()
     mixtura.balance(model, "switch_loss")
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_layers(model, use_reentrant=True)
     with pytest.raises(UserError, match="use_reentrant"):
         model(**BATCH, use_cache=False)
 
@@ -261,8 +262,7 @@ def test_trainer_with_accumulation_checkpoints_and_a_bias_that_is_saved(tmp_path
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing_arguments(True, use_reentrant=False),
     )
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[made.callback]).train()  # type: ignore[arg-type]
     assert made.rerouting.clock.step == 3

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 import mixtura
 from mixtura.errors import UnsupportedModelError, UserError
+from mixtura.machine.releases import checkpoint_layers, checkpointing_arguments
 from mixtura.rerouting import Balance
 
 BATCH = with_labels(left_padded(texts(4, 10), [10, 7, 9, 4]))
@@ -111,7 +112,7 @@ def test_micro_batches_and_recomputed_layers_give_the_gradients_of_the_batch(
         model, made = balanced(balancer, where)
         if checkpointing:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, use_reentrant=False)
         batches = [{name: value[cut] for name, value in BATCH.items()} for cut in cuts]
         with made.counting():
             for batch in batches:
@@ -141,8 +142,7 @@ def test_a_trainers_checkpoint_has_the_adapters_and_the_biases(where: str, tmp_p
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing_arguments(True, use_reentrant=False),
     )
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[made.callback]).train()  # type: ignore[arg-type]
     assert made.rerouting.clock.step == 3

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import mixtura
 from mixtura.errors import CheckpointError, UnsupportedModelError, UserError
+from mixtura.machine.releases import checkpoint_layers
 from mixtura.rerouting import Recording
 
 PROMPT = left_padded(texts(3, 6), [6, 3, 5])
@@ -112,7 +113,7 @@ def test_layers_computed_again_replay_the_same_after_other_passes(family: str) -
         batch, recording = generated(model)
         changed(model).train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, use_reentrant=False)
         with mixtura.replay_routing(model, recording):
             replayed = model(**batch, labels=batch["input_ids"], use_cache=False).loss
         other = model(input_ids=texts(2, 7, seed=4), labels=texts(2, 7, seed=4), use_cache=False).loss

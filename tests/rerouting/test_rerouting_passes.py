@@ -14,6 +14,7 @@ from transformers import MixtralForSequenceClassification, Trainer, TrainingArgu
 
 import mixtura
 from mixtura.errors import UserError
+from mixtura.machine.releases import checkpoint_layers
 from mixtura.rerouting.masks import Size, padding_of
 
 BATCH = with_labels(left_padded(texts(4, 10), [10, 7, 9, 4]))
@@ -318,7 +319,7 @@ def test_reentrant_checkpointing_is_refused_also_with_adapters(where: str | None
     if where is not None:
         model = with_adapters(model, where)
         model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_layers(model, use_reentrant=True)
     made = mixtura.balance(model, "switch_loss")
     with pytest.raises(UserError, match="the balancing loss has no gradient"):
         model(**BATCH, use_cache=False)
@@ -346,7 +347,7 @@ def test_reentrant_checkpointing_replays_in_the_backward_pass() -> None:
         model.train()
         if reentrant:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            checkpoint_layers(model, use_reentrant=True)
         with mixtura.replay_routing(model, recording):
             one = model(input_ids=first, labels=first, use_cache=False).loss
             two = model(input_ids=second, labels=second, use_cache=False).loss

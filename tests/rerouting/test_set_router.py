@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import mixtura
 from mixtura.errors import CheckpointError, SettingError, UnknownNameError, UnsupportedModelError, UserError
+from mixtura.machine.releases import checkpoint_layers
 from mixtura.modeling.family import MixturaConfig, MixturaForCausalLM
 from mixtura.modeling.layer import Experts, MoELayer
 from mixtura.types import RouterInput
@@ -228,7 +229,7 @@ def test_activation_checkpointing_changes_no_gradient(routers: tuple[str, bool])
         model = model_of("qwen3_moe").train()
         mixtura.set_router(model, name, train=train)
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model, use_reentrant=False)
         # Two passes before either goes backward: layers computed again must find their own pass.
         first = model(input_ids=texts(seed=1), labels=texts(seed=1), use_cache=False).loss
         second = model(input_ids=texts(2, 6, seed=2), labels=texts(2, 6, seed=2), use_cache=False).loss

@@ -1,9 +1,10 @@
 """What differs between the releases of transformers that mixtura runs on; no other part asks for it.
 
 Nothing here compares version numbers: what a release has is found in its own classes, so a release that
-comes later is read the same way. So far that is one thing, the name of the cache of keys and values: models
-take it and their results hold it as ``past_key_values`` up to 5.23, and as ``cache`` from 5.24 on, where the
-older name still works but is announced to go.
+comes later is read the same way. So far that is two names. The cache of keys and values, which models take
+and their results hold, is ``past_key_values`` up to 5.23, and ``cache`` from 5.24 on, where the older name
+still works but is announced to go. Computing layers again in the backward pass instead of keeping what they
+computed is ``gradient_checkpointing`` in 5.20, and ``activation_checkpointing`` in 5.23.
 
 That checkpointed layers are computed again inside or outside their hooks, that an attention hands its cache
 the call's arguments: such differences need no name, because the code that meets them is right for both.
@@ -16,6 +17,7 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any, Final, ParamSpec, TypeVar
 
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 _KNOWN: Final = ("cache", "past_key_values")
@@ -27,6 +29,13 @@ CACHE: Final[str] = next(
 # Every name under which a caller may hand one over, this release's first. A name that only a later release
 # has may mean something else in this one.
 CACHE_NAMES: Final[tuple[str, ...]] = _KNOWN[_KNOWN.index(CACHE) :]
+
+# What computing layers again is called: models have ``<name>_enable``, training ``<name>``, ``<name>_kwargs``.
+CHECKPOINTING: Final[str] = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(PreTrainedModel, f"{name}_enable")
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,3 +77,20 @@ def takes_cache(forward: Callable[P, R]) -> Callable[P, R]:
         return forward(*args, **kwargs)
 
     return renamed
+
+
+def checkpoint_layers(model: Any, **settings: Any) -> None:
+    """Let a model of transformers compute its layers again in the backward pass.
+
+    ``settings`` are those of ``torch.utils.checkpoint``, such as ``use_reentrant``.
+    """
+    getattr(model, f"{CHECKPOINTING}_enable")(**{f"{CHECKPOINTING}_kwargs": settings} if settings else {})
+
+
+def checkpointing_arguments(wanted: bool, **settings: Any) -> dict[str, Any]:
+    """The same as arguments of transformers' ``TrainingArguments``.
+
+    >>> list(checkpointing_arguments(True)) == [CHECKPOINTING]
+    True
+    """
+    return {CHECKPOINTING: wanted, **({f"{CHECKPOINTING}_kwargs": settings} if settings else {})}

@@ -44,6 +44,12 @@ class MixturaOutput(MoeCausalLMOutputWithPast):
         routings: what each MoE layer decided, where it was asked for.
     """
 
+    # Some releases say float32 of tensors in any dtype.
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor | None, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     routings: tuple[Routing, ...] | None = None
 
@@ -119,6 +125,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         outputs: MixturaModelOutput = self.model(
             **batch, **with_cache(past_key_values), use_cache=use_cache, part=part, **kwargs
         )
+        assert outputs.last_hidden_state is not None
         logits = self.lm_head(_wanted(outputs.last_hidden_state, logits_to_keep))
         assert outputs.routings is not None
         loss, added = None, None

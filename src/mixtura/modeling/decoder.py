@@ -39,6 +39,10 @@ from mixtura.types import RouterInput, Routing
 class MixturaModelOutput(BaseModelOutputWithPast):
     """Hidden states, the cache, and what every MoE layer decided."""
 
+    # Some releases say float32 of states in any dtype.
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor | None, ...] | None = None
     routings: tuple[Routing, ...] | None = None
     tokens: Tokens | None = None
 

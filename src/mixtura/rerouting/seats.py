@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mixtura.checkpoints.view import MemoryLayer
 from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.errors import UnsupportedModelError, UserError
+from mixtura.machine.releases import CHECKPOINTING
 from mixtura.methods import declared_tags
 from mixtura.methods.routers import Router
 from mixtura.modeling.balance import LayerBalance
@@ -27,7 +28,7 @@ from mixtura.types import RouterInput, Routing
 
 NO_GRADIENT = (
     "{} has no gradient, because activation checkpointing runs layers without; "
-    'use activation_checkpointing_kwargs={{"use_reentrant": False}}'
+    f'use {CHECKPOINTING}_kwargs={{{{"use_reentrant": False}}}}'
 )
 ROUTER = "mixtura_router"
 BALANCE = "mixtura_balance"

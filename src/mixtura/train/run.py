@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 
 from mixtura.errors import CheckpointError, OutputError, UserError
+from mixtura.machine.releases import checkpointing_arguments
 from mixtura.train.config import TrainConfig, differences
 
 MODEL = "model"
@@ -268,7 +269,7 @@ def _arguments(config: TrainConfig, directory: Path) -> Any:
         save_steps=steps.save_steps,
         save_total_limit=steps.keep,
         logging_steps=steps.log_steps,
-        activation_checkpointing=steps.activation_checkpointing,
+        **checkpointing_arguments(steps.activation_checkpointing),
         bf16=steps.bf16,
         seed=config.seed,
         train_sampling_strategy="sequential",
