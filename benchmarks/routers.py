@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 import mixtura
+from mixtura.machine.processor import processor_name
 from mixtura.methods import names
 from mixtura.modeling.layer import Experts
 from mixtura.modeling.plan import Choice
-from mixtura.train.specimen.snapshot import processor_name
 from mixtura.types import LayerShape, RouterInput
 
 RESULTS = Path(__file__).parent / "results" / "routers.json"

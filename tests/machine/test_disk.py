@@ -12,7 +12,7 @@ from mixtura.machine.disk import disk_bytes_per_second
 def test_a_rate_is_that_of_bytes_really_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(3 * 2**20 + 5))
-    ticks = iter((10.0, 12.0) * 2)
+    ticks = iter((10.0, 14.0, 20.0, 22.0) * 2)
     monkeypatch.setattr("mixtura.machine.disk.time.perf_counter", lambda: next(ticks))
     assert disk_bytes_per_second(file) == (3 * 2**20 + 5) / 2
     assert disk_bytes_per_second(file, most_bytes=1000) == 500

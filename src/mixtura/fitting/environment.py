@@ -15,19 +15,13 @@ import mixtura
 from mixtura.data.text import comparability_warning
 from mixtura.fitting.records import Request
 from mixtura.fitting.texts import Texts
+from mixtura.machine.processor import processor_name
 from mixtura.report.units import format_seconds
 
 
 def processor() -> str:
     """The processor's name and cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        name = models[0] if models else name
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def environment(request: Request, texts: Texts, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from mixtura.data.tokens import num_embeddings_of
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
 from mixtura.fitting.depth import Depth, Work, choose_depth, positions
-from mixtura.fitting.machine import disk_speed
 from mixtura.fitting.pace import measure_pace
 from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import DROP, KEEP, OPTIONS, WIDTHS, Candidate, Prices, Request
 from mixtura.fitting.speed import read_rates
 from mixtura.fitting.texts import Texts, texts_of
+from mixtura.machine.disk import disk_bytes_per_second
 from mixtura.running.stream import DEFAULT_WORKING_BYTES
 
 # Candidates of a search besides one per block of layers and the widths: mixtures and drops, and the
@@ -146,7 +146,7 @@ def _searching_s(work: Work, texts: Texts, num_candidates: int) -> float:
 def _finishing_s(work: Work, summary: ModelSummary, written: int, file: Path) -> float:
     """Rounding the experts of two plans once more, reading the source and writing them."""
     rounding = 2 * max(work.rounding_s(option) for option in range(1, DROP))
-    return rounding + written / disk_speed(file) + summary.num_bytes * work.pace.cold_s
+    return rounding + written / disk_bytes_per_second(file) + summary.num_bytes * work.pace.cold_s
 
 
 def _blank_prices(view: CheckpointView) -> Prices:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from mixtura.checkpoints.skeleton import CheckpointView
-from mixtura.fitting.machine import disk_speed
 from mixtura.fitting.pricing import outputs_of, requantized, width_quantizers
 from mixtura.fitting.quality import score_chunk
 from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
+from mixtura.machine.disk import disk_bytes_per_second
 from mixtura.running.memory.available import available_bytes
 from mixtura.running.stream import Streamed
 
@@ -76,7 +76,7 @@ def measure_pace(view: CheckpointView) -> Pace:
         }
         warm = best_of(lambda: [t.clone() for t in layer.native_expert(0) if t is not None]) / num_bytes
         multiply = best_of(lambda: outputs_of(rows, ready, math)) / (num_weights * _ROWS)
-    cold = max(warm, 1 / disk_speed(Path(view.files[0])))
+    cold = max(warm, 1 / disk_bytes_per_second(Path(view.files[0])))
     return Pace(
         read_s=cold if view.num_bytes > available_bytes() else warm,
         cold_s=cold,

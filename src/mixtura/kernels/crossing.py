@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import platform
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -24,6 +23,7 @@ from mixtura.kernels.compiled import NUMBERS, isas, native, num_threads, options
 from mixtura.kernels.matmul import linear
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
 from mixtura.machine.kept import keep, read_kept
+from mixtura.machine.processor import processor_name
 from mixtura.methods import create
 from mixtura.methods.quantizers import Encoded
 
@@ -57,10 +57,7 @@ def _few_rows(bits: int, dtype: torch.dtype, threads: int, int8: bool, isa: str)
 
 
 def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}, torch {torch.__version__}"
+    return f"{processor_name()}, torch {torch.__version__}"
 
 
 @cache

@@ -30,7 +30,8 @@ CACHE: Final[str] = next(
 # has may mean something else in this one.
 CACHE_NAMES: Final[tuple[str, ...]] = _KNOWN[_KNOWN.index(CACHE) :]
 
-# What computing layers again is called: models have ``<name>_enable``, training ``<name>``, ``<name>_kwargs``.
+# What computing layers again is called: models have ``<name>_enable``, training ``<name>`` and
+# ``<name>_kwargs``.
 CHECKPOINTING: Final[str] = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")

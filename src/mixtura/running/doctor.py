@@ -19,6 +19,7 @@ from mixtura.kernels.compiled import isas, num_threads, processors, why_missing
 from mixtura.kernels.rates import memory_bytes_per_second
 from mixtura.machine.control_groups import processor_quota
 from mixtura.machine.disk import disk_bytes_per_second
+from mixtura.machine.processor import processor_name
 from mixtura.running.memory.available import available_bytes
 
 _WATCHED = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "peft", "accelerate")
@@ -124,16 +125,6 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def processor_name() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _unsupported(versions: Mapping[str, str]) -> dict[str, str]:

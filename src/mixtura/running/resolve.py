@@ -40,6 +40,8 @@ _SPARE_BYTES = 256 << 20
 
 Ask = Callable[[str], bool]
 
+_SPECIMEN = "specimen"
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def ask_on_terminal(question: str) -> bool:
 
 
 def resolve_model(model: str | None, *, assume_yes: bool = False, ask: Ask | None = None) -> Resolved:
-    """The local directory of a model; of the specimen if `model` is None.
+    """The local directory of a model; of the specimen for None, and for its name where no directory has it.
 
     Args:
         model: a directory, or a hub id such as ``owner/name`` or ``owner/name@revision``.
@@ -95,11 +97,11 @@ def resolve_model(model: str | None, *, assume_yes: bool = False, ask: Ask | Non
         UserError: a download is needed and was not agreed to.
         OutputError: the disk has no room for the download.
     """
-    if model is None:
+    path = None if model is None else Path(model).expanduser()
+    if model is None or path is None or (model == _SPECIMEN and not path.exists()):
         from mixtura import specimen
 
-        return Resolved(specimen.path(), "specimen")
-    path = Path(model).expanduser()
+        return Resolved(specimen.path(), _SPECIMEN)
     if path.exists():
         from mixtura.checkpoints.applying.card import name_of_source
 

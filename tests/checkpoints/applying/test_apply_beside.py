@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mixtura.checkpoints.apply import apply_plan
-from mixtura.checkpoints.applying.card import Measured, with_measured
+from mixtura.checkpoints.applying.card import Measured
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.view import open_model
 from mixtura.checkpoints.viewing.headers import read_header
@@ -153,6 +153,4 @@ def test_the_card_says_what_was_measured(make_source: MakeSource, tmp_path: Path
     assert "same most likely token: 98.7%" in card
     assert "(2048 tokens, the docs)" in card
     later = apply_plan(plan, source, tmp_path / "later" / "out", progress=False)
-    unmeasured = (later / "README.md").read_text()
-    assert "Measured" not in unmeasured
-    assert with_measured(unmeasured, measured) == card
+    assert "Measured" not in (later / "README.md").read_text()

@@ -135,12 +135,6 @@ def model_card(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-def with_measured(card: str, measured: Measured) -> str:
-    """A card that `model_card` wrote before anything was measured, with what was measured since."""
-    before, start, after = card.partition("\nEvery ")
-    return before + "\n" + "\n".join(_measured_lines(measured)) + start + after
-
-
 def _metadata(facts: CardFacts) -> str:
     kept: dict[str, Any] = {k: v for k, v in _source_metadata(facts.source).items() if k in _KEPT_METADATA}
     base, _, _ = facts.source_name.partition("@")

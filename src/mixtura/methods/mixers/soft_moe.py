@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mixtura.errors import check_range
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.mixers._shared import shares
-from mixtura.methods.routers._shared import drawn, exact, exact_logits
+from mixtura.methods.routers._shared import drawn, exact, exact_logits, full_precision
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {
@@ -71,9 +71,11 @@ class SoftMoe(Mixer):
         expert_ids = torch.arange(phi.shape[0], device=x.device) // self.slots
         for sequence in inputs.sequences[inputs.valid].unique():
             rows = ((inputs.sequences == sequence) & inputs.valid).nonzero().squeeze(-1)
-            mixtures = logits[rows].softmax(0).T @ x[rows]
+            with full_precision():
+                mixtures = logits[rows].softmax(0).T @ x[rows]
             made = experts.run(mixtures.to(inputs.x.dtype), torch.arange(phi.shape[0]).to(rows), expert_ids)
-            output = output.index_copy(0, rows, combine[rows] @ made.to(x))
+            with full_precision():
+                output = output.index_copy(0, rows, combine[rows] @ made.to(x))
         by_expert = (-1, self.shape.num_experts, self.slots)
         routing = shares(
             combine.view(by_expert).sum(-1), logits=logits.view(by_expert).logsumexp(-1), valid=inputs.valid

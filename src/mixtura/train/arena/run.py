@@ -142,7 +142,7 @@ def _facts(contest: Contest, results: Sequence[Any], dates: str) -> dict[str, An
 
     import transformers
 
-    from mixtura.train.specimen.snapshot import processor_name
+    from mixtura.machine.processor import processor_name
 
     sizes = [one["num_parameters"] for one in results if one["name"] == REFERENCE and "error" not in one]
     return {

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mixtura.machine.processor import processor_name
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ bos_token + 'Question: ' + message['content'] + '\n' }}"
@@ -76,13 +78,3 @@ def training_facts(training: Path) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def processor_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
