@@ -1,10 +1,11 @@
 """What differs between the releases of transformers that mixtura runs on; no other part asks for it.
 
 Nothing here compares version numbers: what a release has is found in its own classes, so a release that
-comes later is read the same way. So far that is two names. The cache of keys and values, which models take
+comes later is read the same way. So far that is three things. The cache of keys and values, which models take
 and their results hold, is ``past_key_values`` up to 5.23, and ``cache`` from 5.24 on, where the older name
 still works but is announced to go. Computing layers again in the backward pass instead of keeping what they
-computed is ``gradient_checkpointing`` in 5.20, and ``activation_checkpointing`` in 5.23.
+computed is ``gradient_checkpointing`` in 5.20, and ``activation_checkpointing`` in 5.23. And routers return
+logits, weights and choices, but in 5.20 some families' return choices and weights, then logits or nothing.
 
 That checkpointed layers are computed again inside or outside their hooks, that an attention hands its cache
 the call's arguments: such differences need no name, because the code that meets them is right for both.
@@ -12,13 +13,17 @@ the call's arguments: such differences need no name, because the code that meets
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from typing import Any, Final, ParamSpec, TypeVar
 
+import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mixtura.errors import UnsupportedModelError
 
 _KNOWN: Final = ("cache", "past_key_values")
 
@@ -95,3 +100,32 @@ def checkpointing_arguments(wanted: bool, **settings: Any) -> dict[str, Any]:
     True
     """
     return {CHECKPOINTING: wanted, **({f"{CHECKPOINTING}_kwargs": settings} if settings else {})}
+
+
+def logits_weights_choices(output: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What a family's router returned, in one order; None for logits that it keeps to itself.
+
+    Raises:
+        UnsupportedModelError: it returns logits alone and its block chooses, as jamba's does in 5.20.
+    """
+    if not isinstance(output, tuple) or len(output) < 2:
+        raise UnsupportedModelError(
+            "a router of this family returns no choices in the installed transformers "
+            f"{transformers.__version__}, so they can be neither changed nor recorded; use a newer release"
+        )
+    if _begins_with_choices(output):
+        choices, weights, *rest = output
+        return (rest[0] if rest else None), weights, choices
+    logits, weights, choices = output[:3]
+    return logits, weights, choices
+
+
+def in_order_of(output: Sequence[Any], logits: Tensor, weights: Tensor, choices: Tensor) -> tuple[Any, ...]:
+    """Other logits, weights and choices in the order in which a family's router returned its own."""
+    if _begins_with_choices(output):
+        return (choices, weights, logits)[: len(output)] + tuple(output[3:])
+    return (logits, weights, choices, *output[3:])
+
+
+def _begins_with_choices(output: Sequence[Any]) -> bool:
+    return isinstance(output[0], Tensor) and not output[0].is_floating_point()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mixtura.checkpoints.view import MemoryLayer
 from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.errors import UnsupportedModelError, UserError
-from mixtura.machine.releases import CHECKPOINTING
+from mixtura.machine.releases import CHECKPOINTING, in_order_of, logits_weights_choices
 from mixtura.methods import declared_tags
 from mixtura.methods.routers import Router
 from mixtura.modeling.balance import LayerBalance
@@ -198,7 +198,8 @@ class Seat:
         self._require_steered(inside, steering)
         if here.collecting and self.passes.active is here and inside.logits is not None:
             # Bare references: anything computed from them here would be missing when this is computed again.
-            here.seen[self.layer.index] = Seen(inside.logits, output[1], output[2])
+            _, weights, choices = logits_weights_choices(output)
+            here.seen[self.layer.index] = Seen(inside.logits, weights, choices)
         return output
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,8 +250,9 @@ class Seat:
         ((routing, ids, weights),) = decided
         if here.collecting and self.passes.active is here:
             here.seen[self.layer.index] = Seen(routing=routing)
-        logits = routing.logits.to(output[0].dtype)
-        return (logits, weights.to(output[1].dtype), ids, *output[3:])
+        own_logits, own_weights, _ = logits_weights_choices(output)
+        logits = routing.logits.to((own_weights if own_logits is None else own_logits).dtype)
+        return in_order_of(output, logits, weights.to(own_weights.dtype), ids)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add_extra(self, experts: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
