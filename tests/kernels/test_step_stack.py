@@ -4,75 +4,26 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
-from family_sizes import SIZES
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from whole_steps import assert_same_steps, generated, ids_of, ready_pair, started, step
 
-from mixtura.kernels import PackedLinear, isas, pack_linears, quicken, register_backend, using
-from mixtura.kernels.step_stack import runs_together
+from mixtura.kernels import PackedLinear, isas, pack_linears, register_backend, using
 from mixtura.kernels.step_watch import Unchanged
-from mixtura.machine.releases import returned_cache, with_cache
+from mixtura.machine.releases import with_cache
 
 register_backend()
 compiled = bool(isas())
 
 
-def generated(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def ids_of(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 60, shape, generator=generated(seed))
-
-
-def started(model: Any, ids: Tensor) -> DynamicCache:
-    cache: DynamicCache = returned_cache(model(ids, use_cache=True))
-    return cache
-
-
-def step(model: Any, ids: Tensor, cache: DynamicCache, **named: Any) -> Tensor:
-    """Logits of one token of each sequence."""
-    logits: Tensor = model(ids, **with_cache(cache), use_cache=True, **named).logits
-    return logits
-
-
 @pytest.fixture
 def ready() -> tuple[Any, Any]:
-    """A model as transformers has it, and a quickened copy that has decoded."""
-    plain: Any = tiny_model("qwen3_moe", dtype=torch.float32)
-    plain.set_experts_implementation("mixtura")
-    quick = copy.deepcopy(plain)
-    quicken(quick)
-    ids = ids_of(2, 6)
-    with torch.no_grad():
-        cache = started(quick, ids)
-        for _ in range(3):
-            step(quick, ids[:, :1], cache)
-    assert not compiled or runs_together(quick.model)
-    return plain, quick
-
-
-def assert_same_steps(plain: Any, quick: Any, change: Callable[[Any], object]) -> None:
-    """Both models give the same before a change in the midst of decoding and behind it."""
-    ids = ids_of(2, 12)
-    found = []
-    for model, mode in ((plain, "torch"), (quick, "fast")):
-        with torch.no_grad(), using(mode):
-            cache = started(model, ids[:, :6])
-            logits = [step(model, ids[:, t : t + 1], cache) for t in (6, 7, 8)]
-            change(model)
-            logits += [step(model, ids[:, t : t + 1], cache) for t in (9, 10, 11)]
-            found.append(torch.cat(logits, dim=1))
-    assert torch.allclose(*found, atol=1e-5)
+    return ready_pair()
 
 
 def replace_parameter(module: nn.Module, name: str) -> None:
@@ -135,89 +86,6 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_steps_is_seen(ready: tuple[Any, Any], change: str) -> None:
     assert_same_steps(*ready, CHANGES[change])
-
-
-def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its first result made larger."""
-
-    def changed(*given: Any, **named: Any) -> Any:
-        first, *others = function(*given, **named)
-        return 1.5 * first, *others
-
-    return changed
-
-
-CODE: dict[str, Callable[[Any], tuple[Any, str]]] = {
-    "a class's forward": lambda model: (type(model.model.layers[0].self_attn), "forward"),
-    "what an attention finds in its module": lambda model: (
-        sys.modules[type(model.model.layers[0].self_attn).__module__], "apply_rotary_pos_emb"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", CODE)
-def test_code_exchanged_between_steps_is_heeded(
-    ready: tuple[Any, Any], what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner, name = CODE[what](ready[0])
-    own = getattr(owner, name)
-
-    def change(model: Any) -> None:
-        monkeypatch.setattr(owner, name, scaled(own))
-
-    ids = ids_of(2, 12)
-    found = []
-    for model, mode in ((ready[0], "torch"), (ready[1], "fast")):
-        monkeypatch.setattr(owner, name, own)
-        with torch.no_grad(), using(mode):
-            cache = started(model, ids[:, :6])
-            logits = [step(model, ids[:, 6:7], cache)]
-            change(model)
-            logits += [step(model, ids[:, t : t + 1], cache) for t in range(7, 12)]
-        found.append(torch.cat(logits, dim=1))
-    assert torch.allclose(*found, atol=1e-5)
-
-
-def test_an_attention_registered_between_steps_is_heeded(ready: tuple[Any, Any]) -> None:
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ids = ids_of(2, 9)
-    found = []
-    try:
-        for model, mode in ((ready[0], "torch"), (ready[1], "fast")):
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = own
-            with torch.no_grad(), using(mode):
-                cache = started(model, ids[:, :6])
-                first = step(model, ids[:, 6:7], cache)
-                ALL_ATTENTION_FUNCTIONS["sdpa"] = scaled(own)
-                found.append(torch.cat([first, *(step(model, ids[:, t : t + 1], cache) for t in (7, 8))]))
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
-    assert torch.allclose(*found, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["glm4_moe", "dots1", "minimax_m2", "ernie4_5_moe", "deepseek_v3"])
-def test_corrections_that_were_zero_are_heeded_later(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With zeros, formulas that correct scores for the choice alone and for the weights too are the same."""
-    for name in ("n_group", "topk_group"):
-        monkeypatch.setitem(SIZES, name, 1)
-    plain: Any = tiny_model(family, dtype=torch.float32)
-    corrections = [
-        t for name, t in (*plain.named_parameters(), *plain.named_buffers()) if "correction" in name
-    ]
-    assert corrections
-    for tensor in corrections:
-        tensor.data.zero_()
-    plain.set_experts_implementation("mixtura")
-    quick = copy.deepcopy(plain)
-    quicken(quick)
-
-    def change(model: Any) -> None:
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "correction" in name:
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generated(3)) * 0.5)
-
-    assert_same_steps(plain, quick, change)
 
 
 @pytest.mark.parametrize("name", ["layers.1", "layers.0.mlp.gate", "layers.2.self_attn.q_proj", "norm"])
