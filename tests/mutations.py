@@ -9,6 +9,7 @@ fault of the same kind in its place.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ FAULTS = (
         "kernels: every expert gets the first one's bias",
         "bias = None if biases is None else biases[expert]\n        multiply(",
         "bias = None if biases is None else biases[0]\n        multiply(",
-        "test_expert_matmul.py",
+        "test_routed_experts.py",
     ),
     Fault(
         "routing record: padding is routed like any token",
@@ -140,11 +141,15 @@ def run(copy: Path, tests: str, only: str) -> subprocess.CompletedProcess[str]:
     """Run quick tests of the copy on its own code."""
     (path,) = (copy / "tests").rglob(tests)
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-m", "not slow", "-k", only, str(path)]
-    environment = {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(copy / "src"), "PYTHONPYCACHEPREFIX": str(copy / "cache")}
     return subprocess.run(
-        ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
-        cwd=copy, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        command,
+        cwd=copy,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def noticed(copy: Path, fault: Fault) -> str:
