@@ -16,7 +16,8 @@ LOWEST := .venv-lowest
 WORKERS ?= 2
 # Runs tests with the Python of a folder, under the name that docs/versions.md has for what is installed there.
 pytest = $(1)/python $(if $(TESTED),tests/versions_table.py $(2),-m pytest) -n $(WORKERS) --dist $(DIST)
-DIST ?= loadfile
+# The order is that of tests/conftest.py, which begins with what takes longest.
+DIST ?= loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-quick test-newest test-lowest mutations lint fix docs families bench sanitize aarch64 specimen clean always
 

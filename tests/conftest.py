@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -18,3 +21,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Looking for doctests, pytest would import these a second time under a name that is taken.
 # The plugin of `make sanitize` needs kernels that only that builds.
 collect_ignore_glob = ["*conftest.py", "*sanitized.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that are slow throughout, so that the last that a worker takes is not a long one."""
+    every = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path] / every[item.path])
