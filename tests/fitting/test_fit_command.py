@@ -11,6 +11,7 @@ import torch
 from families import tiny_model
 from tiny_checkpoints import run_mixtura, save_tiny
 
+from mixtura.data.tasks import sample
 from mixtura.running.loading import load
 from mixtura.running.memory import account
 from mixtura.types import Plan
@@ -143,7 +144,9 @@ def test_too_little_loss_allowed_says_what_sizes_cost(fitted: tuple[Path, dict],
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
 def test_other_families_fit_too(family: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / family, family)
-    done = run_mixtura("fit", str(source), "--out", str(tmp_path / "out"), "--json")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(task.prompt + task.completion for task in sample("training", 24)))
+    done = run_mixtura("fit", str(source), "--text", str(text), "--out", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["accounted_bytes"] <= told["budget_bytes"]

@@ -128,8 +128,11 @@ def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_the_page_and_goes_on(tmp_path: Path) -> None:
+    scale = tmp_path / "scale.yaml"
+    scale.write_text("hidden_size: 32\nnum_hidden_layers: 1\nnum_attention_heads: 1\nd_expert: 32\n")
     arguments = [
         "arena", "routers", "--only", "hash", "--seeds", "2", "--tokens", "5120", "--threads", "1",
+        "--model", str(scale),
         "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"),
     ]  # fmt: skip
     done = CliRunner().invoke(build_app(), arguments)
