@@ -168,7 +168,8 @@ def test_generate_lives_with_what_models_are_configured_for(
 
 def test_generate_names_an_entry_that_cannot_be(run: Run, place: Path) -> None:
     assert "top_p" in DRAWING
-    for content, says in (('{"top_p": 5}', "top_p in the model's"), ("{broken", "cannot be used (")):
+    broken = "cannot read model/generation_config.json"
+    for content, says in (('{"top_p": 5}', "top_p in the model's"), ("{broken", broken)):
         (place / "model/generation_config.json").write_text(content)
         code, out, err = run("generate", "model", "a", "--max-new-tokens", "4", "--temperature", "0.7")
         assert (code, out) == (2, "")

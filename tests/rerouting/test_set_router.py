@@ -73,7 +73,7 @@ def test_a_layer_gives_what_one_of_our_own_gives_with_the_same_weights(router: s
     block = model.model.layers[0].mlp
     rerouting = mixtura.set_router(model, router, train=True)
     shape = rerouting.seats[0].layer.shape
-    chosen = dict.fromkeys(mixtura.load_method("routers", router).choice_settings, 2)
+    chosen = mixtura.load_method("routers", router).settings_for(2, shape, {})
     own = mixtura.create("routers", router, shape, **chosen)
     experts = Experts(shape)
     with torch.no_grad():

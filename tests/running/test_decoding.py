@@ -188,12 +188,19 @@ def test_strings_and_tokens_that_end_a_text_do(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"{broken", b"[1]", b"\xff\xfe", b'{"early_stopping": "perhaps"}', b'{"pad_token_id": "x"}']
+    ("content", "says"),
+    [
+        (b"{broken", r"cannot read \S*generation_config.json: .*write it again"),
+        (b"[1]", r"generation_config.json must hold a JSON object; .*write it again"),
+        (b"\xff\xfe", r"cannot read \S*generation_config.json: .*write it again"),
+        (b'{"early_stopping": "perhaps"}', r"generation_config.json cannot be used \(.*delete it"),
+        (b'{"pad_token_id": "x"}', r"generation_config.json cannot be used \(.*delete it"),
+    ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, says: str) -> None:
     path = save_tiny(tmp_path / "model")
     (path / "generation_config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"generation_config.json cannot be used \(.*delete it"):
+    with pytest.raises(CheckpointError, match=says):
         mixtura.load(path)
 
 

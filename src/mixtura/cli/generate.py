@@ -14,6 +14,9 @@ from mixtura.cli.doctor import path_lines
 from mixtura.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mixtura.kernels.paths import LayerPath
     from mixtura.running.generation import Generated
 
 
@@ -66,11 +69,9 @@ def generate(
         chat=chat,
         on_text=None if as_json else lambda piece: typer.echo(piece, nl=False),
     )
-    from mixtura.kernels.paths import paths_of
-
-    taken = paths_of(loaded, probe=False) if verbose else []
+    taken = _taken(loaded) if verbose else None
     if as_json:
-        more = {"layers": [asdict(path) for path in taken]} if verbose else {}
+        more = {} if taken is None else {"layers": [asdict(path) for path in taken]}
         peak = peak_resident_bytes()
         typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
         return
@@ -80,8 +81,15 @@ def generate(
         f"{len(made.token_ids)} generated at {made.tokens_per_second:.1f} tokens/s",
         err=True,
     )
-    for line in path_lines(taken):
+    for line in path_lines(taken or []):
         typer.echo(line, err=True)
+
+
+def _taken(model: PreTrainedModel) -> list[LayerPath]:
+    """The path that each layer took when the text was generated."""
+    from mixtura.kernels.paths import paths_of
+
+    return paths_of(model, probe=False)
 
 
 def _arguments(first: str, second: str | None) -> tuple[str | None, str]:

@@ -118,6 +118,9 @@ def _method(found: Header, num_steps: int, scale: Scale) -> Entry:
         settings |= _SETTINGS[key](scale)
     settings |= {name: max(1, round(share * num_steps)) for name, share in _STEPS.get(key, {}).items()}
     layer = dict(_LAYERS.get(key, {})) | (dict(scale.wide) if key in _ONE_EXPERT else {})
+    if found.kind == "mixers":
+        # Every expert has every token: there is no load to even out.
+        layer |= {"balancers": []}
     if found.kind != "balancers":
         chosen: dict[str, Any] = {found.kind.removesuffix("s"): settings}
         return Entry(found.name, _moe(scale, chosen | layer), tags=found.tags)
