@@ -74,14 +74,19 @@ def generate(
         more = {} if taken is None else {"layers": [asdict(path) for path in taken]}
         peak = peak_resident_bytes()
         typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
-        return
+    else:
+        _say(made, taken or [])
+
+
+def _say(made: Generated, taken: list[LayerPath]) -> None:
+    """What generating took, and which way it went, after a text that is printed already."""
     typer.echo()
     typer.echo(
         f"{made.num_prompt_tokens} tokens read in {made.prefill_ms / 1000:.2f} s, "
         f"{len(made.token_ids)} generated at {made.tokens_per_second:.1f} tokens/s",
         err=True,
     )
-    for line in path_lines(taken or []):
+    for line in path_lines(taken):
         typer.echo(line, err=True)
 
 
