@@ -26,7 +26,8 @@ def fixed_numbers(tree: ast.AST) -> Iterator[str]:
             counts = [s for s in sides if isinstance(s, ast.Call) and ast.unparse(s.func) == "len"]
             if any(COUNTED.fullmatch(ast.unparse(count.args[0])) for count in counts):
                 yield ast.unparse(node)
-        if written and any("transformers.__version__" in ast.unparse(side) for side in sides):
+        read = [ast.unparse(side) for side in sides if side not in written]
+        if written and any("transformers.__version__" in side for side in read):
             yield ast.unparse(node)
 
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from mixtura.errors import CheckpointError
+
+
+@runtime_checkable
+class Digest(Protocol):
+    """What takes bytes to be hashed."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take more of them."""
+
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
@@ -39,7 +49,7 @@ def checkpoint_digest(directory: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _add(digest: hashlib._Hash, name: str, content: bytes) -> None:
+def _add(digest: Digest, name: str, content: bytes) -> None:
     digest.update(f"{name}\0{len(content)}\0".encode())
     digest.update(content)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from family_checks import TOLERANCE, distance, run
 
 from mixtura.checkpoints.skeleton import empty_experts
@@ -22,8 +22,10 @@ def test_the_talkers_layers_are_numbered_after_the_thinkers() -> None:
     assert view.layer(4).name == "talker.model.layers.1.mlp.experts"
     assert view.layer(4).stack == "talker.model.layers.*.mlp.experts"
     assert [layer.num_experts for layer in view.layers] == [8, 8, 8, 4, 4, 4]
-    assert {stack: ".".join(field.path) for stack, field in view.count_fields.items()} == {
-        "thinker.model.language_model.layers.*.mlp.experts": "thinker_config.text_config.num_experts",
+    # Where the thinker keeps its layers differs from release to release.
+    fields = {stack: ".".join(field.path) for stack, field in view.count_fields.items()}
+    assert {stack.replace(".language_model.", "."): path for stack, path in fields.items()} == {
+        "thinker.model.layers.*.mlp.experts": "thinker_config.text_config.num_experts",
         "talker.model.layers.*.mlp.experts": "talker_config.text_config.num_local_experts",
     }
 
@@ -37,6 +39,7 @@ def test_stacks_lose_experts_on_their_own() -> None:
     assert model.config.talker_config.text_config.num_local_experts == 3
 
 
+@pytest.mark.skipif("dots3_note" not in FAMILIES, reason="a family that this release does not have")
 def test_the_vision_towers_layers_come_last() -> None:
     view = open_model(tiny_model("dots3_note_whole"))
     # layer 0 of the language model is dense
