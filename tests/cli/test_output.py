@@ -165,7 +165,7 @@ def test_a_closed_pipe_is_silent(
 def test_a_file_on_a_full_disk_is_named(model: Path, run: Run) -> None:
     code, out, err = run("observe", model, "--tokens", "64", "--report", "/dev/full")
     assert (code, out) == (2, "")
-    assert err.lstrip().startswith("error: the disk")
+    assert err.startswith("error: the disk")
     assert "is full" in err
 
 
