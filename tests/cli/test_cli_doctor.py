@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from mixtura import specimen
 from mixtura.cli.doctor import path_lines
@@ -30,6 +31,14 @@ def test_doctor_tells_the_machine_and_the_layers(run: Callable[..., tuple[int, s
     assert told["machine"]["read_bytes_per_s"] > 0
     assert [layer["layer"] for layer in told["layers"]] == [f"model.layers.{number}" for number in range(6)]
     assert all(layer["path"] in PATHS for layer in told["layers"])
+
+
+def test_what_is_no_model_is_said_in_a_sentence(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, said = run("doctor", tmp_path)
+    assert (code, out) == (2, "")
+    assert said.startswith(f"error: {tmp_path} is not a model: it has no config.json")
 
 
 def test_generate_says_which_way_it_went(run: Callable[..., tuple[int, str, str]]) -> None:

@@ -29,13 +29,14 @@ def doctor(
 
     Example: `mixtura doctor ./OLMoE-1B-7B`
     """
+    from mixtura.checkpoints.skeleton import open_checkpoint
     from mixtura.kernels.paths import paths_of
     from mixtura.running.doctor import examine
     from mixtura.running.loading import load
     from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
-    health = examine(max(resolved.path.glob("*.safetensors"), key=lambda file: file.stat().st_size))
+    health = examine(max(open_checkpoint(resolved.path).files, key=lambda file: file.stat().st_size))
     paths = [] if model is None else paths_of(load(resolved.path))
     if as_json:
         layers = {} if model is None else {"model": resolved.name, "layers": [asdict(path) for path in paths]}
