@@ -25,7 +25,7 @@ from mixtura.report import (
     side_by_side,
     table_html,
 )
-from mixtura.report.units import format_bytes, format_seconds
+from mixtura.report.units import format_bytes
 
 _MIB = 2.0**20
 _ABSENT = "–"
@@ -205,8 +205,3 @@ def _untouched(fitted: Fitted) -> Iterable[Html]:
         return
     listed = table_html(["tensor"], [[name] for name in names], caption="Tensors copied byte by byte")
     yield details(f"{len(names)} tensors were copied byte by byte", listed)
-
-
-def seconds_table(seconds: dict[str, float]) -> dict[str, str]:
-    """Times by step for people."""
-    return {step: format_seconds(value) for step, value in seconds.items()}
