@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from mixtura.modeling.layer import ExpertPool, Experts, MoELayer, SharedExpert
 from mixtura.modeling.plan import Choice, MoEPlan
 from mixtura.types import LayerShape
 
+# Parts of a balancer's state that act through a router, and the field of its input that each becomes.
+READ_BY_ROUTERS: Mapping[str, str] = {"bias": "selection_bias", "allowed": "allowed"}
 # What seeds of parts are counted from, so that no two parts of a model draw the same numbers.
 _PARTS = {"router": 1, "experts": 2, "shared": 3, "balancer": 4}
 _STRIDE = 1_000_003
@@ -139,10 +141,10 @@ def require_effect(balancer: Balancer, balancer_name: str, router: Router | Mixe
     """
     what = "mixer" if isinstance(router, Mixer) else "router"
     asks, offers = declared_tags(type(balancer)), declared_tags(type(router))
-    for entry, wanted_tag in (("bias", "reads:selection_bias"), ("allowed", "reads:allowed")):
-        if entry in balancer.start(router.shape) and wanted_tag not in offers:
+    for entry, field in READ_BY_ROUTERS.items():
+        if entry in balancer.start(router.shape) and f"reads:{field}" not in offers:
             raise UserError(
-                f"the {what} {router_name} takes no {wanted_tag.partition(':')[2]}, so the balancer "
+                f"the {what} {router_name} takes no {field}, so the balancer "
                 f"{balancer_name} would change nothing; choose another balancer or {what}"
             )
     if isinstance(router, Mixer) and ("by_load" in asks or "alpha" in balancer.start(router.shape)):

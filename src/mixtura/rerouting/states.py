@@ -12,12 +12,13 @@ from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.methods import declared_tags, load_method
 from mixtura.methods.balancers import Balancer
 from mixtura.modeling.balance import LayerBalance
+from mixtura.modeling.parts import READ_BY_ROUTERS
 from mixtura.rerouting.seats import BALANCE, Seat
 
-# What of a balancer's state acts through the router, and what it does there.
-_READ = {
-    "bias": ("selection_bias", "reads no selection bias, so balancing by one has no effect"),
-    "allowed": ("allowed", "does not read which experts are allowed, so keeping some out has no effect"),
+# What is said of a router that does not read this part of a balancer's state.
+_UNREAD = {
+    "bias": "reads no selection bias, so balancing by one has no effect",
+    "allowed": "does not read which experts are allowed, so keeping some out has no effect",
 }
 
 
@@ -46,9 +47,8 @@ def _require_suited(balancer: Balancer, seat: Seat, router: type[Any] | None) ->
     read = frozenset() if router is None else declared_tags(router)
     if router is not None:
         for part in balancer.start(seat.layer.shape):
-            field, without = _READ.get(part, ("", ""))
-            if field and f"reads:{field}" not in read:
-                raise UserError(f"{decider} {without}; use a balancer with a loss, such as switch_loss")
+            if part in READ_BY_ROUTERS and f"reads:{READ_BY_ROUTERS[part]}" not in read:
+                raise UserError(f"{decider} {_UNREAD[part]}; use a balancer with a loss, such as switch_loss")
     if "reads:router_weight" in tags:
         own = router is None or "keeps_weights" in read
         if not own or seat.width != seat.layer.shape.d_model:
