@@ -31,9 +31,8 @@ from mixtura.kernels import (
     ExpertMatrices,
     ExpertTensors,
     Matrix,
-    coded_matrix,
     dense_matrix,
-    nested_matrix,
+    stored_matrix,
 )
 from mixtura.methods import create
 from mixtura.methods.quantizers import Encoded, Quantizer
@@ -47,8 +46,6 @@ MatrixName = Literal["up", "down"]
 MATRICES: tuple[MatrixName, MatrixName] = ("up", "down")
 DENSE_PART = "weight"
 STORED_KINDS = ("fp8", "mxfp4")
-# The quantizers whose codes the compiled kernels read as they lie.
-DIRECT_QUANTIZER, NESTED_QUANTIZER = "round_to_nearest", "nested"
 
 
 @final
@@ -193,17 +190,7 @@ class PackedMatrix:
             return None
         if record.quantizer is None:
             return dense_matrix(self.tensors[DENSE_PART])
-        group = int(record.settings.get("group_size", 64))
-        if record.quantizer == NESTED_QUANTIZER:
-            bits, names = max(record.widths.items())
-            *planes, scales = (self.tensors[name] for name in names)
-            return nested_matrix(planes, scales, cols=record.cols, bits=bits, group=min(group, record.cols))
-        if record.quantizer != DIRECT_QUANTIZER:
-            return None
-        bits = int(record.settings.get("bits", 4))
-        codes, scales = self.tensors["codes"], self.tensors["scales"]
-        group = record.cols if bits == 8 else min(group, record.cols)
-        return coded_matrix(codes, scales, cols=record.cols, bits=bits, group=group)
+        return stored_matrix(quantizer_of(record), self.tensors, rows=record.rows, cols=record.cols)
 
     def _dense_from_stored(self) -> Float[Tensor, "R C"]:
         """The matrix from the values and scales of its source, in the dtype the source is decoded to."""

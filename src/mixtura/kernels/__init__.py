@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from mixtura.kernels import coding  # noqa: F401 - puts the compiled search in its place
+from mixtura.kernels.coded import stored_matrix
 from mixtura.kernels.compiled import Options, isas, options, using
 from mixtura.kernels.dispatch import Dispatch, Run, sort_by_expert, sum_by_token
 from mixtura.kernels.experts import ExpertMath, StackedExperts, run_experts
 from mixtura.kernels.few import ExpertMatrices, NativeLayer
 from mixtura.kernels.linears import FewRowsLinear, PackedLinear, pack_linears
-from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix
+from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix, trellis_matrix
 from mixtura.kernels.nested_linears import NestedLinear, nest_linears
 from mixtura.kernels.records import AssignmentObserver, ExpertStore, ExpertTensors
 from mixtura.kernels.routed import routed_experts, run_routed
@@ -52,7 +54,9 @@ __all__ = [
     "run_experts",
     "run_routed",
     "sort_by_expert",
+    "stored_matrix",
     "sum_by_token",
+    "trellis_matrix",
     "using",
 ]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixtura.kernels.compiled import NUMBERS, isas, native, num_threads, options, rows_of, way_for, with_rows
 from mixtura.kernels.matmul import linear
-from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix
+from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, trellis_matrix
 from mixtura.machine.kept import keep, read_kept
 from mixtura.machine.processor import processor_name
 from mixtura.methods import create
@@ -30,7 +30,7 @@ from mixtura.methods.quantizers import Encoded
 # Up to so many rows reading is what takes the time, whatever the machine.
 ALWAYS_FEW: Final = 2
 _ROWS: Final = (4, 8, 16, 32, 64, 128, 256)
-_OUTPUTS, _INPUTS, _GROUP = 2048, 2048, 64
+_OUTPUTS, _INPUTS, _GROUP, _TRELLIS_GROUP = 2048, 2048, 64, 128
 _REPEATS = 5
 _ASLEEP_SECONDS = 0.02
 _FILE = "kernels"
@@ -41,17 +41,24 @@ def few_rows(bits: int, dtype: torch.dtype) -> int:
 
     ``dtype`` is that of the rows.
     """
-    return _few_rows(bits, dtype, num_threads(), options().int8_inputs, options().isa)
+    return _few_rows(bits, False, dtype, num_threads(), options().int8_inputs, options().isa)
+
+
+def few_rows_of(matrix: Matrix, dtype: torch.dtype) -> int:
+    """`few_rows` of matrices that are stored like this one."""
+    chosen = options()
+    form = matrix.bits, matrix.is_trellis
+    return _few_rows(*form, dtype, num_threads(), chosen.int8_inputs, chosen.isa)
 
 
 @cache
-def _few_rows(bits: int, dtype: torch.dtype, threads: int, int8: bool, isa: str) -> int:
+def _few_rows(bits: float, is_trellis: bool, dtype: torch.dtype, threads: int, int8: bool, isa: str) -> int:
     key = f"{_machine()}, kernels {_kernels()}, {isa or isas()[-1]}, {threads} threads"
     inputs = "int8" if int8 else str(dtype).removeprefix("torch.")
-    name = f"{bits} bits, {inputs}"
+    name = f"{bits:g} bits{' of a trellis' if is_trellis else ''}, {inputs}"
     known = read_kept(_FILE)
     if name not in known.get(key, {}):
-        known.setdefault(key, {})[name] = _measure(bits, dtype)
+        known.setdefault(key, {})[name] = _measure(bits, is_trellis, dtype)
         keep(_FILE, known)
     return int(known[key][name])
 
@@ -69,8 +76,8 @@ def _kernels() -> str:
 
 
 @torch.no_grad()
-def _measure(bits: int, dtype: torch.dtype) -> int:
-    ours, theirs, weights = _contenders(bits, dtype)
+def _measure(bits: float, is_trellis: bool, dtype: torch.dtype) -> int:
+    ours, theirs, weights = (_trellises if is_trellis else _contenders)(bits, dtype)
     generator = torch.Generator().manual_seed(0)
     gains = []
     for rows in _ROWS:
@@ -91,9 +98,22 @@ def _best_split(gains: list[float]) -> int:
     return (ALWAYS_FEW, *_ROWS)[max(range(len(sums)), key=sums.__getitem__)]
 
 
-def _contenders(
-    bits: int, dtype: torch.dtype
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
+_Contenders = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[Tensor, ...]]
+
+
+def _trellises(bits: float, dtype: torch.dtype) -> _Contenders:
+    generator = torch.Generator().manual_seed(0)
+    strips, rate = _OUTPUTS // 64, int(8 * bits)
+    codes = torch.randint(0, 256, (strips, _INPUTS, rate), generator=generator, dtype=torch.uint8)
+    scales = torch.full((strips, _INPUTS // _TRELLIS_GROUP, 64), 0.01, dtype=torch.bfloat16)
+    quantizer = create("quantizers", "trellis", bits=bits, group_size=_TRELLIS_GROUP)
+    encoded = Encoded({"codes": codes, "scales": scales}, {"rows": _OUTPUTS, "cols": _INPUTS})
+    coded = trellis_matrix(codes, scales, rows=_OUTPUTS, cols=_INPUTS, group=_TRELLIS_GROUP)
+    assert coded is not None
+    return partial(multiply, coded), lambda x: linear(x, quantizer.decode(encoded, dtype)), (codes, scales)
+
+
+def _contenders(bits: float, dtype: torch.dtype) -> _Contenders:
     generator = torch.Generator().manual_seed(0)
     if bits > 8:
         stored = torch.float32 if bits == 32 else torch.bfloat16
@@ -101,7 +121,7 @@ def _contenders(
         matrix = dense_matrix(weight)
         assert matrix is not None
         return partial(multiply, matrix), lambda x: linear(x, weight), (weight,)
-    group = _INPUTS if bits == 8 else _GROUP
+    bits, group = int(bits), _INPUTS if bits == 8 else _GROUP
     codes = torch.randint(0, 256, (_OUTPUTS, _INPUTS * bits // 8), generator=generator, dtype=torch.uint8)
     scales = torch.full((_OUTPUTS, _INPUTS // group), 0.01, dtype=torch.bfloat16)
     quantizer = create("quantizers", "round_to_nearest", bits=bits, group_size=_GROUP)

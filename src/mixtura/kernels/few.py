@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixtura.kernels.activations import Activation
 from mixtura.kernels.compiled import NUMBERS, is_plain, native, options, rows_of, way_for, with_rows
-from mixtura.kernels.crossing import ALWAYS_FEW, few_rows
+from mixtura.kernels.crossing import ALWAYS_FEW, few_rows_of
 from mixtura.kernels.experts import ExpertMath, StackedExperts
 from mixtura.kernels.matrices import Matrix, dense_matrix
 
@@ -29,12 +29,12 @@ class ExpertMatrices(NamedTuple):
 class NativeLayer:
     """The experts of a layer for the compiled kernels; holds what they must not lose."""
 
-    def __init__(self, up: Matrix, down: Matrix, bits: int, record: Any, holds: object) -> None:
+    def __init__(self, up: Matrix, down: Matrix, slowest: Matrix, record: Any, holds: object) -> None:
         self.features = up.rows
         self.d_model = up.cols
         self.d_expert = down.cols
         self.outputs = down.rows
-        self.bits = bits
+        self.slowest = slowest
         self.record = record
         self.holds = holds
 
@@ -60,8 +60,9 @@ class NativeLayer:
                 _address(expert.down_bias),
                 number,
             )
-        bits = min(min(expert.up.bits, expert.down.bits) for expert in experts)
-        return NativeLayer(first.up, first.down, bits, record, tuple(experts))
+        matrices = (matrix for expert in experts for matrix in (expert.up, expert.down))
+        slowest = min(matrices, key=lambda matrix: (not matrix.is_trellis, matrix.bits))
+        return NativeLayer(first.up, first.down, slowest, record, tuple(experts))
 
 
 def stacked_layer(store: StackedExperts, math: ExpertMath) -> NativeLayer | None:
@@ -89,7 +90,7 @@ def stacked_layer(store: StackedExperts, math: ExpertMath) -> NativeLayer | None
         strides[3],
         NUMBERS[store.up.dtype],
     )
-    return NativeLayer(up, down, up.bits, record, tensors)
+    return NativeLayer(up, down, up, record, tensors)
 
 
 def run_few(
@@ -119,7 +120,7 @@ def run_few(
         return None
     num_experts = getattr(store, "num_experts")  # noqa: B009
     rows = -(-expert_ids.numel() // min(num_experts, expert_ids.numel()))
-    if options().mode == "fast" and rows > ALWAYS_FEW and rows > few_rows(layer.bits, x.dtype):
+    if options().mode == "fast" and rows > ALWAYS_FEW and rows > few_rows_of(layer.slowest, x.dtype):
         return None
     return _Call(x, expert_ids, weights, token_ids).run(layer, math)
 

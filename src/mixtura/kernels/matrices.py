@@ -11,9 +11,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mixtura.kernels.compiled import NUMBERS, native
+from mixtura.methods.quantizers._codebooks import codebook
 
 _FORMATS: Final = {8: 2, 4: 3, 2: 4}
 _NESTED_FORMATS: Final = {8: 5, 4: 6}
+_TRELLIS_FORMAT: Final = 7
+_LEAST_RATE, _MOST_RATE = 8, 48
 
 
 @final
@@ -27,13 +30,15 @@ class Matrix:
         bits: of a weight.
         record: the extension's record of where it lies.
         holds: the tensors that must stay.
+        is_trellis: whether its codes are those of a trellis, which take longer to decode.
     """
 
     rows: int
     cols: int
-    bits: int
+    bits: float
     record: Any
     holds: tuple[Tensor, ...] = field(repr=False)
+    is_trellis: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -145,3 +150,37 @@ def nested_matrix(
         lower,
     )
     return Matrix(rows, cols, bits, record, (*planes, scales))
+
+
+def trellis_matrix(
+    codes: UInt8[Tensor, "B C rate"], scales: Float[Tensor, "B G 64"], *, rows: int, cols: int, group: int
+) -> Matrix | None:
+    """A matrix of codes as the quantizer ``trellis`` stores it, in place.
+
+    Args:
+        codes: a ring of bits for each strip of 64 rows and each column.
+        scales: in bfloat16, one for every ``group`` neighbouring columns of a row.
+        rows: output features; the last strip may have more.
+        cols: input features.
+        group: columns that share a scale; at least ``cols`` for one scale for each row.
+    """
+    fits = codes.is_contiguous() and scales.is_contiguous() and scales.dtype == torch.bfloat16
+    rate = codes.shape[-1]
+    known = _LEAST_RATE <= rate <= _MOST_RATE and codes.device.type == "cpu" and codes.numel() > 0
+    if native() is None or not fits or not known:
+        return None
+    table = codebook(rate)[0]
+    record = native().Matrix(  # type: ignore[union-attr]
+        _TRELLIS_FORMAT,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        rows,
+        cols,
+        cols * rate,
+        scales.shape[1] * scales.shape[2],
+        group,
+        False,
+        table=table.data_ptr(),
+        rate=rate,
+    )
+    return Matrix(rows, cols, rate / 8, record, (codes, scales, table), is_trellis=True)

@@ -155,14 +155,22 @@ def check_bad_numbers_are_refused(method: Subject) -> None:
         require(False, f"a matrix with {bad} is encoded without an error")
 
 
-def check_importance_is_accepted(method: Subject) -> None:
-    """The importance of input features may be given, or its uniform value, without harm."""
+def check_moments_change_no_size_and_do_no_harm(method: Subject) -> None:
+    """Second moments of the inputs may be given: outputs lose no more than without, of the same bytes."""
     quantizer = method.create()
     weight = sample(method, 17)
-    encoded = quantizer.encode(weight, torch.ones(weight.shape[1]))
-    require(encoded.num_bytes == quantizer.num_bytes(*weight.shape), "importance changes the size")
-    lost = (quantizer.decode(encoded) - weight).norm() / weight.norm()
-    require(lost < 1, f"with uniform importance the relative error is {lost:.3g}")
+    few, cols = 20, weight.shape[1]
+    generator = torch.Generator().manual_seed(18)
+    inputs = torch.randn(300, few, generator=generator) @ torch.randn(few, cols, generator=generator)
+    for moments in (torch.eye(cols), inputs.T @ inputs, torch.zeros(cols, cols)):
+        given, blind = quantizer.encode(weight, moments), quantizer.encode(weight)
+        require(given.num_bytes == quantizer.num_bytes(*weight.shape), "moments change the size")
+        lost = [_lost_in_outputs(quantizer.decode(one) - weight, moments) for one in (given, blind)]
+        require(lost[0] <= 1.02 * lost[1], f"with moments outputs lose {lost[0]:.4g}, without {lost[1]:.4g}")
+
+
+def _lost_in_outputs(off: Tensor, moments: Tensor) -> float:
+    return float(((off @ moments) * off).sum())
 
 
 def _lost(quantizer: Quantizer, weight: Tensor) -> float:

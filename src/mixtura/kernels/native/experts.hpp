@@ -66,6 +66,9 @@ void run_up(const Way& way, const std::vector<Expert>& experts, const Assignment
 void run_down(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows hidden,
               Rows weights, Result out);
 
+// All rows of a trellis as numbers.
+void decode(const Way& way, const Matrix& matrix, Result out);
+
 // Reads `bytes` bytes on `threads` threads as fast as the machine can; gives their sum by words.
 std::uint64_t read_all(const unsigned char* data, std::int64_t bytes, int threads);
 // Drops memory from the processor's caches, so that the next reading is from memory; where that is not known

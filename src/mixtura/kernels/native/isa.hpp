@@ -6,6 +6,8 @@
 #include "attend.hpp"
 #include "dot.hpp"
 #include "nested.hpp"
+#include "trellis.hpp"
+#include "trellis_search.hpp"
 
 namespace mixtura::MIXTURA_ISA {
 
@@ -128,6 +130,9 @@ inline constexpr Kernel transposed_kernel = {prepared_bytes<PlainInputs>, prepar
 template <class Codes>
 inline constexpr Kernel decoded_kernel = {prepared_bytes<PlainInputs>, prepare<PlainInputs>, dot_decoded<Codes>};
 
+template <class Inputs, class Strip>
+inline constexpr Kernel trellis_kernel = {prepared_bytes<Inputs>, prepare<Inputs>, dot_trellis<Strip>};
+
 template <class Codes>
 const Kernel* or_decoded(const Kernel* found) {
     return found ? found : &decoded_kernel<Codes>;
@@ -147,6 +152,7 @@ static const Kernel* find_float(const Matrix& m) {
         case Format::q2: return or_decoded<PackedCodes<2>>(find_grouped<FloatInputs<DecodeBits<2>>>(m));
         case Format::n8: return or_decoded<NestedCodes<8>>(find_by_block<FloatInputs<DecodeNested<8>>>(m));
         case Format::n4: return or_decoded<NestedCodes<4>>(find_by_block<FloatInputs<DecodeNested<4>>>(m));
+        case Format::trellis: return &trellis_kernel<PlainInputs, StripOfFloats>;
     }
     return nullptr;
 }

@@ -270,6 +270,106 @@ struct NestedPairInputs : PairsNested<8> {
     }
 };
 
+// The bytes of whole numbers of eight bits as bfloat16, which holds them exactly.
+constexpr Table<std::uint8_t, 256> whole_bytes(int shift) {
+    Table<std::uint8_t, 256> made{};
+    for (int byte = 0; byte < 256; ++byte) {
+        const int whole = byte < 128 ? byte : byte - 256;
+        made.of[byte] = whole == 0 ? 0 : static_cast<std::uint8_t>(half_of(2 * whole) >> shift);
+    }
+    return made;
+}
+
+// The products of a strip's rows with inputs of bfloat16, two columns at a time.
+struct StripOfPairs {
+    template <int num_inputs>
+    static void run(const Matrix& m, std::int64_t strip, const unsigned char* const* x,
+                    float (&rows)[num_inputs][strip_rows]) {
+        const Windows windows(m.rate);
+        const Levels levels(m.table);
+        const unsigned char* chunk = m.data + strip * m.row_bytes;
+        const std::uint16_t* scales = m.scales + strip * m.row_scales;
+        Floats sums[vectors_of_strip][num_inputs] = {};
+        for (std::int64_t first = 0; first < m.cols; first += m.group, scales += strip_rows) {
+            const std::int64_t end = at_most(first + m.group, m.cols);
+            Floats group[vectors_of_strip][num_inputs] = {};
+            for (std::int64_t c = first; c < end; c += 2, chunk += 2 * m.rate) {
+                __builtin_prefetch(chunk + bytes_ahead, 0, 2);
+                const bool is_last = c + 1 == end;
+                __m512i pairs[vectors_of_strip];
+                levels.pairs(windows.of(chunk), windows.of(is_last ? chunk : chunk + m.rate), pairs);
+                for (int i = 0; i < num_inputs; ++i) {
+                    const __m512i both = inputs_at(x[i], c, is_last);
+                    for (int v = 0; v < vectors_of_strip; ++v) group[v][i] = add_pairs(group[v][i], pairs[v], both);
+                }
+                // A group of an odd number of columns leaves the next one its chunk.
+                if (is_last) chunk -= m.rate;
+            }
+            for (int v = 0; v < vectors_of_strip; ++v) {
+                const Floats scale = scales_of(scales, v);
+                for (int i = 0; i < num_inputs; ++i) sums[v][i] = multiply_add(group[v][i], scale, sums[v][i]);
+            }
+        }
+        for (int i = 0; i < num_inputs; ++i) {
+            for (int v = 0; v < vectors_of_strip; ++v) {
+                float four_by_four[16];
+                store(four_by_four, sums[v][i]);
+                for (int q = 0; q < 4; ++q) std::memcpy(rows[i] + row_of(v, q), four_by_four + 4 * q, 4 * sizeof(float));
+            }
+        }
+    }
+
+private:
+    // Interleaving bytes and then words leaves to vector v of each sixteen rows the four from 4 v on.
+    static constexpr int row_of(int v, int q) { return 16 * q + 4 * v; }
+
+    // From windows to levels as bfloat16.
+    class Levels {
+    public:
+        explicit Levels(const std::int8_t* table) : low_(bytes_of(table, 0).of), high_(bytes_of(table, 8).of) {}
+
+        __attribute__((always_inline)) void pairs(__m512i one, __m512i other, __m512i (&to)[vectors_of_strip]) const {
+            const __mmask64 one_upper = _mm512_movepi8_mask(one), other_upper = _mm512_movepi8_mask(other);
+            const __m512i one_low = low_.at(one, one_upper), one_high = high_.at(one, one_upper);
+            const __m512i other_low = low_.at(other, other_upper), other_high = high_.at(other, other_upper);
+            const __m512i one_first = _mm512_unpacklo_epi8(one_low, one_high);
+            const __m512i one_second = _mm512_unpackhi_epi8(one_low, one_high);
+            const __m512i other_first = _mm512_unpacklo_epi8(other_low, other_high);
+            const __m512i other_second = _mm512_unpackhi_epi8(other_low, other_high);
+            to[0] = _mm512_unpacklo_epi16(one_first, other_first);
+            to[1] = _mm512_unpackhi_epi16(one_first, other_first);
+            to[2] = _mm512_unpacklo_epi16(one_second, other_second);
+            to[3] = _mm512_unpackhi_epi16(one_second, other_second);
+        }
+
+    private:
+        static Table<std::uint8_t, 256> bytes_of(const std::int8_t* table, int shift) {
+            static constexpr auto low = whole_bytes(0), high = whole_bytes(8);
+            const ByteTable numbers(shift == 0 ? low.of : high.of);
+            Table<std::uint8_t, 256> made;
+            for (int at = 0; at < 256; at += 64) {
+                _mm512_store_si512(made.of + at, numbers.at(_mm512_loadu_si512(table + at)));
+            }
+            return made;
+        }
+
+        ByteTable low_, high_;
+    };
+
+    MIXTURA_INLINE __m512i inputs_at(const unsigned char* x, std::int64_t c, bool is_last) {
+        const unsigned char* from = x + 2 * c;
+        return _mm512_set1_epi32(static_cast<int>(is_last ? load<std::uint16_t>(from) : load<std::uint32_t>(from)));
+    }
+
+    MIXTURA_INLINE Floats scales_of(const std::uint16_t* scales, int v) {
+        float some[16];
+        for (int q = 0; q < 4; ++q) {
+            for (int e = 0; e < 4; ++e) some[4 * q + e] = from_bf16(scales[row_of(v, q) + e]);
+        }
+        return load<Floats>(some);
+    }
+};
+
 const Kernel* find_bf16(const Matrix& m) {
     switch (m.format) {
         case Format::bf16: return m.transposed ? nullptr : &kernel_of<PairInputs<PairsBf16>, Scaled::never>;
@@ -278,6 +378,7 @@ const Kernel* find_bf16(const Matrix& m) {
         case Format::q2: return find_grouped<PairInputs<PairsBits<2>>>(m);
         case Format::n8: return find_by_block<NestedPairInputs>(m);
         case Format::n4: return find_by_block<PairInputs<PairsNested<4>>>(m);
+        case Format::trellis: return &trellis_kernel<PairInputs<PairsBf16>, StripOfPairs>;
         default: return nullptr;
     }
 }
@@ -307,7 +408,7 @@ namespace mixtura {
 
 const Isa& isa_avx512_bf16() {
     static constexpr Isa isa = {"avx512_bf16", avx512_bf16::find, avx512_bf16::activate,
-                                avx512_bf16::attend, avx512_bf16::normalize};
+                                avx512_bf16::attend, avx512_bf16::normalize, avx512_bf16::search_trellis, avx512_bf16::decode_strip};
     return isa;
 }
 

@@ -6,7 +6,7 @@ namespace mixtura {
 const Isa& isa_portable() {
     static constexpr Isa isa = {
         "portable", [](const Matrix& matrix, Inputs) { return portable::find_float(matrix); }, portable::activate,
-                                portable::attend, portable::normalize};
+                                portable::attend, portable::normalize, portable::search_trellis, portable::decode_strip};
     return isa;
 }
 

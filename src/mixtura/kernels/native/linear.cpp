@@ -34,6 +34,18 @@ void linear(const Way& way, const Matrix& m, Rows bias, Rows x, std::int64_t num
     });
 }
 
+void decode(const Way& way, const Matrix& m, Result out) {
+    constexpr std::int64_t rows_of_strip = 64;
+    const auto hold = Pool::shared().hold();
+    const std::int64_t strips = (m.rows + rows_of_strip - 1) / rows_of_strip;
+    Pool::shared().loop(strips, threads_for(way, m.rows * m.cols * number_bytes), [&](std::int64_t s) {
+        float* made = scratch().gate.of<float>(rows_of_strip * m.cols);
+        way.isa->decode_strip(m, s, made);
+        const std::int64_t first = s * rows_of_strip, end = std::min(m.rows, first + rows_of_strip);
+        for (std::int64_t row = first; row < end; ++row) write_row(out, row, 0, m.cols, made + (row - first) * m.cols);
+    });
+}
+
 std::uint64_t read_all(const unsigned char* data, std::int64_t bytes, int threads) {
     const auto hold = Pool::shared().hold();
     constexpr std::int64_t piece = 1 << 20, line = 64;

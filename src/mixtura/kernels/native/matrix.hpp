@@ -7,9 +7,9 @@
 namespace mixtura {
 
 // How the weights of a matrix are stored; the numbers are known to Python. Nested codes of 8 bits (n8), or the
-// upper 4 of them (n4), lie in planes; the upper 2 alone are q2.
-enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3, q2 = 4, n8 = 5, n4 = 6 };
-inline constexpr int num_formats = 7;
+// upper 4 of them (n4), lie in planes; the upper 2 alone are q2. For `trellis`, see there.
+enum class Format : int { f32 = 0, bf16 = 1, q8 = 2, q4 = 3, q2 = 4, n8 = 5, n4 = 6, trellis = 7 };
+inline constexpr int num_formats = 8;
 inline constexpr int most_planes = 4;
 
 // What the inputs are turned into before they are multiplied.
@@ -29,6 +29,9 @@ struct Matrix {
     bool transposed = false;              // stored as [inputs, outputs]; f32 and bf16 only
     // Nested codes, of row 0: what lies below the upper two bits, in planes laid out as those in `data`.
     const unsigned char* lower[most_planes - 1] = {};
+    // Of a trellis, whose `row_bytes` and `row_scales` lead from one strip of rows to the next.
+    const std::int8_t* table = nullptr;
+    int rate = 0;  // bits of eight weights
 };
 
 // Rows that the same thread reads after those of a call, so that memory is asked for them in time; none where
@@ -82,6 +85,18 @@ struct NormWay {
     bool rounds_before = false, rounds_after = false;
 };
 
+// Columns of a matrix to be rounded to codes of a trellis, one after the other. Numbers of a column lie together.
+struct TrellisColumns {
+    float* weights = nullptr;         // [cols][rows]; becomes what the codes stand for
+    const float* scales = nullptr;    // [cols][rows]
+    const float* feedback = nullptr;  // [cols][cols]: what is left of column c goes on to column k > c by [c][k]
+    float* left = nullptr;            // [cols][rows]: what each column was off, over [c][c] of the feedback
+    std::uint8_t* codes = nullptr;    // [cols][rows / 64][rate]
+    const std::int8_t* table = nullptr;
+    std::int64_t rows = 0, cols = 0, feedback_stride = 0;
+    int rate = 0;
+};
+
 // All that depends on the instruction set.
 struct Isa {
     const char* name;
@@ -90,6 +105,9 @@ struct Isa {
     void (*activate)(const Activation& activation, float* gate, const float* up, std::int64_t num);
     void (*attend)(const AttentionHead& head);
     void (*normalize)(const float* from, const float* weight, std::int64_t num, const NormWay& way, float* to);
+    void (*search_trellis)(const TrellisColumns& columns);
+    // 64 rows of a trellis as float32, one row after the other.
+    void (*decode_strip)(const Matrix& matrix, std::int64_t strip, float* to);
 };
 
 const Isa& isa_portable();

@@ -56,20 +56,26 @@ Way make_way(const std::string& isa, int inputs, int threads) {
 
 Matrix make_matrix(int format, Address data, Address scales, std::int64_t rows, std::int64_t cols,
                    std::int64_t row_bytes, std::int64_t row_scales, std::int64_t group, bool transposed,
-                   const std::vector<Address>& lower) {
+                   const std::vector<Address>& lower, Address table, int rate) {
     if (format < 0 || format >= num_formats) throw std::invalid_argument("unknown format");
     const auto known = static_cast<Format>(format);
     const bool plain = known == Format::f32 || known == Format::bf16;
     if (rows < 1 || cols < 1) throw std::invalid_argument("a matrix needs rows and columns");
     if (transposed && !plain) throw std::invalid_argument("only plain numbers can lie transposed");
-    if (!plain && (scales == 0 || group < 1 || row_scales < (cols + group - 1) / group)) {
+    if (!plain && (scales == 0 || group < 1 || (known != Format::trellis && row_scales < (cols + group - 1) / group))) {
         throw std::invalid_argument("codes need a scale for each group");
+    }
+    const bool is_trellis = known == Format::trellis;
+    if (is_trellis != (table != 0) || (is_trellis && (rate < 8 || rate > 48))) {
+        throw std::invalid_argument("a trellis needs its table and a rate, and nothing else does");
     }
     const std::size_t planes = known == Format::n8 ? 4 : known == Format::n4 ? 2 : 1;
     if (lower.size() != planes - 1) throw std::invalid_argument("nested codes need all of their planes");
     Matrix made{at<const unsigned char>(data), at<const std::uint16_t>(scales), rows, cols, row_bytes,
                 plain ? 0 : row_scales, group, known, transposed};
     for (std::size_t p = 0; p < lower.size(); ++p) made.lower[p] = at<const unsigned char>(lower[p]);
+    made.table = at<const std::int8_t>(table);
+    made.rate = rate;
     return made;
 }
 
@@ -88,12 +94,12 @@ NB_MODULE(_native, m) {
         .def("__init__",
              [](Matrix* self, int format, Address data, Address scales, std::int64_t rows, std::int64_t cols,
                 std::int64_t row_bytes, std::int64_t row_scales, std::int64_t group, bool transposed,
-                const std::vector<Address>& lower) {
+                const std::vector<Address>& lower, Address table, int rate) {
                  new (self) Matrix(make_matrix(format, data, scales, rows, cols, row_bytes, row_scales, group,
-                                               transposed, lower));
+                                               transposed, lower, table, rate));
              },
              "format"_a, "data"_a, "scales"_a, "rows"_a, "cols"_a, "row_bytes"_a, "row_scales"_a, "group"_a,
-             "transposed"_a, "lower"_a = std::vector<Address>());
+             "transposed"_a, "lower"_a = std::vector<Address>(), "table"_a = Address{0}, "rate"_a = 0);
     nb::class_<Activation>(m, "Activation")
         .def("__init__",
              [](Activation* self, int curve, bool gated, bool interleaved, float slope, float limit, float offset) {
@@ -132,6 +138,21 @@ NB_MODULE(_native, m) {
                          const Strided& weights, const Strided& out) {
         nb::gil_scoped_release released;
         run_down(way, layer.experts, assigned.get(), hidden.rows(), weights.rows(), out.result());
+    });
+    m.def("search_trellis", [](const std::string& isa, Address weights, Address scales, Address feedback,
+                               std::int64_t feedback_stride, Address left, Address codes, Address table, int rate,
+                               std::int64_t rows, std::int64_t cols) {
+        if (rate < 8 || rate > 48 || rows % 64 != 0) throw std::invalid_argument("no trellis has this rate or these rows");
+        nb::gil_scoped_release released;
+        isa_named(isa).search_trellis({at<float>(weights), at<const float>(scales), at<const float>(feedback),
+                                       at<float>(left), at<std::uint8_t>(codes), at<const std::int8_t>(table), rows,
+                                       cols, feedback_stride, rate});
+    }, "isa"_a, "weights"_a, "scales"_a, "feedback"_a, "feedback_stride"_a, "left"_a, "codes"_a, "table"_a, "rate"_a,
+       "rows"_a, "cols"_a);
+    m.def("decode", [](const Way& way, const Matrix& matrix, const Strided& out) {
+        if (matrix.format != Format::trellis) throw std::invalid_argument("only a trellis is decoded here");
+        nb::gil_scoped_release released;
+        decode(way, matrix, out.result());
     });
     m.def("read_all", [](Address data, std::int64_t bytes, int threads) {
         nb::gil_scoped_release released;

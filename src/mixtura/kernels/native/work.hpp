@@ -58,7 +58,7 @@ inline int threads_for(const Way& way, std::int64_t bytes) { return bytes < leas
 // Rows of a matrix to take as one piece of work.
 inline std::int64_t rows_of_piece(const Matrix& matrix, std::int64_t rows, std::int64_t bytes_of_row, int threads,
                            std::int64_t pieces_beside) {
-    const std::int64_t unit = matrix.transposed ? 64 : 8;
+    const std::int64_t unit = matrix.transposed || matrix.format == Format::trellis ? 64 : 8;
     std::int64_t piece = std::max<std::int64_t>(1, piece_bytes / std::max<std::int64_t>(1, bytes_of_row));
     const std::int64_t least = least_pieces_per_thread * threads / std::max<std::int64_t>(1, pieces_beside);
     piece = std::min(piece, rows / std::max<std::int64_t>(1, least));
@@ -66,6 +66,7 @@ inline std::int64_t rows_of_piece(const Matrix& matrix, std::int64_t rows, std::
 }
 
 inline std::int64_t bytes_of_row(const Matrix& matrix) {
+    if (matrix.format == Format::trellis) return matrix.cols * matrix.rate / 8;
     static constexpr int bits[num_formats] = {32, 16, 8, 4, 2, 8, 4};
     return (matrix.cols * bits[static_cast<int>(matrix.format)] + 7) / 8;
 }

@@ -39,12 +39,13 @@ class Quantizer(ABC):
     """
 
     @abstractmethod
-    def encode(self, weight: Float[Tensor, "R C"], importance: Float[Tensor, " C"] | None = None) -> Encoded:
+    def encode(self, weight: Float[Tensor, "R C"], moments: Float[Tensor, "C C"] | None = None) -> Encoded:
         """The matrix in fewer bits.
 
         Args:
             weight: the matrix, in any floating dtype.
-            importance: mean square of each input feature, for methods that weigh errors by it.
+            moments: sum of the products of every two input features over the inputs that the matrix is to
+                be multiplied with, each scaled as its output is, for methods that mind what outputs lose.
 
         Raises:
             UserError: the matrix holds NaN or infinity.
@@ -57,6 +58,14 @@ class Quantizer(ABC):
     @abstractmethod
     def num_bytes(self, rows: int, cols: int) -> int:
         """Bytes `encode` takes for a matrix of this size, exactly, without encoding one."""
+
+    @property
+    def form(self) -> str:
+        """How codes lie, for the compiled kernels: ``levels``, ``nested`` or ``trellis``; else empty.
+
+        Quantizers of one form store the same tensors under the same settings ``bits`` and ``group_size``.
+        """
+        return ""
 
     @property
     def widths(self) -> Mapping[int, tuple[str, ...]]:

@@ -22,10 +22,14 @@ def levels_of(x: Float[Tensor, "R G g"], scales: Float[Tensor, "R G"], half: flo
 
 
 def best_scales(
-    x: Float[Tensor, "R G g"], levels: Float[Tensor, "R G g"]
+    x: Float[Tensor, "R G g"], levels: Float[Tensor, "R G g"], importance: Float[Tensor, "G g"] | None = None
 ) -> tuple[Float[Tensor, "R G"], Float[Tensor, "R G"]]:
-    """The scales with which levels are nearest to the weights, and the squared error they take off."""
-    xl, ll = (x * levels).sum(-1), levels.square().sum(-1)
+    """The scales with which levels are nearest to the weights, and the squared error they take off.
+
+    ``importance`` is what a column's squared error counts; 1 if not given, 0 where there is no column.
+    """
+    weighed = levels if importance is None else levels * importance
+    xl, ll = (x * weighed).sum(-1), (levels * weighed).sum(-1)
     return xl / ll, xl.square() / ll
 
 

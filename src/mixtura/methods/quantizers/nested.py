@@ -76,12 +76,16 @@ class Nested(Quantizer):
         self.group_size = group_size
 
     @property
+    def form(self) -> str:
+        return "nested"
+
+    @property
     def widths(self) -> Mapping[int, tuple[str, ...]]:
         planes = {2: ("codes_2",), 4: ("codes_2", "codes_4"), 8: ("codes_2", "codes_4", "codes_8")}
         return {width: (*planes[width], f"scales_{width}") for width in _WIDTHS if width <= self.bits}
 
     @torch.no_grad()
-    def encode(self, weight: Float[Tensor, "R C"], importance: Float[Tensor, " C"] | None = None) -> Encoded:
+    def encode(self, weight: Float[Tensor, "R C"], moments: Float[Tensor, "C C"] | None = None) -> Encoded:
         if not torch.isfinite(weight).all():
             raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")
         rows, cols = weight.shape

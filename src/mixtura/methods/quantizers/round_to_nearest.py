@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError, check_range
 from mixtura.methods.quantizers import Encoded, Quantizer
-from mixtura.methods.quantizers._shared import CHUNK, best_scales, levels_of, pack, scale_groups, unpack
+from mixtura.methods.quantizers._levels import EvenLevels, check_finite
+from mixtura.methods.quantizers._shared import CHUNK, levels_of
 
 METHOD = {"paper": None, "title": "Round to nearest with a scale per group"}
-# Shares of a group's largest weight tried as the end of the range.
-_RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 @final
@@ -52,55 +50,33 @@ class RoundToNearest(Quantizer):
     """
 
     def __init__(self, *, bits: int = 4, group_size: int = 64) -> None:
-        if bits not in (8, 4, 2):
-            raise SettingError(f"bits of RoundToNearest must be 8, 4 or 2, got {bits!r}")
-        check_range("RoundToNearest", "group_size", group_size, 1, 65536)
+        self._levels = EvenLevels("RoundToNearest", bits, group_size)
         self.bits = bits
         self.group_size = group_size
 
+    @property
+    def form(self) -> str:
+        return "levels"
+
     @torch.no_grad()
-    def encode(self, weight: Float[Tensor, "R C"], importance: Float[Tensor, " C"] | None = None) -> Encoded:
-        if not torch.isfinite(weight).all():
-            raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")
-        rows, cols = weight.shape
+    def encode(self, weight: Float[Tensor, "R C"], moments: Float[Tensor, "C C"] | None = None) -> Encoded:
+        check_finite(weight)
         # Chunks of rows bound the working memory of the search and stay in the processor's cache.
-        chunks = torch.split(weight, max(1, CHUNK // cols))
-        codes, scales = zip(*(self._encode_rows(chunk.float()) for chunk in chunks), strict=True)
-        tensors = {"codes": torch.cat(codes), "scales": torch.cat(scales)}
-        return Encoded(tensors, {"rows": rows, "cols": cols})
+        chunks = torch.split(weight, max(1, CHUNK // weight.shape[1]))
+        parts = [self._encode_rows(chunk.float()) for chunk in chunks]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Encoded(tensors, {"rows": weight.shape[0], "cols": weight.shape[1]})
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Float[Tensor, "R C"]:
-        cols, group = encoded.meta["cols"], self._group(encoded.meta["cols"])
-        # In bfloat16 levels are exact and a product is rounded once; float16 cannot hold the scales.
-        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        levels = unpack(encoded.tensors["codes"], self.bits, cols, exact, self._half)
-        return scale_groups(levels, encoded.tensors["scales"], group).to(dtype)
+        return self._levels.decode(encoded, dtype)
 
     def num_bytes(self, rows: int, cols: int) -> int:
-        return rows * (-(-cols * self.bits // 8) + 2 * -(-cols // self._group(cols)))
+        return self._levels.num_bytes(rows, cols)
 
-    @property
-    def _half(self) -> float:
-        return ((1 << self.bits) - 1) / 2
-
-    def _group(self, cols: int) -> int:
-        return cols if self.bits == 8 else min(self.group_size, cols)
-
-    def _encode_rows(self, weight: Float[Tensor, "R C"]) -> tuple[UInt8[Tensor, "R B"], Float[Tensor, "R G"]]:
-        (rows, cols), group = weight.shape, self._group(weight.shape[1])
+    def _encode_rows(self, weight: Float[Tensor, "R C"]) -> Encoded:
+        (rows, cols), group = weight.shape, self._levels.group(weight.shape[1])
+        scales = self._levels.scales(weight).to(torch.bfloat16)
         padded = F.pad(weight, (0, -cols % group)).view(rows, -1, group)
-        scales = self._scales(padded, cols).to(torch.bfloat16)
-        codes = levels_of(padded, scales.float(), self._half).add_(self._half).to(torch.uint8)
-        return pack(codes.view(rows, -1)[:, :cols], self.bits), scales
-
-    def _scales(self, x: Float[Tensor, "R G g"], cols: int) -> Float[Tensor, "R G"]:
-        """Per group, of the ranges tried the scale that leaves the least squared error."""
-        widest = x.abs().amax(-1) / self._half
-        there = torch.arange(x.shape[1] * x.shape[2], device=x.device).view(x.shape[1:]) < cols
-        scales, gains = widest, torch.zeros_like(widest)
-        for share in _RANGES if self.bits < 8 else _RANGES[:1]:
-            levels = levels_of(x, widest * share, self._half).mul_(there)
-            best, gain = best_scales(x, levels)
-            scales = torch.where(gain > gains, best, scales)
-            gains = torch.maximum(gains, gain)
-        return scales
+        levels = levels_of(padded, scales.float(), self._levels.half)
+        codes = levels.add_(self._levels.half).to(torch.uint8)
+        return self._levels.encoded(codes.view(rows, -1)[:, :cols], scales)

@@ -1,0 +1,142 @@
+"""Rounding a matrix column by column, each column's error made up for by the columns still to come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Columns that are rounded one by one before the rest of the matrix is told of them.
+BLOCK = 128
+# Share of the mean of the moments' diagonal that is added to it; ten times as much where that is too little.
+_DAMPING = 0.01
+_MOST_DAMPING = 10.0
+
+
+@final
+class Compensation(NamedTuple):
+    """In which order columns are rounded, and what the error of one means for the later ones.
+
+    Attributes:
+        order: the columns, those with the largest inputs first.
+        factor: upper triangular, by that order: ``factor.T @ factor`` is the inverse of the moments.
+    """
+
+    order: Int[Tensor, " C"]
+    factor: Float[Tensor, "C C"]
+
+    @staticmethod
+    def of(moments: Float[Tensor, "C C"] | None, cols: int) -> Compensation:
+        """For inputs of these second moments; without any, columns do not make up for each other."""
+        if moments is None or not bool((moments.diagonal() > 0).any()):
+            return Compensation(torch.arange(cols), torch.eye(cols))
+        return _kept("compensation", (moments,), lambda: _compensation(moments))
+
+
+def _compensation(moments: Float[Tensor, "C C"]) -> Compensation:
+    cols = len(moments)
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    ordered = moments.float()[order][:, order]
+    ordered = ordered / ordered.diagonal().mean()
+    damping = _DAMPING
+    while damping < _MOST_DAMPING:
+        lower, failed = torch.linalg.cholesky_ex(ordered + damping * torch.eye(cols))
+        if not int(failed):
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return Compensation(order, factor)
+        damping *= 10
+    return Compensation(torch.arange(cols), torch.eye(cols))
+
+
+_last = threading.local()
+_T = TypeVar("_T")
+
+
+def _kept(name: str, made_of: tuple[Tensor, ...], make: Callable[[], _T]) -> _T:
+    """What this thread last made of these very tensors, which are rounded to several widths in turn."""
+    known = getattr(_last, name, None)
+    versions = tuple(tensor._version for tensor in made_of)
+    if (
+        known is None
+        or versions != known[1]
+        or any(a is not b for a, b in zip(made_of, known[0], strict=True))
+    ):
+        known = (made_of, versions, make())
+        setattr(_last, name, known)
+    made: _T = known[2]
+    return made
+
+
+RoundBlock = Callable[[Float[Tensor, "n R"], Int[Tensor, " n"], Float[Tensor, "n n"]], Float[Tensor, "n R"]]
+
+
+def round_columns(
+    weight: Float[Tensor, "R C"], compensation: Compensation, round_block: RoundBlock
+) -> Float[Tensor, "R C"]:
+    """The matrix rounded a block of columns at a time.
+
+    Args:
+        weight: in float32.
+        compensation: the order of columns, and what errors mean for later ones.
+        round_block: rounds columns in place, one after the other, and passes on errors among them. Called
+            with the columns as rows, their numbers in the matrix and their part of the factor; returns what
+            each was off, over its entry on the factor's diagonal.
+    """
+    order, factor = compensation
+    columns = weight.T[order].contiguous()
+    for first in range(0, len(order), BLOCK):
+        now, later = slice(first, first + BLOCK), slice(first + BLOCK, None)
+        left = round_block(columns[now], order[now], factor[now, now].contiguous())
+        columns[later] -= factor[now, later].T @ left
+    rounded = torch.empty_like(columns)
+    rounded[order] = columns
+    return rounded.T
+
+
+def fitted_scales(
+    weight: Float[Tensor, "R C"],
+    levels: Float[Tensor, "R C"],
+    moments: Float[Tensor, "C C"] | None,
+    scales: Float[Tensor, "R G"],
+    group: int,
+) -> Float[Tensor, "R G"]:
+    """The scales with which given levels lose least: least squares in the outputs, row by row.
+
+    Args:
+        weight: what the levels stand for.
+        levels: before they are scaled.
+        moments: of the inputs; None for inputs that do not depend on each other.
+        scales: kept where the levels of a row leave a scale open.
+        group: neighbouring columns that share a scale.
+    """
+    rows, cols = weight.shape
+    num_groups = scales.shape[1]
+    if moments is None:
+        wanted = levels * weight
+    else:
+        wanted = levels * _kept("outputs", (weight, moments), lambda: weight @ moments.float())
+    right = _by_group(wanted, group).sum(-1)
+    left = torch.zeros(rows, num_groups, num_groups)
+    if moments is None:
+        left.diagonal(dim1=1, dim2=2).copy_(_by_group(levels * levels, group).sum(-1))
+    else:
+        for number, first in enumerate(range(0, cols, group)):
+            part = levels[:, first : first + group] @ moments.float()[first : first + group]
+            left[:, number] = _by_group(part * levels, group).sum(-1)
+    size = left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    # Towards the scales there were: rows of few levels do not say more.
+    ridge = 1e-4 * size * torch.eye(num_groups)
+    right = right + (ridge @ scales[..., None]).squeeze(-1)
+    solved, failed = torch.linalg.solve_ex(left + ridge, right)
+    usable = (failed == 0) & torch.isfinite(solved).all(-1) & (size.flatten() > 0)
+    return torch.where(usable[:, None], solved, scales)
+
+
+def _by_group(values: Float[Tensor, "R C"], group: int) -> Float[Tensor, "R G g"]:
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % group))
+    return padded.view(values.shape[0], -1, group)
