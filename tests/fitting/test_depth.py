@@ -13,6 +13,7 @@ from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.fitting.depth import Depth, Work, choose_depth, positions, shortened
 from mixtura.fitting.pace import Pace, measure_pace
+from mixtura.fitting.palette import STORED
 from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Request
 from mixtura.fitting.texts import Texts, texts_of
@@ -20,7 +21,8 @@ from mixtura.fitting.texts import Texts, texts_of
 PACE = Pace(
     read_s=0.0,
     cold_s=0.0,
-    round_s={1: 1e-6, 2: 2e-6, 3: 3e-6},
+    round_s={option: option * 1e-6 for option in STORED},
+    decode_s=dict.fromkeys(STORED, 0.0),
     row_s=1e-9,
     token_s=1e-4,
     step_s=1e-4,
@@ -48,8 +50,8 @@ def experts_weights(view: CheckpointView) -> list[int]:
 def test_observing_is_rounding_and_multiplying_at_the_measured_rates(view: CheckpointView) -> None:
     work, expected = Work(view, PACE), 0.0
     for layer, weights in zip(view.layers, experts_weights(view), strict=True):
-        expected += layer.num_experts * weights * (1e-6 + 2e-6 + 3e-6)
-        expected += 1000 * layer.top_k * weights * 1e-9 * 4
+        expected += layer.num_experts * weights * sum(STORED) * 1e-6
+        expected += 1000 * layer.top_k * weights * 1e-9 * (1 + len(STORED))
     expected += 1000 * view.config.num_hidden_layers * 1e-4
     assert work.observing_s(1000, None) == pytest.approx(expected)
     assert work.observing_s(1000, 1) < work.observing_s(1000, None)
@@ -83,7 +85,9 @@ def test_what_is_chosen_is_predicted_to_fit(view: CheckpointView, texts: Texts) 
         depth = choose_depth(work, texts, seconds)
         cut = shortened(texts, depth)
         observing = work.observing_s(positions(cut.calibration), depth.priced_experts)
-        assert observing + work.pass_s(cut.held_out) + 2 * work.candidate_s(cut.held_out) <= seconds
+        rounding = max(work.rounding_s(option, depth.priced_experts) for option in STORED)
+        judging = work.pass_s(cut.held_out) + 2 * work.candidate_s(cut.held_out)
+        assert observing + rounding + judging <= seconds
 
 
 def made(rows: int, width: int, first: int, answer_from: int | None) -> HeldOut:
@@ -133,6 +137,7 @@ def test_the_pace_is_measured_without_changing_the_model(view: CheckpointView) -
         pace.read_s,
         pace.cold_s,
         *pace.round_s.values(),
+        *pace.decode_s.values(),
         pace.row_s,
         pace.token_s,
         pace.step_s,

@@ -17,7 +17,9 @@ from mixtura.fitting.clock import Clock
 from mixtura.fitting.depth import Depth
 from mixtura.fitting.journal import Journal, open_journal
 from mixtura.fitting.observing import Observed, observed
-from mixtura.fitting.records import DROP, KEEP, Request
+from mixtura.fitting.palette import DROP, KEEP
+from mixtura.fitting.records import Request
+from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.texts import Texts, texts_of
 from mixtura.running.observing import observe
 from mixtura.running.stream import Streamed
@@ -42,7 +44,8 @@ def run(view: CheckpointView, texts: Texts, directory: Path, depth: Depth | None
 def observe_in(
     view: CheckpointView, texts: Texts, journal: Journal, depth: Depth, limit_s: float = 1e6, notify=print
 ) -> Observed:
-    return observed(view, texts, depth, journal, Clock(time.monotonic(), limit_s), notify)
+    clock, rounder = Clock(time.monotonic(), limit_s), rounder_for(view, journal)
+    return observed(view, texts, depth, journal, rounder, clock=clock, notify=notify)
 
 
 def test_importance_is_the_statistic_that_observing_takes(

@@ -7,11 +7,13 @@ import pytest
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import choice_bytes, drop_evenly, mixed, smallest, uniform
-from mixtura.fitting.records import DROP, KEEP, OPTIONS, Candidate, Experts, Measured, Prices, Quality
+from mixtura.fitting.palette import DROP, KEEP, OPTIONS, WAYS
+from mixtura.fitting.records import Candidate, Experts, Measured, Prices, Quality
 from mixtura.fitting.search import OutOfTimeError, Search
 from mixtura.types import Drop, Quantize
 
 LAYERS, EXPERTS = 4, 8
+BITS = [way.bits for way in WAYS]
 
 
 def made_prices(seed: int = 0, groups: int = 1) -> Prices:
@@ -22,8 +24,8 @@ def made_prices(seed: int = 0, groups: int = 1) -> Prices:
     same = [dict.fromkeys(every, value) for value in (2, groups, 2 * groups)]
     experts = Experts(layers, numbers, *same)
     size = rng.uniform(0.2, 2.0, LAYERS * EXPERTS)[:, None]
-    errors = size * np.array([0.0, 0.001, 0.02, 0.3, 1.0])
-    num_bytes = np.tile(np.array([1600, 820, 450, 250, 0]), (LAYERS * EXPERTS, 1))
+    errors = size * np.array([0.0, *(4.8 * 4.0**-bits for bits in BITS), 1.0])
+    num_bytes = np.tile(np.array([1600, *(int(100 * bits) + 40 for bits in BITS), 0]), (LAYERS * EXPERTS, 1))
     return Prices(experts, num_bytes, errors, rng.integers(1, 100, LAYERS * EXPERTS))
 
 
@@ -115,7 +117,7 @@ def test_a_candidate_becomes_the_plan_it_stands_for() -> None:
     choice = list(uniform(prices, KEEP).choice)
     choice[3], choice[9] = DROP, OPTIONS.index("4 bit")
     plan = Candidate("x", tuple(choice)).plan(prices.experts, "sha256:1")
-    assert plan.actions == (Drop(0, (3,)), Quantize(1, 1, "round_to_nearest", {"bits": 4}))
+    assert plan.actions == (Drop(0, (3,)), Quantize(1, 1, "trellis", {"bits": 4}))
 
 
 def test_a_measurement_survives_json() -> None:

@@ -17,8 +17,10 @@ from mixtura.fitting.candidates import choice_bytes, uniform
 from mixtura.fitting.clock import Clock, Progress
 from mixtura.fitting.journal import open_journal
 from mixtura.fitting.judging import Judge
+from mixtura.fitting.palette import WAYS
 from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import Candidate, Measured, Prices, Quality
+from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.search import OutOfTimeError, Search
 from mixtura.fitting.texts import texts_of
 
@@ -32,7 +34,7 @@ def made_prices(view: CheckpointView) -> Prices:
     layers = view.layers
     sizes = np.concatenate([np.tile(option_bytes(x), (x.num_experts, 1)) for x in layers])
     weight = np.random.default_rng(0).uniform(0.2, 2.0, len(sizes))[:, None]
-    errors = weight * np.array([0.0, 0.001, 0.02, 0.3, 1.0])
+    errors = weight * np.array([0.0, *(4.8 * 4.0**-way.bits for way in WAYS), 1.0])
     return Prices(experts_of(layers), sizes, errors, np.ones(len(sizes), dtype=np.int64))
 
 
@@ -90,7 +92,20 @@ def test_the_plain_plan_is_measured_without_time_and_nothing_else(
     over = Clock(time.monotonic() - 10.0, 1.0)
     prices = made_prices(view)
     with open_journal(tmp_path / "work", {}) as journal:
-        judge = Judge(view, texts.held_out, journal, clock=over, seed=0, notify=lambda _: None)
+
+        def judge_without_time() -> Judge:
+            rounder = rounder_for(view, journal)
+            return Judge(view, texts.held_out, journal, rounder, clock=over, seed=0, notify=lambda _: None)
+
+        judge = Judge(
+            view,
+            texts.held_out,
+            journal,
+            rounder_for(view, journal),
+            clock=over,
+            seed=0,
+            notify=lambda _: None,
+        )
         judge.price_with(prices, 0, 0.0)
         assert judge.original().kl == 0
         plain = judge.measure(uniform(prices, 2))
@@ -98,7 +113,15 @@ def test_the_plain_plan_is_measured_without_time_and_nothing_else(
         with pytest.raises(OutOfTimeError):
             judge.measure(uniform(prices, 1))
         # Gone on with, it is known, and no other is measured in its place.
-        judge = Judge(view, texts.held_out, journal, clock=over, seed=0, notify=lambda _: None)
+        judge = Judge(
+            view,
+            texts.held_out,
+            journal,
+            rounder_for(view, journal),
+            clock=over,
+            seed=0,
+            notify=lambda _: None,
+        )
         judge.price_with(prices, 0, 0.0)
         assert judge.measure(uniform(prices, 2)) == plain
         with pytest.raises(OutOfTimeError):

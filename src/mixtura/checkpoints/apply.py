@@ -29,6 +29,7 @@ from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json, is_packed
+from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
@@ -53,6 +54,7 @@ def apply_plan(
     source_name: str | None = None,
     name: str | None = None,
     measured: Measured | None = None,
+    rounded: RoundedExperts | None = None,
 ) -> Path:
     """Write the checkpoint that `plan` makes of the one in `source`, to `out`.
 
@@ -77,6 +79,8 @@ def apply_plan(
         source_name: what the model card calls the source (default: the hub's name or the folder's).
         name: what the model card calls the result (default: the folder's name).
         measured: what the model card says of the loss, if it was measured.
+        rounded: experts that were rounded before, with calibration text; those that it does not hold are
+            rounded here, without.
 
     Returns:
         `out`.
@@ -102,7 +106,7 @@ def apply_plan(
     terms = _terms(plan, source, shard_bytes, names)
     staging = Staging(out, terms)
     staging.check_terms()
-    made = _Made(view, plan, blueprint(view, plan), terms, measured)
+    made = _Made(view, plan, blueprint(view, plan, rounded), terms, measured)
     shards = pack_shards(made.blueprint.units, shard_bytes)
     with staging:
         if not staging.was_published:

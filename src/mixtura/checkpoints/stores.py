@@ -21,6 +21,7 @@ from mixtura.kernels import ExpertMatrices, ExpertTensors, NativeLayer
 _ALIGNMENT = 64
 
 Transform = Callable[[int, int, ExpertTensors], ExpertTensors]
+Instead = Callable[[int, int], ExpertTensors | None]
 
 
 @final
@@ -230,15 +231,23 @@ class DiskStore:
         layer: a layer of a view of a checkpoint.
         transform: makes of an expert as stored what is to run in its place. Called with the decoder
             layer's number, the expert's, and its tensors.
+        instead: asked first, by the two numbers, for what is to run in an expert's place; where it
+            answers, the expert is not read.
     """
 
-    def __init__(self, layer: LayerView, transform: Transform | None = None) -> None:
+    def __init__(
+        self, layer: LayerView, transform: Transform | None = None, instead: Instead | None = None
+    ) -> None:
         self.num_experts = layer.num_experts
         self._layer = layer
         self._transform = transform
+        self._instead = instead
 
     def get(self, expert: int, dtype: torch.dtype) -> ExpertTensors:
         """Read one expert."""
+        known = None if self._instead is None else self._instead(self._layer.index, expert)
+        if known is not None:
+            return known
         tensors = self._layer.native_expert(expert)
         if self._transform is not None:
             tensors = self._transform(self._layer.index, expert, tensors)

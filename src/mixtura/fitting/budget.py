@@ -11,8 +11,9 @@ from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.checkpoints.summary import summarize
 from mixtura.errors import BudgetError, UnmetError
 from mixtura.fitting.candidates import choice_bytes, smallest
+from mixtura.fitting.palette import OPTIONS
 from mixtura.fitting.pricing import experts_of, option_bytes
-from mixtura.fitting.records import DEFAULT_CONTEXT, OPTIONS, Prices, Request
+from mixtura.fitting.records import DEFAULT_CONTEXT, Prices, Request
 from mixtura.fitting.result import BudgetKind
 from mixtura.fitting.runtime import known_runtime_bytes
 from mixtura.report.units import format_bytes

@@ -10,7 +10,8 @@ from numpy import ndarray
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.allocate import allocate
-from mixtura.fitting.records import DROP, KEEP, OPTIONS, Candidate, Experts, Prices
+from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST
+from mixtura.fitting.records import Candidate, Experts, Prices
 
 MOST_BLOCKS = 8
 
@@ -29,7 +30,7 @@ def uniform(prices: Prices, option: int) -> Candidate:
 
 def smallest(prices: Prices) -> Candidate:
     """The smallest model that still runs: two bits, and no more experts than a token chooses."""
-    return drop_evenly(prices, prices.load.astype(float), len(OPTIONS) - 2, most=True)
+    return drop_evenly(prices, prices.load.astype(float), SMALLEST, most=True)
 
 
 def drop_evenly(

@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.pace import Pace
+from mixtura.fitting.palette import DROP, STORED
 from mixtura.fitting.quality import HeldOut
-from mixtura.fitting.records import DROP, WIDTHS
 from mixtura.fitting.texts import Texts
 
 # Of the time, what observing may be predicted to take, and how many candidates must fit besides: in full
@@ -78,7 +78,7 @@ class Work:
         for layer in self.view.layers:
             priced = min(priced_experts or layer.num_experts, layer.num_experts)
             weights = _weights(layer.shape.d_model, layer.shape.d_expert, layer.layout.has_gate)
-            multiplied = 1 + len(WIDTHS) * priced / layer.num_experts
+            multiplied = 1 + len(STORED) * priced / layer.num_experts
             seconds += layer.num_experts * layer.expert_num_bytes * (pace.cold_s + pace.read_s)
             seconds += weights * (priced * rounding + num_tokens * layer.top_k * multiplied * pace.row_s)
         return seconds + num_tokens * self._num_layers * pace.token_s
@@ -86,7 +86,7 @@ class Work:
     def pass_s(self, parts: Sequence[HeldOut], option: int | None = None) -> float:
         """Running the original, or a candidate with every expert at one option, on held-out text.
 
-        Each part of the text runs by itself, and reads and rounds every expert.
+        Each part of the text runs by itself, and reads every expert and decodes what is in fewer bits.
         """
         pace, seconds, num_tokens = self.pace, 0.0, positions(parts)
         for layer in self.view.layers:
@@ -94,17 +94,18 @@ class Work:
             seconds += len(parts) * layer.num_experts * layer.expert_num_bytes * pace.read_s
             seconds += weights * num_tokens * layer.top_k * pace.row_s
             if not self.keeps_rounded:
-                seconds += len(parts) * layer.num_experts * weights * pace.round_s.get(option or 0, 0.0)
+                seconds += len(parts) * layer.num_experts * weights * pace.decode_s.get(option or 0, 0.0)
         return seconds + num_tokens * (self._num_layers * pace.token_s + pace.head_s)
 
     def candidate_s(self, parts: Sequence[HeldOut]) -> float:
         """The dearest candidate of one width: a search does not know yet which it will need."""
         return max(self.pass_s(parts, option) for option in range(1, DROP))
 
-    def rounding_s(self, option: int) -> float:
-        """Rounding every expert once."""
+    def rounding_s(self, option: int, done: int | None = 0) -> float:
+        """Rounding every expert of which observing has not rounded ``done`` in each layer; None for all."""
         weights = (
-            layer.num_experts * _weights(layer.shape.d_model, layer.shape.d_expert, layer.layout.has_gate)
+            max(0, layer.num_experts - (layer.num_experts if done is None else done))
+            * _weights(layer.shape.d_model, layer.shape.d_expert, layer.layout.has_gate)
             for layer in self.view.layers
         )
         return sum(weights) * self.pace.round_s[option]
@@ -121,7 +122,7 @@ class Work:
 
 def keeps_rounded(view: CheckpointView) -> bool:
     """Whether all roundings of all experts together take less than PyTorch itself does."""
-    return len(WIDTHS) * view.num_bytes <= _MOST_ROUNDED_BYTES
+    return len(STORED) * view.num_bytes <= _MOST_ROUNDED_BYTES
 
 
 def _weights(d_model: int, d_expert: int, has_gate: bool) -> int:
@@ -147,8 +148,8 @@ def _fits(work: Work, texts: Texts, depth: Depth, time_s: float, num_candidates:
     cut = shortened(texts, depth)
     observing = _CAUTION * work.observing_s(positions(cut.calibration), depth.priced_experts)
     judging = _CAUTION * (work.pass_s(cut.held_out) + num_candidates * work.candidate_s(cut.held_out))
-    if work.keeps_rounded:
-        judging += _CAUTION * sum(work.rounding_s(option) for option in range(1, DROP))
+    # The plain plan and a mixture meet every expert in two ways at most.
+    judging += _CAUTION * 2 * max(work.rounding_s(option, depth.priced_experts) for option in range(1, DROP))
     return observing <= _OBSERVING_SHARE * time_s and observing + judging <= time_s
 
 

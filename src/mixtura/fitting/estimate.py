@@ -19,8 +19,9 @@ from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
 from mixtura.fitting.depth import Depth, Work, choose_depth, positions
 from mixtura.fitting.pace import measure_pace
+from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST, STORED
 from mixtura.fitting.pricing import experts_of, option_bytes
-from mixtura.fitting.records import DROP, KEEP, OPTIONS, WIDTHS, Candidate, Prices, Request
+from mixtura.fitting.records import Candidate, Prices, Request
 from mixtura.fitting.speed import read_rates
 from mixtura.fitting.texts import Texts, texts_of
 from mixtura.machine.disk import disk_bytes_per_second
@@ -134,19 +135,17 @@ def _head_bytes(view: CheckpointView) -> int:
 
 def _num_candidates(view: CheckpointView) -> int:
     blocks = min(MOST_BLOCKS, len(view.layers))
-    return len(WIDTHS) + (1 + _MOVES_PER_BLOCK) * blocks + _OTHER_CANDIDATES
+    return len(STORED) + (1 + _MOVES_PER_BLOCK) * blocks + _OTHER_CANDIDATES
 
 
 def _searching_s(work: Work, texts: Texts, num_candidates: int) -> float:
-    """All candidates; of a model so small that rounded experts are kept, each width is rounded once."""
-    once = sum(work.rounding_s(option) for option in range(1, DROP)) if work.keeps_rounded else 0.0
-    return work.pass_s(texts.held_out) + once + num_candidates * work.candidate_s(texts.held_out)
+    """The original and all candidates, of experts that were rounded while the model was observed."""
+    return work.pass_s(texts.held_out) + num_candidates * work.candidate_s(texts.held_out)
 
 
 def _finishing_s(work: Work, summary: ModelSummary, written: int, file: Path) -> float:
-    """Rounding the experts of two plans once more, reading the source and writing them."""
-    rounding = 2 * max(work.rounding_s(option) for option in range(1, DROP))
-    return rounding + written / disk_bytes_per_second(file) + summary.num_bytes * work.pace.cold_s
+    """Reading the source and writing two plans."""
+    return written / disk_bytes_per_second(file) + summary.num_bytes * work.pace.cold_s
 
 
 def _blank_prices(view: CheckpointView) -> Prices:
@@ -162,7 +161,7 @@ def _kinds_of_plan(prices: Prices) -> list[tuple[str, Candidate]]:
     kinds = [("unchanged", uniform(prices, KEEP))]
     kinds += [(f"experts at {OPTIONS[option]}", uniform(prices, option)) for option in range(1, DROP)]
     kinds.append(("about half of the experts", drop_evenly(prices, importance, KEEP, half)))
-    kinds.append(("smallest", drop_evenly(prices, importance, len(WIDTHS), most=True)))
+    kinds.append(("smallest", drop_evenly(prices, importance, SMALLEST, most=True)))
     return kinds
 
 

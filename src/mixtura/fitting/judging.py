@@ -14,14 +14,15 @@ from numpy import ndarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.checkpoints.skeleton import CheckpointView, build
 from mixtura.fitting.candidates import choice_bytes
 from mixtura.fitting.clock import Clock, Notify, Progress, watched
 from mixtura.fitting.depth import keeps_rounded
 from mixtura.fitting.journal import Journal
-from mixtura.fitting.pricing import requantized, width_quantizers
+from mixtura.fitting.palette import DROP, KEEP
 from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summarise
-from mixtura.fitting.records import DROP, KEEP, Candidate, Measured, Prices, Quality
+from mixtura.fitting.records import Candidate, Measured, Prices, Quality
+from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.kernels import ExpertTensors
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
@@ -43,6 +44,7 @@ class Judge:
         view: the original on disk.
         held_out: the text to judge by.
         journal: where the reference and the measurements are kept.
+        rounder: gives experts in fewer bits.
         clock: looked at between layers, but for the first candidate.
         notify: told what is being measured.
     """
@@ -52,6 +54,7 @@ class Judge:
         view: CheckpointView,
         held_out: tuple[HeldOut, ...],
         journal: Journal,
+        rounder: Rounder,
         *,
         clock: Clock,
         seed: int,
@@ -60,6 +63,7 @@ class Judge:
         self.view = view
         self._held_out = held_out
         self._journal = journal
+        self._rounder = rounder
         self._clock = clock
         self._seed = seed
         self._notify = notify
@@ -123,16 +127,23 @@ class Judge:
             (int(layer), int(number)): option
             for layer, number, option in zip(experts.layers, experts.numbers, candidate.choice, strict=True)
         }
-        transposed = {layer.index: layer.layout.transposed for layer in self.view.layers}
-        quantizers = width_quantizers()
 
-        def transform(layer: int, expert: int, tensors: ExpertTensors) -> ExpertTensors:
+        dtype = build(self.view).dtype
+
+        ways: dict[int, dict[int, tuple[int, ...]]] = {}
+        for (layer, number), option in options.items():
+            if option not in (KEEP, DROP):
+                ways.setdefault(layer, {})[number] = (option,)
+
+        def instead(layer: int, expert: int) -> ExpertTensors | None:
             option = options[layer, expert]
             if option in (KEEP, DROP):
-                return tensors
+                return None
+            # All of a layer at once, side by side, when the first of them is asked for.
+            self._rounder.ensure(layer, ways.pop(layer, {}))
             known = self._rounded.get((layer, expert, option))
             if known is None:
-                known = requantized(tensors, quantizers[option], transposed=transposed[layer])
+                known = self._rounder.decoded(layer, expert, option, dtype)
                 if self._keeps_rounded:
                     self._rounded[layer, expert, option] = known
             return known
@@ -141,7 +152,7 @@ class Judge:
         for (layer, number), option in options.items():
             if option == DROP:
                 dropped.setdefault(layer, []).append(number)
-        return Streamed(self.view, transform, dropped=dropped)
+        return Streamed(self.view, instead=instead, dropped=dropped)
 
     def _judge(self, candidate: Candidate, clock: Clock | None) -> Quality:
         started = time.monotonic()

@@ -34,9 +34,9 @@ from mixtura.fitting.pricing import (
 )
 from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Prices
+from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.fitting.texts import Texts
-from mixtura.kernels.backend import math_of
 from mixtura.running.observing.attach import attached
 from mixtura.running.observing.recorder import Cursor
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
@@ -63,6 +63,8 @@ def observed(
     texts: Texts,
     depth: Depth,
     journal: Journal,
+    rounder: Rounder,
+    *,
     clock: Clock,
     notify: Callable[[str], None],
 ) -> Observed:
@@ -71,7 +73,7 @@ def observed(
     All of it comes from the journal if an earlier run has kept it.
     """
     if not journal.path(_PRICES).is_file():
-        observer = _Observer(view, depth, journal, clock, notify)
+        observer = _Observer(view, depth, journal, rounder, clock, notify)
         observer.run(_together(texts.calibration))
         prices, importance = collect_prices(observer.pricers), collect_importance(observer.pricers)
         unseen = sum(not pricer.num_tokens[0] for pricer in observer.pricers)
@@ -95,6 +97,7 @@ class _Observer:
         view: CheckpointView,
         depth: Depth,
         journal: Journal,
+        rounder: Rounder,
         clock: Clock,
         notify: Callable[[str], None],
     ) -> None:
@@ -107,10 +110,7 @@ class _Observer:
         # A module may run more than once in a pass.
         self._batch, self._calls = 0, Counter[int]()
         self._modules: list[Any] = [self._streamed.model.get_submodule(layer.name) for layer in view.layers]
-        self.pricers = [
-            LayerPricer(layer, math_of(module), depth.priced_experts)
-            for layer, module in zip(view.layers, self._modules, strict=True)
-        ]
+        self.pricers = [LayerPricer(layer, rounder, depth.priced_experts) for layer in view.layers]
 
     def run(self, tokens: TokenBatch) -> None:
         """Observe all of the text, or what the time allows of it."""

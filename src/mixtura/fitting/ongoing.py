@@ -13,7 +13,9 @@ from mixtura.fitting.budget import Allowance
 from mixtura.fitting.clock import Clock, Notify
 from mixtura.fitting.depth import Depth
 from mixtura.fitting.journal import Journal
+from mixtura.fitting.palette import option_of
 from mixtura.fitting.records import Measured, Request
+from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.texts import Texts
 from mixtura.types import Plan
 
@@ -29,6 +31,7 @@ class Ongoing:
     allowance: Allowance
     texts: Texts
     journal: Journal
+    rounder: Rounder
     notify: Notify
     clock: Clock
     depth: Depth = field(default_factory=Depth)
@@ -55,7 +58,22 @@ def written(fit: Ongoing, plan: Plan, measured: Measured) -> Path:
     directory = model_directory(fit, measured)
     if not directory.is_dir():
         fit.notify("writing the model")
+        round_for(fit, plan)
         apply_plan(
-            plan, fit.view.path, directory, source_name=fit.request.name or None, name=fit.request.out.name
+            plan,
+            fit.view.path,
+            directory,
+            source_name=fit.request.name or None,
+            name=fit.request.out.name,
+            rounded=fit.rounder.kept,
         )
     return directory
+
+
+def round_for(fit: Ongoing, plan: Plan) -> None:
+    """Round every expert that a plan stores in fewer bits, unless that has been done."""
+    by_layer: dict[int, dict[int, tuple[int, ...]]] = {}
+    for (layer, expert), action in plan.quantized().items():
+        by_layer.setdefault(layer, {})[expert] = (option_of(action),)
+    for layer, wanted in by_layer.items():
+        fit.rounder.ensure(layer, wanted)

@@ -10,19 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from mixtura.checkpoints.packed import MatrixName
 from mixtura.checkpoints.skeleton import CheckpointView
-from mixtura.fitting.pricing import outputs_of, requantized, width_quantizers
+from mixtura.fitting.palette import STORED, quantizer_of
 from mixtura.fitting.quality import score_chunk
+from mixtura.fitting.rounding import decode_as, outputs_of
 from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
+from mixtura.kernels.compiled import num_threads
 from mixtura.machine.disk import disk_bytes_per_second
+from mixtura.methods.quantizers import Encoded
 from mixtura.running.memory.available import available_bytes
 from mixtura.running.stream import Streamed
 
@@ -40,7 +43,8 @@ class Pace:
     Attributes:
         read_s: for each byte of an expert, read again and again: from memory where the files fit there.
         cold_s: for each byte read for the first time.
-        round_s: for each weight that is rounded and decoded again, by option.
+        round_s: for each weight that is rounded, by option.
+        decode_s: for each weight that is read again after it was rounded, by option.
         row_s: for each weight of an expert and each row it multiplies.
         token_s: for each token, in one decoder layer without its routed experts.
         step_s: for one token alone, in one decoder layer without its routed experts.
@@ -50,6 +54,7 @@ class Pace:
     read_s: float
     cold_s: float
     round_s: Mapping[int, float]
+    decode_s: Mapping[int, float]
     row_s: float
     token_s: float
     step_s: float
@@ -70,17 +75,15 @@ def measure_pace(view: CheckpointView) -> Pace:
     math = math_of(module)
     transposed = layer.layout.transposed
     with torch.no_grad():
-        rounding = {
-            option: best_of(partial(requantized, tensors, quantizer, transposed=transposed)) / num_weights
-            for option, quantizer in width_quantizers().items()
-        }
+        rounding = {option: _rounding_seconds(tensors, option, transposed=transposed) for option in STORED}
         warm = best_of(lambda: [t.clone() for t in layer.native_expert(0) if t is not None]) / num_bytes
         multiply = best_of(lambda: outputs_of(rows, ready, math)) / (num_weights * _ROWS)
     cold = max(warm, 1 / disk_bytes_per_second(Path(view.files[0])))
     return Pace(
         read_s=cold if view.num_bytes > available_bytes() else warm,
         cold_s=cold,
-        round_s=rounding,
+        round_s={option: both[0] / num_weights for option, both in rounding.items()},
+        decode_s={option: both[1] / num_weights for option, both in rounding.items()},
         row_s=multiply,
         token_s=_token_seconds(streamed, _SEQUENCES, _LENGTH),
         step_s=_token_seconds(streamed, 1, 1),
@@ -155,3 +158,19 @@ def _head_seconds(streamed: Streamed) -> float:
         return one
 
     return best_of(compare) / _HEAD_ROWS * vocabulary / part
+
+
+def _rounding_seconds(tensors: ExpertTensors, option: int, *, transposed: bool) -> tuple[float, float]:
+    """Seconds for rounding an expert by the moments of some inputs, and for decoding it again."""
+    quantizer = quantizer_of(option)
+    generator = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    encodings: dict[MatrixName, Encoded] = {}
+    for name, matrix in (("up", tensors.up), ("down", tensors.down)):
+        oriented = (matrix.mT if transposed else matrix).contiguous()
+        inputs = torch.randn(_ROWS, oriented.shape[1], generator=generator)
+        encodings[name] = quantizer.encode(oriented, inputs.T @ inputs)  # type: ignore[index]
+    rounded = time.perf_counter()
+    decode_as(encodings, option, tensors, transposed=transposed)
+    # Experts are rounded side by side.
+    return (rounded - start) / num_threads(), time.perf_counter() - rounded

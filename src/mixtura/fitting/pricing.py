@@ -16,30 +16,13 @@ from torch import Tensor
 from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.droppable import least_kept
 from mixtura.errors import CheckpointError
-from mixtura.fitting.records import DROP, KEEP, OPTIONS, QUANTIZER, WIDTHS, Experts, Prices
-from mixtura.kernels import ExpertMath, ExpertTensors
-from mixtura.kernels.matmul import linear
+from mixtura.fitting.palette import DROP, KEEP, OPTIONS, STORED, WAYS, quantizer_of
+from mixtura.fitting.records import Experts, Prices
+from mixtura.fitting.rounding import Rounder, Seen
 from mixtura.methods import create
-from mixtura.methods.quantizers import Quantizer
 
 _ALIGNMENT = 64
 STATISTIC = "weighted_output_norm"
-
-
-def width_quantizers() -> dict[int, Quantizer]:
-    """The quantizer of each option that stores fewer bits, by option."""
-    return {1 + n: create("quantizers", QUANTIZER, bits=bits) for n, bits in enumerate(WIDTHS)}
-
-
-def requantized(tensors: ExpertTensors, quantizer: Quantizer, *, transposed: bool) -> ExpertTensors:
-    """An expert as it would be after it was stored by a quantizer and read again."""
-
-    def through(matrix: Tensor) -> Tensor:
-        oriented = matrix.mT if transposed else matrix
-        decoded = quantizer.decode(quantizer.encode(oriented), matrix.dtype)
-        return decoded.mT if transposed else decoded
-
-    return tensors._replace(up=through(tensors.up), down=through(tensors.down))
 
 
 @final
@@ -51,15 +34,14 @@ class LayerPricer:
 
     Args:
         layer: the layer.
-        math: what its experts compute around their matrices.
-        num_priced: experts that are run again under every option, spread evenly; all if not given. The
+        rounder: makes experts in fewer bits, and keeps them.
+        num_priced: experts that are rounded under every option, spread evenly; all if not given. The
             others' errors are taken to be the same share of their outputs.
     """
 
-    def __init__(self, layer: LayerView, math: ExpertMath, num_priced: int | None = None) -> None:
+    def __init__(self, layer: LayerView, rounder: Rounder, num_priced: int | None = None) -> None:
         self.layer = layer
-        self._math = math
-        self._quantizers = width_quantizers()
+        self._rounder = rounder
         self._statistic = create("statistics", STATISTIC)
         self.price_only(num_priced)
         self.sums = np.zeros((layer.num_experts, len(OPTIONS)))
@@ -81,8 +63,8 @@ class LayerPricer:
         top_k_index: Int[Tensor, "T K"],
         top_k_weights: Float[Tensor, "T K"],
     ) -> None:
-        """Count the tokens that have any expert."""
-        del hidden, top_k_weights
+        """Count the tokens that have any expert, and keep what experts are rounded by."""
+        self._rounder.remember(self.layer.index, Seen(hidden, top_k_index, top_k_weights))
         present = (top_k_index >= 0) & (top_k_index < self.layer.num_experts)
         self.num_tokens += int(present.any(-1).sum())
 
@@ -95,33 +77,27 @@ class LayerPricer:
         inputs: Float[Tensor, "n D"],
         outputs: Float[Tensor, "n D"],
     ) -> None:
-        """Run the expert's rows again under every option."""
+        """Add up what the expert puts out."""
         if token_ids.numel() == 0:
             return
         squares = weights.double().square()
         whole = float((squares * outputs.float().square().sum(-1)).sum())
-        if expert in self._priced:
-            self.layer.check_finite([expert])
-            self.compared[expert] += whole
-            self._price(expert, squares, inputs, outputs)
         self.sums[expert, DROP] += whole
         self.importance[expert] += float(self._statistic.measure(inputs, outputs, weights).double().sum())
         self.load[expert] += token_ids.numel()
 
-    def _price(self, expert: int, squares: Tensor, inputs: Tensor, outputs: Tensor) -> None:
-        tensors = self.layer.native_expert(expert)
-        for option, quantizer in self._quantizers.items():
-            changed = requantized(tensors, quantizer, transposed=self.layer.layout.transposed)
-            there = outputs_of(inputs, _as(changed, inputs.dtype), self._math)
-            distance = (there.float() - outputs.float()).square().sum(-1)
-            self.sums[expert, option] += float((squares * distance).sum())
-
     def finish(self) -> None:
-        """Refuse outputs that are no numbers.
+        """Round the experts that are to be priced; refuse outputs that are no numbers.
 
         Raises:
             CheckpointError: the sums became NaN or infinite.
         """
+        index = self.layer.index
+        priced = [expert for expert in self._priced if self.load[expert]]
+        self._rounder.ensure(index, dict.fromkeys(priced, STORED))
+        for expert in priced:
+            for option in STORED:
+                self.sums[expert, option], self.compared[expert] = self._rounder.error(index, expert, option)
         if not (np.isfinite(self.sums).all() and np.isfinite(self.importance).all()):
             raise CheckpointError(
                 f"the outputs or routing weights of layer {self.layer.index} became NaN or infinite; the "
@@ -158,17 +134,6 @@ class LayerPricer:
 
 
 _SUMS = ("sums", "compared", "importance", "load", "num_tokens")
-
-
-def outputs_of(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n D"]:
-    """What an expert of these tensors makes of rows, before weighting."""
-    hidden = math.activation(linear(x, math.matrix(tensors.up), tensors.up_bias))
-    outputs = linear(hidden, math.matrix(tensors.down), tensors.down_bias)
-    return outputs if math.post is None else math.post(outputs)
-
-
-def _as(tensors: ExpertTensors, dtype: torch.dtype) -> ExpertTensors:
-    return ExpertTensors(*(None if t is None else t.to(dtype) for t in tensors))  # type: ignore[arg-type]
 
 
 def collect_prices(pricers: Sequence[LayerPricer], keep_dtype: torch.dtype | None = None) -> Prices:
@@ -213,7 +178,7 @@ def _usual_shares(pricers: Sequence[LayerPricer]) -> Float[ndarray, " O"]:
         shares: Float[ndarray, " O"] = np.sum([pricer.sums.sum(0) for pricer in pricers], axis=0) / compared
     else:
         # Squared steps of the widths' levels, as rounding makes them where the weights are of one size.
-        shares = np.array([0.0, *((2.0 / (1 << bits)) ** 2 for bits in WIDTHS), 1.0])
+        shares = np.array([0.0, *((2.0 / 2**bits) ** 2 for bits in (way.bits for way in WAYS)), 1.0])
     shares[DROP] = 1.0
     return shares
 
@@ -245,7 +210,8 @@ def option_bytes(layer: LayerView, keep_dtype: torch.dtype | None = None) -> Int
     sizes = np.zeros(len(OPTIONS), dtype=np.int64)
     # A packed expert's tensors (codes and scales of two matrices) are each aligned in memory.
     sizes[KEEP] = sum(dense(matrix) for matrix in matrices) + bias_bytes + 2 * _ALIGNMENT
-    for option, quantizer in width_quantizers().items():
+    for option in STORED:
+        quantizer = quantizer_of(option)
         codes = sum(quantizer.num_bytes(*matrix.shape) for matrix in matrices)
         sizes[option] = codes + bias_bytes + 2 * len(matrices) * _ALIGNMENT
     return sizes

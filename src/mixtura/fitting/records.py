@@ -12,14 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from mixtura.types import Action, Drop, Plan, Quantize
+from mixtura.fitting.palette import DROP, KEEP, STORED
+from mixtura.types import Action, Drop, Plan
 
-# What can be done to an expert, from most bytes to fewest. The letter O counts these options and M
-# the experts of all layers together, layer by layer.
-WIDTHS = (8, 4, 2)
-OPTIONS = ("keep", *(f"{bits} bit" for bits in WIDTHS), "drop")
-KEEP, DROP = 0, len(OPTIONS) - 1
-QUANTIZER = "round_to_nearest"
 DEFAULT_CONTEXT = 4096
 
 
@@ -50,7 +45,7 @@ class Request:
 @final
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The experts of a model in one row: which layer and number each of the M has.
+    """The experts of a model in one row, layer by layer: which layer and number each of the M has.
 
     ``least_kept`` is the fewest experts that the router of each layer can choose from.
     """
@@ -108,8 +103,7 @@ class Candidate:
                 actions.append(Drop(int(layer), tuple(int(e) for e in gone)))
         for layer, number, option in zip(experts.layers, experts.numbers, chosen, strict=True):
             if KEEP < option < DROP:
-                settings = {"bits": WIDTHS[int(option) - 1]}
-                actions.append(Quantize(int(layer), int(number), QUANTIZER, settings))
+                actions.append(STORED[int(option)].action(int(layer), int(number)))
         return Plan(source_digest, tuple(actions))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mixtura.fitting.palette import OPTIONS
 from mixtura.fitting.quality import ALL
-from mixtura.fitting.records import OPTIONS, Measured
+from mixtura.fitting.records import Measured
 from mixtura.fitting.result import Fitted, Row
 from mixtura.report import (
     Highlight,

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from mixtura.checkpoints.apply import apply_plan
-from mixtura.fitting.ongoing import Ongoing, model_directory
+from mixtura.fitting.ongoing import Ongoing, model_directory, round_for
 from mixtura.fitting.records import Measured, Prices, Quality
 from mixtura.fitting.result import Row, Sample
 from mixtura.fitting.search import Found
@@ -64,7 +64,9 @@ def _verify_uniform(fit: Ongoing, found: Found, prices: Prices, digest: str) -> 
     directory = model_directory(fit, uniform)
     if not directory.is_dir():
         fit.notify("writing the plain plan beside it")
-        apply_plan(uniform.candidate.plan(prices.experts, digest), fit.view.path, directory)
+        plan = uniform.candidate.plan(prices.experts, digest)
+        round_for(fit, plan)
+        apply_plan(plan, fit.view.path, directory, rounded=fit.rounder.kept)
     verified = _verify(fit, directory, "uniform", uniform.candidate.key)
     shutil.rmtree(directory, ignore_errors=True)
     return verified

@@ -29,9 +29,11 @@ from mixtura.fitting.judging import Judge
 from mixtura.fitting.observing import observed
 from mixtura.fitting.ongoing import Ongoing, model_directory, work_directory, written
 from mixtura.fitting.pace import measure_pace
-from mixtura.fitting.records import OPTIONS, Measured, Prices, Quality, Request
+from mixtura.fitting.palette import OPTIONS
+from mixtura.fitting.records import Measured, Prices, Quality, Request
 from mixtura.fitting.report import report_html
 from mixtura.fitting.result import Fitted, Row, Sample, card_with_loss, time_over
+from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.rows import rows_of, samples_of
 from mixtura.fitting.search import Found, Search
 from mixtura.fitting.texts import Texts, sequence_length, texts_of
@@ -71,9 +73,9 @@ def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
     clock = Clock(time.monotonic(), request.time_s)
     settings = _settings(request, view, allowed, texts)
     with open_journal(work_directory(request), settings) as journal:
-        fitted = _run(
-            _measured_in_time(Ongoing(request, view, tokenizer, allowed, texts, journal, notify, clock))
-        )
+        rounder = rounder_for(view, journal)
+        ongoing = Ongoing(request, view, tokenizer, allowed, texts, journal, rounder, notify, clock)
+        fitted = _run(_measured_in_time(ongoing))
     shutil.rmtree(work_directory(request))
     return fitted
 
@@ -140,7 +142,9 @@ def _measured_in_time(fit: Ongoing) -> Ongoing:
 
 def _run(fit: Ongoing) -> Fitted:
     since = time.monotonic()
-    seen = observed(fit.view, fit.texts, fit.depth, fit.journal, fit.clock, fit.notify)
+    seen = observed(
+        fit.view, fit.texts, fit.depth, fit.journal, fit.rounder, clock=fit.clock, notify=fit.notify
+    )
     prices = seen.prices
     if seen.num_unseen_layers:
         fit.notes.append(
@@ -150,7 +154,13 @@ def _run(fit: Ongoing) -> Fitted:
     fit.timed("observe and price", since)
     since = time.monotonic()
     judge = Judge(
-        fit.view, fit.texts.held_out, fit.journal, clock=fit.clock, seed=fit.request.seed, notify=fit.notify
+        fit.view,
+        fit.texts.held_out,
+        fit.journal,
+        fit.rounder,
+        clock=fit.clock,
+        seed=fit.request.seed,
+        notify=fit.notify,
     )
     judge.price_with(prices, fit.allowance.fixed_bytes, fit.allowance.dense_active_bytes)
     original = judge.original()

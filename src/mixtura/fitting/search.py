@@ -20,7 +20,8 @@ from numpy import ndarray
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import blocks, choice_bytes, drop_evenly, mixed, uniform
-from mixtura.fitting.records import DROP, KEEP, OPTIONS, WIDTHS, Candidate, Measured, Prices
+from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST
+from mixtura.fitting.records import Candidate, Measured, Prices
 
 _STEP = 1.6
 _ROUNDS = 1
@@ -114,7 +115,7 @@ class Search:
             candidate = uniform(self.prices, option)
             if choice_bytes(self.prices, candidate.choice) <= self.budget_bytes:
                 return candidate
-        return drop_evenly(self.prices, self.importance, len(WIDTHS), self.budget_bytes)
+        return drop_evenly(self.prices, self.importance, SMALLEST, self.budget_bytes)
 
     def _blocks_alike(self) -> None:
         self._try_mixed(self._scale, "mixed widths, blocks alike")

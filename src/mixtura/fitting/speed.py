@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.checkpoints.packed import MatrixRecord, PackedMatrix
 from mixtura.fitting.pace import best_of
-from mixtura.fitting.pricing import width_quantizers
-from mixtura.fitting.records import KEEP
+from mixtura.fitting.palette import KEEP, STORED, quantizer_of
 from mixtura.kernels.compiled import NUMBERS, native
 from mixtura.kernels.crossing import multiply
-from mixtura.kernels.matrices import coded_matrix, dense_matrix
-from mixtura.methods.quantizers import Encoded, Quantizer
+from mixtura.kernels.matrices import dense_matrix
 
 # Larger than the caches of most processors, so that the product reads memory.
 _READ_BYTES = 64 << 20
 _COLS = 2048
+_FEW_ROWS = 64
 _REPEATS = 5
 
 
@@ -34,14 +34,9 @@ def read_rates(dtype: torch.dtype) -> dict[int, float]:
     rows = _READ_BYTES // (_COLS * kept.itemsize)
     weight = torch.zeros(rows, _COLS, dtype=kept)
     rates = {KEEP: weight.nbytes / best_of(_dense(x, weight), _REPEATS)}
-    for option, quantizer in width_quantizers().items():
-        # A few rows, many times over: what they hold does not matter to their speed.
-        few = quantizer.encode(torch.randn(16, _COLS, generator=torch.Generator().manual_seed(0)))
-        times = max(1, _READ_BYTES // sum(t.nbytes for t in few.tensors.values()))
-        tensors = {name: tensor.repeat(times, 1) for name, tensor in few.tensors.items()}
-        encoded = Encoded(tensors, {"rows": 16 * times, "cols": _COLS})
-        stored = sum(tensor.nbytes for tensor in tensors.values())
-        rates[option] = stored / best_of(_coded(x, encoded, quantizer), _REPEATS)
+    for option in STORED:
+        stored = _many_rows(option)
+        rates[option] = stored.num_bytes / best_of(_coded(x, stored), _REPEATS)
     return rates
 
 
@@ -50,12 +45,22 @@ def _dense(x: Tensor, weight: Tensor) -> Callable[[], object]:
     return partial(F.linear, x, weight) if matrix is None else partial(multiply, matrix, x, None)
 
 
-def _coded(x: Tensor, encoded: Encoded, quantizer: Quantizer) -> Callable[[], object]:
-    codes, scales = encoded.tensors["codes"], encoded.tensors["scales"]
-    bits = codes.shape[1] * 8 // _COLS
-    group = _COLS // scales.shape[1]
-    matrix = None if native() is None else coded_matrix(codes, scales, cols=_COLS, bits=bits, group=group)
+def _many_rows(option: int) -> PackedMatrix:
+    """A matrix larger than the caches: a few rows, many times over, for what they hold does not matter."""
+    quantizer, way = quantizer_of(option), STORED[option]
+    few = quantizer.encode(torch.randn(_FEW_ROWS, _COLS, generator=torch.Generator().manual_seed(0)))
+    times = max(1, _READ_BYTES // few.num_bytes)
+    tensors = {name: torch.cat([tensor] * times) for name, tensor in few.tensors.items()}
+    rows = _FEW_ROWS * times
+    parts = tuple(sorted(tensors))
+    meta = {**few.meta, "rows": rows}
+    record = MatrixRecord(rows, _COLS, "float32", parts, way.quantizer, dict(way.settings), meta)
+    return PackedMatrix(record, tensors)
+
+
+def _coded(x: Tensor, stored: PackedMatrix) -> Callable[[], object]:
+    matrix = None if native() is None else stored.native()
     if matrix is not None:
         return partial(multiply, matrix, x, None)
     # Without the kernels a weight is decoded each time it is used.
-    return lambda: F.linear(x, quantizer.decode(encoded, x.dtype))
+    return lambda: F.linear(x, stored.dense(x.dtype))

@@ -14,6 +14,7 @@ from mixtura.checkpoints.applying.cutting import router_units
 from mixtura.checkpoints.applying.packing import packed_units
 from mixtura.checkpoints.applying.shards import Unit
 from mixtura.checkpoints.packed import LayerRecord
+from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.edits import renumbered
 from mixtura.errors import UnsupportedModelError, UserError
@@ -43,7 +44,7 @@ class Blueprint:
         return sum(unit.num_bytes for unit in self.units)
 
 
-def blueprint(view: DiskView, plan: Plan) -> Blueprint:
+def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None) -> Blueprint:
     """Every tensor that applying `plan` to a checkpoint makes.
 
     Reads one expert of each layer that is quantized, to learn what it takes; nothing else.
@@ -61,7 +62,7 @@ def blueprint(view: DiskView, plan: Plan) -> Blueprint:
     for layer in view.layers:
         own, experts = kept[layer.index], None
         if layer.index in actions:
-            made = packed_units(view, layer, own, actions[layer.index])
+            made = packed_units(view, layer, own, actions[layer.index], rounded)
             experts = tuple(unit.record for unit in made)
             names = sorted(_expert_names(layer), key=rank.__getitem__)
             changed.update({**dict.fromkeys((*names, *view.beside_experts(layer)), ()), names[0]: made})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -27,6 +27,7 @@ from mixtura.checkpoints.packed import (
     scales_part,
     values_part,
 )
+from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.headers import TensorEntry
 from mixtura.checkpoints.viewing.quantization import fp8_block
@@ -66,20 +67,23 @@ class Dense(Storage):
 
 @final
 class Encoding(Storage):
-    """By a quantizer."""
+    """By a quantizer, or as it was rounded before."""
 
-    def __init__(self, action: Quantize) -> None:
+    def __init__(self, action: Quantize, rounded: RoundedExperts | None = None) -> None:
         quantizer = create("quantizers", action.quantizer, **action.settings)
         assert isinstance(quantizer, Quantizer)
         self._quantizer = quantizer
         self._action = action
+        self._rounded = rounded
 
     def store(
         self, expert: int, matrix: MatrixName, weight: Float[Tensor, "R C"]
     ) -> tuple[MatrixRecord, dict[str, Tensor]]:
         """The matrix in fewer bits."""
-        del expert, matrix
-        encoded = self._quantizer.encode(weight)
+        known = None
+        if self._rounded is not None:
+            known = self._rounded.read(replace(self._action, expert=expert))
+        encoded = self._quantizer.encode(weight) if known is None else known[matrix]
         record = _record(
             weight,
             tuple(encoded.tensors),
@@ -179,7 +183,11 @@ class PackExpert(Unit):
 
 
 def packed_units(
-    view: DiskView, layer: DiskLayer, kept: tuple[int, ...], actions: Mapping[int, Quantize]
+    view: DiskView,
+    layer: DiskLayer,
+    kept: tuple[int, ...],
+    actions: Mapping[int, Quantize],
+    rounded: RoundedExperts | None = None,
 ) -> list[PackExpert]:
     """One unit for each expert of a packed layer that is kept.
 
@@ -190,6 +198,7 @@ def packed_units(
         layer: one of its layers.
         kept: the source's numbers of the experts that stay, ascending.
         actions: how experts are quantized, by the source's number; the others stay as they are.
+        rounded: experts that need not be rounded any more.
     """
     storages: dict[str, Storage] = {}
     samples: dict[str, tuple[ExpertRecord, dict[str, Tensor]]] = {}
@@ -198,7 +207,7 @@ def packed_units(
         action = actions.get(expert)
         key = "" if action is None else action.quantizer + json.dumps(action.settings, sort_keys=True)
         if key not in storages:
-            storages[key] = _unchanged(view, layer, kept[0]) if action is None else Encoding(action)
+            storages[key] = _unchanged(view, layer, kept[0]) if action is None else Encoding(action, rounded)
             samples[key] = expert_tensors(layer, kept[0], 0, storages[key])
         record, sample = samples[key]
         names = zip(record.tensor_names(layer.name, 0), record.tensor_names(layer.name, number), strict=True)

@@ -1,0 +1,253 @@
+"""Rounding experts once, with what the calibration text gave them, and keeping the codes.
+
+While the original runs, each MoE layer's tokens and choices are kept. From these, an expert's inputs and so
+the second moments that its quantizer asks for can be made at any time, for any way of storing it, without
+running the model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mixtura.checkpoints.packed import MATRICES, MatrixName
+from mixtura.checkpoints.rounded import Encodings, RoundedExperts
+from mixtura.checkpoints.skeleton import CheckpointView, build
+from mixtura.checkpoints.view import LayerView
+from mixtura.checkpoints.viewing.headers import TensorFiles, read_header
+from mixtura.fitting.journal import Journal
+from mixtura.fitting.palette import STORED, quantizer_of
+from mixtura.kernels import ExpertMath, ExpertTensors
+from mixtura.kernels.backend import math_of
+from mixtura.kernels.compiled import num_threads
+from mixtura.kernels.matmul import linear
+
+_INPUTS = "inputs-{layer}.safetensors"
+_ROUNDED = "rounded"
+# An expert's moments are added to so many rows of what the layer's tokens are like on average.
+_PRIOR_ROWS = 64
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The tokens that one MoE layer was given, and their experts and weights."""
+
+    hidden: Float[Tensor, "T D"]
+    index: Int[Tensor, "T K"]
+    weights: Float[Tensor, "T K"]
+
+    def rows_of(self, expert: int) -> tuple[Float[Tensor, "n D"], Float[Tensor, " n"]]:
+        """An expert's inputs, and the weights of its outputs."""
+        tokens, places = (self.index == expert).nonzero(as_tuple=True)
+        return self.hidden[tokens].float(), self.weights[tokens, places].float()
+
+    @property
+    def average(self) -> Float[Tensor, "D D"]:
+        """Second moments of a token, weighed as one assignment is on average."""
+        present = self.index >= 0
+        hidden = self.hidden[present.any(-1)].float()
+        weight = self.weights[present].float().square().mean() if bool(present.any()) else 0.0
+        return hidden.T @ hidden * (weight / max(len(hidden), 1))
+
+
+@final
+class Rounder:
+    """The experts of a model in fewer bits, each made when it is first asked for.
+
+    Args:
+        journal: where tokens and codes are kept.
+        layers: the model's MoE layers.
+        maths: what their experts compute around their matrices.
+    """
+
+    def __init__(self, journal: Journal, layers: Iterable[LayerView], maths: Iterable[ExpertMath]) -> None:
+        self.kept = RoundedExperts(journal.path(_ROUNDED))
+        self._journal = journal
+        self._layers = {layer.index: layer for layer in layers}
+        self._maths = dict(zip(self._layers, maths, strict=True))
+        self._seen: tuple[int, Seen | None, Tensor | None] = (-1, None, None)
+
+    def remember(self, layer: int, seen: Seen) -> None:
+        """Keep what a layer was given."""
+        tensors = {
+            "hidden": seen.hidden.contiguous(),
+            "index": seen.index.contiguous(),
+            "weights": seen.weights.contiguous(),
+        }
+
+        def save(path: object) -> None:
+            save_file(tensors, str(path))
+
+        self._journal.write(_INPUTS.format(layer=layer), save)
+
+    def has_seen(self, layer: int) -> bool:
+        """Whether what a layer was given is kept."""
+        return self._journal.path(_INPUTS.format(layer=layer)).is_file()
+
+    def ensure(self, layer: int, wanted: Mapping[int, Iterable[int]]) -> None:
+        """Round experts of a layer, on several threads, unless that has been done.
+
+        Args:
+            layer: number of its decoder layer.
+            wanted: options by expert.
+        """
+        missing = {
+            expert: [o for o in options if not self.kept.has(STORED[o].action(layer, expert))]
+            for expert, options in wanted.items()
+        }
+        missing = {expert: options for expert, options in missing.items() if options}
+        if not missing:
+            return
+        self._look_at(layer)
+        threads = torch.get_num_threads()
+        try:
+            # The work is in many small operators: experts side by side use processors better.
+            torch.set_num_threads(1)
+            with ThreadPoolExecutor(max(1, min(num_threads_of(threads), len(missing)))) as pool:
+                for _ in pool.map(lambda item: self._round(layer, *item), missing.items()):
+                    pass
+        finally:
+            torch.set_num_threads(threads)
+
+    def decoded(self, layer: int, expert: int, option: int, dtype: torch.dtype) -> ExpertTensors:
+        """An expert as it is after rounding, in the layout of its module."""
+        self.ensure(layer, {expert: (option,)})
+        action = STORED[option].action(layer, expert)
+        encodings = self.kept.read(action)
+        assert encodings is not None
+        biases = {name: bias.to(dtype) for name, bias in self.kept.biases(action).items()}
+        quantizer, transposed = quantizer_of(option), self._layers[layer].layout.transposed
+        up, down = (quantizer.decode(encodings[name], dtype) for name in MATRICES)
+        if transposed:
+            up, down = up.mT, down.mT
+        return ExpertTensors(up, down, biases.get("up"), biases.get("down"))
+
+    def error(self, layer: int, expert: int, option: int) -> tuple[float, float]:
+        """Squared error of the expert's weighted outputs on calibration text, and their squares."""
+        facts = self.kept.facts(STORED[option].action(layer, expert))
+        return float(facts["error"]), float(facts["whole"])
+
+    def _look_at(self, layer: int) -> None:
+        """Read what a layer was given, in place of the one before."""
+        if self._seen[0] == layer:
+            return
+        path = self._journal.path(_INPUTS.format(layer=layer))
+        seen, average = None, None
+        if path.is_file():
+            files = TensorFiles(read_header(path))
+            seen = Seen(files.read("hidden"), files.read("index"), files.read("weights"))
+            average = seen.average
+        self._seen = (layer, seen, average)
+
+    @torch.no_grad()
+    def _round(self, layer: int, expert: int, options: Iterable[int]) -> None:
+        view, math = self._layers[layer], self._maths[layer]
+        view.check_finite([expert])
+        tensors = view.native_expert(expert)
+        transposed = view.layout.transposed
+        calibration = self._calibration(layer, expert, tensors)
+        biases: dict[MatrixName, Tensor] = {}
+        if tensors.up_bias is not None:
+            biases["up"] = tensors.up_bias
+        if tensors.down_bias is not None:
+            biases["down"] = tensors.down_bias
+        for option in options:
+            quantizer = quantizer_of(option)
+            up, down = ((m.mT if transposed else m).contiguous() for m in (tensors.up, tensors.down))
+            encodings: Encodings = {
+                "up": quantizer.encode(up, calibration.up_moments),
+                "down": quantizer.encode(down, calibration.down_moments),
+            }
+            changed = widened(decode_as(encodings, option, tensors, transposed=transposed))
+            off = outputs_of(calibration.inputs, changed, math) - calibration.outputs
+            facts = {
+                "error": _weighed(off, calibration.weights),
+                "whole": _weighed(calibration.outputs, calibration.weights),
+            }
+            self.kept.write(STORED[option].action(layer, expert), encodings, facts, biases)
+
+    def _calibration(self, layer: int, expert: int, tensors: ExpertTensors) -> _Calibration:
+        """What an expert was given and what it makes of that."""
+        math = self._maths[layer]
+        _, seen, average = self._seen
+        if seen is None or average is None:
+            nothing = torch.zeros(0, self._layers[layer].shape.d_model)
+            return _Calibration(nothing, torch.zeros(0), nothing, None, None)
+        inputs, weights = seen.rows_of(expert)
+        wide = widened(tensors)
+        hidden = hidden_of(inputs, wide, math)
+        scaled, own = inputs * weights[:, None], hidden * weights[:, None]
+        return _Calibration(
+            inputs,
+            weights,
+            outputs_of_hidden(hidden, wide, math),
+            scaled.T @ scaled + average * _PRIOR_ROWS,
+            own.T @ own if len(own) else None,
+        )
+
+
+class _Calibration(NamedTuple):
+    """An expert's inputs, the weights of its outputs, these, and the moments of its matrices' inputs."""
+
+    inputs: Float[Tensor, "n D"]
+    weights: Float[Tensor, " n"]
+    outputs: Float[Tensor, "n D"]
+    up_moments: Float[Tensor, "D D"] | None
+    down_moments: Float[Tensor, "F F"] | None
+
+
+def _weighed(outputs: Float[Tensor, "n D"], weights: Float[Tensor, " n"]) -> float:
+    """Squares of outputs that are weighted, added up."""
+    return float((weights.double().square() * outputs.square().sum(-1)).sum())
+
+
+def rounder_for(view: CheckpointView, journal: Journal) -> Rounder:
+    """The rounder of a checkpoint's experts."""
+    model = build(view)
+    modules: list[Any] = [model.get_submodule(layer.name) for layer in view.layers]
+    return Rounder(journal, view.layers, map(math_of, modules))
+
+
+def num_threads_of(threads: int) -> int:
+    """Threads to round on where PyTorch uses so many."""
+    return max(1, min(threads, num_threads()))
+
+
+def decode_as(encodings: Encodings, option: int, like: ExpertTensors, *, transposed: bool) -> ExpertTensors:
+    """Both matrices decoded, in the layout and dtype of those they were made of."""
+    quantizer = quantizer_of(option)
+    up = quantizer.decode(encodings["up"], like.up.dtype)
+    down = quantizer.decode(encodings["down"], like.down.dtype)
+    return like._replace(up=up.mT if transposed else up, down=down.mT if transposed else down)
+
+
+def widened(tensors: ExpertTensors) -> ExpertTensors:
+    """An expert in float32."""
+    return ExpertTensors(*(None if tensor is None else tensor.float() for tensor in tensors))  # type: ignore[arg-type]
+
+
+def outputs_of(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n D"]:
+    """What an expert makes of rows, before weighting."""
+    return outputs_of_hidden(hidden_of(x, tensors, math), tensors, math)
+
+
+def hidden_of(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n F"]:
+    """What goes into an expert's second matrix."""
+    hidden: Tensor = math.activation(linear(x, math.matrix(tensors.up), tensors.up_bias))
+    return hidden
+
+
+def outputs_of_hidden(
+    hidden: Float[Tensor, "n F"], tensors: ExpertTensors, math: ExpertMath
+) -> Float[Tensor, "n D"]:
+    """What an expert's second matrix makes of it, before weighting."""
+    outputs = linear(hidden, math.matrix(tensors.down), tensors.down_bias)
+    return outputs if math.post is None else math.post(outputs)
