@@ -64,10 +64,9 @@ def fit_table(rate: int, seed: int, rounds: int = _ROUNDS) -> tuple[Int8[Tensor,
 
 
 def _coded(weights: Tensor, table: Tensor, size: float, rate: int) -> tuple[Tensor, Tensor]:
-    rounded = weights.clone()
     scales = torch.full_like(weights, 1 / size)
-    found = search(Columns(rounded, scales, torch.eye(len(weights)), rate, table))
-    return windows_of(found.codes).reshape(-1).to(torch.int64), rounded
+    found = search(Columns(weights.clone(), weights, scales, torch.eye(len(weights)), rate, table))
+    return windows_of(found.codes).reshape(-1).to(torch.int64), weights - found.left
 
 
 def _first_levels(rate: int, generator: torch.Generator) -> Float[Tensor, " 256"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -14,19 +14,29 @@ from torch.nn.functional import pad
 
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.pace import Pace
-from mixtura.fitting.palette import DROP, STORED
+from mixtura.fitting.palette import STORED
 from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.texts import Texts
 
 # Of the time, what observing may be predicted to take, and how many candidates must fit besides: in full
 # the uniform widths and the first mixtures, at least the plain plan and one mixture.
-_OBSERVING_SHARE = 0.4
+_OBSERVING_SHARE = 0.7
 _CANDIDATES_IN_FULL = 6
 _FEWEST_CANDIDATES = 2
 # Predictions are made of the best of repeats.
 _CAUTION = 1.3
-# From most to least: calibration tokens, held-out tokens, experts of each layer that are rounded.
-_LESS = ((8192, 8192, 16), (4096, 4096, 8), (2048, 2048, 4), (1024, 1024, 4), (512, 512, 2))
+# From most to least: calibration tokens, held-out tokens, experts of each layer that are rounded while the
+# model is observed, ways in which they are.
+_LESS = (
+    (8192, 4096, None, 4),
+    (8192, 4096, None, 3),
+    (8192, 4096, None, 2),
+    (8192, 2048, None, 2),
+    (4096, 2048, 16, 2),
+    (2048, 1024, 8, 2),
+    (1024, 1024, 4, 2),
+    (512, 512, 2, 2),
+)
 _FEWEST_SEQUENCES = 2
 _LEAST_WIDTH = 128
 _MOST_ROUNDED_BYTES = 256 << 20
@@ -40,13 +50,20 @@ class Depth:
     Attributes:
         calibration_tokens: tokens the model is observed on; `None` for all there are.
         held_out_tokens: tokens candidates are judged by; `None` for all there are.
-        priced_experts: experts of each layer that are rounded at every width while the model is observed;
+        priced_experts: experts of each layer that are rounded in every way while the model is observed;
             what rounding costs the others follows from the size of their outputs. `None` for all.
+        options: ways of storing that are tried; `None` for all there are.
     """
 
     calibration_tokens: int | None = None
     held_out_tokens: int | None = None
     priced_experts: int | None = None
+    options: tuple[int, ...] | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Ways of storing that are tried, from most bytes to fewest."""
+        return tuple(STORED) if self.options is None else self.options
 
     @property
     def is_full(self) -> bool:
@@ -56,10 +73,15 @@ class Depth:
     @property
     def told(self) -> str:
         """What is left out, as the end of a sentence."""
+        few = (
+            ""
+            if self.priced_experts is None
+            else (f"{self.priced_experts} experts of each layer are rounded to price them all, ")
+        )
+        names = ", ".join(STORED[option].name for option in self.stored)
         return (
-            f"{self.priced_experts} experts of each layer are rounded to price them all, the model is "
-            f"observed on about {self.calibration_tokens} tokens and candidates are judged on "
-            f"{self.held_out_tokens}"
+            f"experts are stored at {names} or not at all, {few}the model is observed on about "
+            f"{self.calibration_tokens} tokens and candidates are judged on {self.held_out_tokens}"
         )
 
 
@@ -71,14 +93,16 @@ class Work:
     view: CheckpointView
     pace: Pace
 
-    def observing_s(self, num_tokens: int, priced_experts: int | None) -> float:
+    def observing_s(
+        self, num_tokens: int, priced_experts: int | None, options: Sequence[int] = tuple(STORED)
+    ) -> float:
         """Running the original once and pricing its experts; every expert is read twice, once cold."""
         pace, seconds = self.pace, 0.0
-        rounding = sum(pace.round_s.values())
+        rounding = sum(pace.round_s[option] for option in options)
         for layer in self.view.layers:
             priced = min(priced_experts or layer.num_experts, layer.num_experts)
             weights = _weights(layer.shape.d_model, layer.shape.d_expert, layer.layout.has_gate)
-            multiplied = 1 + len(STORED) * priced / layer.num_experts
+            multiplied = 1 + len(options) * priced / layer.num_experts
             seconds += layer.num_experts * layer.expert_num_bytes * (pace.cold_s + pace.read_s)
             seconds += weights * (priced * rounding + num_tokens * layer.top_k * multiplied * pace.row_s)
         return seconds + num_tokens * self._num_layers * pace.token_s
@@ -97,9 +121,9 @@ class Work:
                 seconds += len(parts) * layer.num_experts * weights * pace.decode_s.get(option or 0, 0.0)
         return seconds + num_tokens * (self._num_layers * pace.token_s + pace.head_s)
 
-    def candidate_s(self, parts: Sequence[HeldOut]) -> float:
+    def candidate_s(self, parts: Sequence[HeldOut], options: Sequence[int] = tuple(STORED)) -> float:
         """The dearest candidate of one width: a search does not know yet which it will need."""
-        return max(self.pass_s(parts, option) for option in range(1, DROP))
+        return max(self.pass_s(parts, option) for option in options)
 
     def rounding_s(self, option: int, done: int | None = 0) -> float:
         """Rounding every expert of which observing has not rounded ``done`` in each layer; None for all."""
@@ -134,22 +158,41 @@ def positions(parts: Sequence[HeldOut]) -> int:
     return sum(part.input_ids.numel() for part in parts)
 
 
-def choose_depth(work: Work, texts: Texts, time_s: float) -> Depth:
-    """The most that is predicted to fit the time, or the least there is."""
+def choose_depth(work: Work, texts: Texts, time_s: float, near: Sequence[int] = tuple(STORED)) -> Depth:
+    """The most that is predicted to fit the time, or the least there is.
+
+    ``near`` are ways of storing, the one that a budget needs most first.
+    """
     if _fits(work, texts, Depth(), time_s, _CANDIDATES_IN_FULL):
         return Depth()
-    for less in _LESS:
-        if _fits(work, texts, Depth(*less), time_s, _FEWEST_CANDIDATES):
+    for calibration, held_out, priced, num_options in _LESS:
+        depth = Depth(calibration, held_out, priced, tuple(sorted(near[:num_options])))
+        if _fits(work, texts, depth, time_s, _FEWEST_CANDIDATES):
             break
-    return Depth(*less)
+    return depth
+
+
+def options_near(sizes: Mapping[int, int], budget_bytes: int) -> tuple[int, ...]:
+    """Ways of storing all experts, those first that a mixture for a budget is made of.
+
+    Args:
+        sizes: bytes of all experts by option.
+        budget_bytes: what they may take together.
+    """
+    fitting = [option for option in sorted(sizes) if sizes[option] <= budget_bytes]
+    larger = [option for option in sorted(sizes, reverse=True) if sizes[option] > budget_bytes]
+    first = [*fitting[:1], *larger[:1]]
+    return (*first, *fitting[1:], *larger[1:])
 
 
 def _fits(work: Work, texts: Texts, depth: Depth, time_s: float, num_candidates: int) -> bool:
     cut = shortened(texts, depth)
-    observing = _CAUTION * work.observing_s(positions(cut.calibration), depth.priced_experts)
-    judging = _CAUTION * (work.pass_s(cut.held_out) + num_candidates * work.candidate_s(cut.held_out))
+    observing = _CAUTION * work.observing_s(positions(cut.calibration), depth.priced_experts, depth.stored)
+    judging = _CAUTION * (
+        work.pass_s(cut.held_out) + num_candidates * work.candidate_s(cut.held_out, depth.stored)
+    )
     # The plain plan and a mixture meet every expert in two ways at most.
-    judging += _CAUTION * 2 * max(work.rounding_s(option, depth.priced_experts) for option in range(1, DROP))
+    judging += _CAUTION * 2 * max(work.rounding_s(option, depth.priced_experts) for option in depth.stored)
     return observing <= _OBSERVING_SHARE * time_s and observing + judging <= time_s
 
 

@@ -17,10 +17,10 @@ from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
-from mixtura.fitting.depth import Depth, Work, choose_depth, positions
+from mixtura.fitting.depth import Depth, Work, choose_depth, options_near, positions
 from mixtura.fitting.pace import measure_pace
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST, STORED
-from mixtura.fitting.pricing import experts_of, option_bytes
+from mixtura.fitting.pricing import experts_of, option_bytes, uniform_bytes
 from mixtura.fitting.records import Candidate, Prices, Request
 from mixtura.fitting.speed import read_rates
 from mixtura.fitting.texts import Texts, texts_of
@@ -105,7 +105,8 @@ def estimate_fit(request: Request) -> Estimate:
     written = min(allowed.model_budget_bytes, summary.num_bytes) * 2
     judged, seen = positions(texts.held_out), positions(texts.calibration)
     trying = _searching_s(work, texts, num_candidates)
-    depth = choose_depth(work, texts, request.time_s)
+    near = options_near(uniform_bytes(view), allowed.expert_budget_bytes)
+    depth = choose_depth(work, texts, request.time_s, near)
     kept = (judged + seen * len(view.layers)) * summary.layers[0].d_model * 2
     return Estimate(
         model=request.name or str(request.model),

@@ -44,7 +44,7 @@ from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
 _PRICES, _LAYER = "prices.safetensors", "observed-{batch}-{layer}-{call}.safetensors"
 _UNSEEN = "observed"
 # Of a fit's time, what observing may take: then it looks at fewer experts, and a little later it stops.
-_HURRY_SHARE, _STOP_SHARE = 0.45, 0.6
+_HURRY_SHARE, _STOP_SHARE = 0.7, 0.8
 _PRICED_IN_HURRY = 2
 
 
@@ -88,6 +88,11 @@ def observed(
     return Observed(prices, importance, journal.notes()[_UNSEEN]["num_unseen_layers"])
 
 
+def forget_prices(journal: Journal) -> None:
+    """Have experts priced anew, by what is kept of them and more."""
+    journal.path(_PRICES).unlink(missing_ok=True)
+
+
 @final
 class _Observer:
     """Runs the original with a pricer on every MoE layer, from the journal as far as that goes."""
@@ -110,7 +115,9 @@ class _Observer:
         # A module may run more than once in a pass.
         self._batch, self._calls = 0, Counter[int]()
         self._modules: list[Any] = [self._streamed.model.get_submodule(layer.name) for layer in view.layers]
-        self.pricers = [LayerPricer(layer, rounder, depth.priced_experts) for layer in view.layers]
+        self.pricers = [
+            LayerPricer(layer, rounder, depth.priced_experts, depth.stored) for layer in view.layers
+        ]
 
     def run(self, tokens: TokenBatch) -> None:
         """Observe all of the text, or what the time allows of it."""

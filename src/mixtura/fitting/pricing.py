@@ -13,6 +13,7 @@ from numpy import ndarray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.droppable import least_kept
 from mixtura.errors import CheckpointError
@@ -37,10 +38,18 @@ class LayerPricer:
         rounder: makes experts in fewer bits, and keeps them.
         num_priced: experts that are rounded under every option, spread evenly; all if not given. The
             others' errors are taken to be the same share of their outputs.
+        options: ways of storing that are priced.
     """
 
-    def __init__(self, layer: LayerView, rounder: Rounder, num_priced: int | None = None) -> None:
+    def __init__(
+        self,
+        layer: LayerView,
+        rounder: Rounder,
+        num_priced: int | None = None,
+        options: Sequence[int] = tuple(STORED),
+    ) -> None:
         self.layer = layer
+        self.options = tuple(options)
         self._rounder = rounder
         self._statistic = create("statistics", STATISTIC)
         self.price_only(num_priced)
@@ -94,9 +103,9 @@ class LayerPricer:
         """
         index = self.layer.index
         priced = [expert for expert in self._priced if self.load[expert]]
-        self._rounder.ensure(index, dict.fromkeys(priced, STORED))
+        self._rounder.ensure(index, dict.fromkeys(priced, self.options))
         for expert in priced:
-            for option in STORED:
+            for option in self.options:
                 self.sums[expert, option], self.compared[expert] = self._rounder.error(index, expert, option)
         if not (np.isfinite(self.sums).all() and np.isfinite(self.importance).all()):
             raise CheckpointError(
@@ -158,6 +167,9 @@ def collect_prices(pricers: Sequence[LayerPricer], keep_dtype: torch.dtype | Non
         if not pricer.num_tokens[0]:
             like = [errors[other].mean(0) for other in reached] or [usual]
             errors[number] = np.tile(np.mean(like, axis=0), (pricer.layer.num_experts, 1))
+    untried = [option for option in STORED if option not in pricers[0].options]
+    for of_layer in errors:
+        of_layer[:, untried] = np.inf
     return Prices(
         experts=experts_of(layers),
         num_bytes=np.concatenate(sizes),
@@ -215,6 +227,12 @@ def option_bytes(layer: LayerView, keep_dtype: torch.dtype | None = None) -> Int
         codes = sum(quantizer.num_bytes(*matrix.shape) for matrix in matrices)
         sizes[option] = codes + bias_bytes + 2 * len(matrices) * _ALIGNMENT
     return sizes
+
+
+def uniform_bytes(view: CheckpointView) -> dict[int, int]:
+    """Bytes of all experts stored in one way, by option."""
+    sizes = [layer.num_experts * option_bytes(layer) for layer in view.layers]
+    return {option: int(sum(size[option] for size in sizes)) for option in STORED}
 
 
 def save_prices(prices: Prices, importance: Float[ndarray, " M"], path: Path) -> None:

@@ -70,7 +70,8 @@ class Prices:
     Attributes:
         num_bytes: bytes the option takes in memory and on disk.
         errors: mean square error of the layer's output that the option makes on calibration text,
-            summed over the expert's assignments and divided by the number of tokens.
+            summed over the expert's assignments and divided by the number of tokens; infinity where an
+            option was not tried.
         load: assignments seen per expert.
     """
 
@@ -78,6 +79,11 @@ class Prices:
     num_bytes: Int[ndarray, "M O"]
     errors: Float[ndarray, "M O"]
     load: Int[ndarray, " M"]
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Ways of storing that have a price, from most bytes to fewest."""
+        return tuple(option for option in STORED if np.isfinite(self.errors[:, option]).all())
 
 
 @final

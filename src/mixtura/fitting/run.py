@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import BudgetError, OutputError
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.clock import Clock, Notify
-from mixtura.fitting.depth import Depth, Work, choose_depth, shortened
+from mixtura.fitting.depth import Depth, Work, choose_depth, options_near, shortened
 from mixtura.fitting.environment import environment
 from mixtura.fitting.journal import open_journal
 from mixtura.fitting.judging import Judge
-from mixtura.fitting.observing import observed
+from mixtura.fitting.observing import forget_prices, observed
 from mixtura.fitting.ongoing import Ongoing, model_directory, work_directory, written
 from mixtura.fitting.pace import measure_pace
 from mixtura.fitting.palette import OPTIONS
+from mixtura.fitting.pricing import uniform_bytes
 from mixtura.fitting.records import Measured, Prices, Quality, Request
 from mixtura.fitting.report import report_html
 from mixtura.fitting.result import Fitted, Row, Sample, card_with_loss, time_over
@@ -45,6 +46,7 @@ _REPORT = "report.html"
 _MEASURED = "measured.json"
 _CARD = "README.md"
 _DEPTH = "depth"
+_LEAST_OPTIONS = 2
 
 
 def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
@@ -127,12 +129,19 @@ def _measured_in_time(fit: Ongoing) -> Ongoing:
     """
     fit.notes += fit.allowance.notes
     known = fit.journal.notes().get(_DEPTH)
+    near = options_near(uniform_bytes(fit.view), fit.allowance.expert_budget_bytes)
     if known is None:
         fit.notify("timing a layer of this model on this machine")
         work = Work(fit.view, measure_pace(fit.view))
-        known = asdict(choose_depth(work, fit.texts, fit.clock.left_s))
+        known = asdict(choose_depth(work, fit.texts, fit.clock.left_s, near))
         fit.journal.note(_DEPTH, known)
-    fit.depth = Depth(**known)
+    fit.depth = Depth(**{**known, "options": None if known["options"] is None else tuple(known["options"])})
+    if near[0] not in fit.depth.stored:
+        # Begun for another budget; the text stays, and so do the codes and numbers there are.
+        options = tuple(sorted({*fit.depth.stored, *near[:_LEAST_OPTIONS]}))
+        fit.depth = replace(fit.depth, options=options)
+        fit.journal.note(_DEPTH, asdict(fit.depth))
+        forget_prices(fit.journal)
     if not fit.depth.is_full:
         fit.texts = shortened(fit.texts, fit.depth)
         fit.notes.append(f"to keep the time, {fit.depth.told}; a longer --time measures more")

@@ -20,7 +20,7 @@ from numpy import ndarray
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import blocks, choice_bytes, drop_evenly, mixed, uniform
-from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST
+from mixtura.fitting.palette import DROP, KEEP, OPTIONS
 from mixtura.fitting.records import Candidate, Measured, Prices
 
 _STEP = 1.6
@@ -111,17 +111,17 @@ class Search:
 
     def baseline(self) -> Candidate:
         """The plain plan: the largest one width for all that fits; two bits and even drops otherwise."""
-        for option in range(1, DROP):
+        for option in self.prices.stored:
             candidate = uniform(self.prices, option)
             if choice_bytes(self.prices, candidate.choice) <= self.budget_bytes:
                 return candidate
-        return drop_evenly(self.prices, self.importance, SMALLEST, self.budget_bytes)
+        return drop_evenly(self.prices, self.importance, self.prices.stored[-1], self.budget_bytes)
 
     def _blocks_alike(self) -> None:
         self._try_mixed(self._scale, "mixed widths, blocks alike")
 
     def _uniform_widths(self) -> None:
-        for option in range(1, DROP):
+        for option in self.prices.stored:
             self._try(uniform(self.prices, option))
 
     def _mixed_by_block(self) -> None:
@@ -152,8 +152,9 @@ class Search:
 
     def _probe_option(self) -> int:
         """The width nearest to what the budget allows on average."""
-        sizes = [choice_bytes(self.prices, uniform(self.prices, o).choice) for o in range(1, DROP)]
-        return 1 + int(np.argmin([abs(size - self.budget_bytes) for size in sizes]))
+        stored = self.prices.stored
+        sizes = [choice_bytes(self.prices, uniform(self.prices, option).choice) for option in stored]
+        return stored[int(np.argmin([abs(size - self.budget_bytes) for size in sizes]))]
 
     def _drop_scale(self, scale: Float[ndarray, " M"]) -> float:
         """How much worse (or better) drops are than their predicted error says."""
@@ -167,7 +168,7 @@ class Search:
 
     def _even_drops(self) -> None:
         """Even drops alone, and with fewer bits for those that stay."""
-        for option in (KEEP, *range(1, DROP - 1)):
+        for option in (KEEP, *self.prices.stored[:-1]):
             if self._bytes(option) > self.budget_bytes:
                 try:
                     self._try(drop_evenly(self.prices, self.importance, option, self.budget_bytes))

@@ -21,8 +21,8 @@ from mixtura.methods.quantizers._trellis import (
 
 def search_compiled(columns: Columns) -> Searched:
     """The search by the compiled kernels; by PyTorch's operators where there are none."""
-    weights, scales, factor, rate, table = columns
-    tensors = (weights, scales, factor)
+    weights, originals, scales, factor, rate, table = columns
+    tensors = (weights, originals, scales, factor)
     ready = all(one.dtype == torch.float32 and one.is_contiguous() and one.is_cpu for one in tensors)
     extension = native()
     if extension is None or options().mode == "torch" or not ready:
@@ -33,6 +33,7 @@ def search_compiled(columns: Columns) -> Searched:
     extension.search_trellis(
         options().isa,
         weights.data_ptr(),
+        originals.data_ptr(),
         scales.data_ptr(),
         factor.data_ptr(),
         factor.stride(0),

@@ -87,10 +87,11 @@ struct NormWay {
 
 // Columns of a matrix to be rounded to codes of a trellis, one after the other. Numbers of a column lie together.
 struct TrellisColumns {
-    float* weights = nullptr;         // [cols][rows]; becomes what the codes stand for
-    const float* scales = nullptr;    // [cols][rows]
-    const float* feedback = nullptr;  // [cols][cols]: what is left of column c goes on to column k > c by [c][k]
-    float* left = nullptr;            // [cols][rows]: what each column was off, over [c][c] of the feedback
+    float* weights = nullptr;          // [cols][rows], with what columns before these handed on
+    const float* originals = nullptr;  // [cols][rows], without
+    const float* scales = nullptr;     // [cols][rows]
+    const float* feedback = nullptr;   // [cols][cols]: what is left of column c goes on to column k > c by [c][k]
+    float* left = nullptr;             // [cols][rows]: what each column is off from its original
     std::uint8_t* codes = nullptr;    // [cols][rows / 64][rate]
     const std::int8_t* table = nullptr;
     std::int64_t rows = 0, cols = 0, feedback_stride = 0;

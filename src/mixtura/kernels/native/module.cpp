@@ -139,15 +139,15 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release released;
         run_down(way, layer.experts, assigned.get(), hidden.rows(), weights.rows(), out.result());
     });
-    m.def("search_trellis", [](const std::string& isa, Address weights, Address scales, Address feedback,
+    m.def("search_trellis", [](const std::string& isa, Address weights, Address originals, Address scales, Address feedback,
                                std::int64_t feedback_stride, Address left, Address codes, Address table, int rate,
                                std::int64_t rows, std::int64_t cols) {
         if (rate < 8 || rate > 48 || rows % 64 != 0) throw std::invalid_argument("no trellis has this rate or these rows");
         nb::gil_scoped_release released;
-        isa_named(isa).search_trellis({at<float>(weights), at<const float>(scales), at<const float>(feedback),
+        isa_named(isa).search_trellis({at<float>(weights), at<const float>(originals), at<const float>(scales), at<const float>(feedback),
                                        at<float>(left), at<std::uint8_t>(codes), at<const std::int8_t>(table), rows,
                                        cols, feedback_stride, rate});
-    }, "isa"_a, "weights"_a, "scales"_a, "feedback"_a, "feedback_stride"_a, "left"_a, "codes"_a, "table"_a, "rate"_a,
+    }, "isa"_a, "weights"_a, "originals"_a, "scales"_a, "feedback"_a, "feedback_stride"_a, "left"_a, "codes"_a, "table"_a, "rate"_a,
        "rows"_a, "cols"_a);
     m.def("decode", [](const Way& way, const Matrix& matrix, const Strided& out) {
         if (matrix.format != Format::trellis) throw std::invalid_argument("only a trellis is decoded here");

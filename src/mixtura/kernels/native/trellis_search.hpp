@@ -8,7 +8,7 @@ namespace mixtura::MIXTURA_ISA {
 
 inline constexpr int num_windows = 256, lanes = 16;
 // Weights on either side of where the ring is closed that are looked at to choose the window there.
-inline constexpr int seam = 16;
+inline constexpr int seam = 8;
 
 class PathSearch {
 public:
@@ -133,7 +133,8 @@ static void search_trellis(const TrellisColumns& task) {
     Floats weights[strip_rows], scales[strip_rows];
     std::uint8_t windows[strip_rows][lanes];
     for (std::int64_t c = 0; c < task.cols; ++c) {
-        float* column = task.weights + c * task.rows;
+        const float* column = task.weights + c * task.rows;
+        const float* original = task.originals + c * task.rows;
         float* left = task.left + c * task.rows;
         const float* scale = task.scales + c * task.rows;
         const float* feedback = task.feedback + c * task.feedback_stride;
@@ -152,15 +153,13 @@ static void search_trellis(const TrellisColumns& task) {
                 write_chunk(search, windows, lane, task.rate, task.codes + (c * num_strips + strip) * task.rate);
                 for (int row = 0; row < strip_rows; ++row) {
                     const std::int64_t at = strip * strip_rows + row;
-                    const float rounded = search.level(windows[row][lane]) * scale[at];
-                    left[at] = (column[at] - rounded) / feedback[c];
-                    column[at] = rounded;
+                    left[at] = original[at] - search.level(windows[row][lane]) * scale[at];
                 }
             }
         }
         for (std::int64_t later = c + 1; later < task.cols; ++later) {
             float* other = task.weights + later * task.rows;
-            for (std::int64_t r = 0; r < task.rows; ++r) other[r] -= feedback[later] * left[r];
+            for (std::int64_t r = 0; r < task.rows; ++r) other[r] += feedback[later] * left[r];
         }
     }
 }

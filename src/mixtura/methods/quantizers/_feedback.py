@@ -23,7 +23,9 @@ class Compensation(NamedTuple):
 
     Attributes:
         order: the columns, those with the largest inputs first.
-        factor: upper triangular, by that order: ``factor.T @ factor`` is the inverse of the moments.
+        factor: above the diagonal, by that order: of what column c is off from its original, column k takes
+            over ``factor[c, k]`` times as much. With ones on the diagonal and the fitting D,
+            ``factor @ D @ factor.T`` is the matrix of moments.
     """
 
     order: Int[Tensor, " C"]
@@ -40,15 +42,18 @@ class Compensation(NamedTuple):
 def _compensation(moments: Float[Tensor, "C C"]) -> Compensation:
     cols = len(moments)
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    ordered = moments.float()[order][:, order]
-    ordered = ordered / ordered.diagonal().mean()
+    # Backwards, so that the triangle that Cholesky's decomposition gives is the upper one.
+    backwards = order.flip(0)
+    ordered = moments.float()[backwards][:, backwards]
+    ordered /= ordered.diagonal().mean()
     damping = _DAMPING
     while damping < _MOST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(ordered + damping * torch.eye(cols))
+        damped = ordered.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return Compensation(order, factor)
+            upper = lower.flip(0, 1)
+            return Compensation(order, (upper / upper.diagonal()).contiguous())
         damping *= 10
     return Compensation(torch.arange(cols), torch.eye(cols))
 
@@ -72,30 +77,29 @@ def _kept(name: str, made_of: tuple[Tensor, ...], make: Callable[[], _T]) -> _T:
     return made
 
 
-RoundBlock = Callable[[Float[Tensor, "n R"], Int[Tensor, " n"], Float[Tensor, "n n"]], Float[Tensor, "n R"]]
+RoundBlock = Callable[
+    [Float[Tensor, "n R"], Float[Tensor, "n R"], Int[Tensor, " n"], Float[Tensor, "n n"]],
+    Float[Tensor, "n R"],
+]
 
 
-def round_columns(
-    weight: Float[Tensor, "R C"], compensation: Compensation, round_block: RoundBlock
-) -> Float[Tensor, "R C"]:
-    """The matrix rounded a block of columns at a time.
+def round_columns(weight: Float[Tensor, "R C"], compensation: Compensation, round_block: RoundBlock) -> None:
+    """Round a matrix a block of columns at a time.
 
     Args:
         weight: in float32.
         compensation: the order of columns, and what errors mean for later ones.
-        round_block: rounds columns in place, one after the other, and passes on errors among them. Called
-            with the columns as rows, their numbers in the matrix and their part of the factor; returns what
-            each was off, over its entry on the factor's diagonal.
+        round_block: rounds columns one after the other, and passes on errors among them. Called with the
+            columns as rows, as earlier ones have changed them and as they were, their numbers in the matrix
+            and their part of the factor; returns what each is off from what it was.
     """
     order, factor = compensation
-    columns = weight.T[order].contiguous()
+    originals = weight.T[order].contiguous()
+    columns = originals.clone()
     for first in range(0, len(order), BLOCK):
         now, later = slice(first, first + BLOCK), slice(first + BLOCK, None)
-        left = round_block(columns[now], order[now], factor[now, now].contiguous())
-        columns[later] -= factor[now, later].T @ left
-    rounded = torch.empty_like(columns)
-    rounded[order] = columns
-    return rounded.T
+        left = round_block(columns[now], originals[now], order[now], factor[now, now].contiguous())
+        columns[later].addmm_(factor[now, later].T, left)
 
 
 def fitted_scales(
@@ -119,15 +123,17 @@ def fitted_scales(
     if moments is None:
         wanted = levels * weight
     else:
-        wanted = levels * _kept("outputs", (weight, moments), lambda: weight @ moments.float())
+        # Scales are kept in bfloat16, and the errors of these products average out.
+        half = moments.to(torch.bfloat16)
+        wanted = levels * (weight.to(torch.bfloat16) @ half).float()
     right = _by_group(wanted, group).sum(-1)
     left = torch.zeros(rows, num_groups, num_groups)
     if moments is None:
         left.diagonal(dim1=1, dim2=2).copy_(_by_group(levels * levels, group).sum(-1))
     else:
         for number, first in enumerate(range(0, cols, group)):
-            part = levels[:, first : first + group] @ moments.float()[first : first + group]
-            left[:, number] = _by_group(part * levels, group).sum(-1)
+            part = levels[:, first : first + group].to(torch.bfloat16) @ half[first : first + group]
+            left[:, number] = _by_group(part.float() * levels, group).sum(-1)
     size = left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     # Towards the scales there were: rows of few levels do not say more.
     ridge = 1e-4 * size * torch.eye(num_groups)

@@ -18,7 +18,7 @@ from torch import Tensor
 ROWS = 64
 NUM_WINDOWS = 256
 # Rows on either side of where a ring is closed that are looked at to choose the window there.
-SEAM = 16
+SEAM = 8
 _FORBIDDEN = 1e30
 
 
@@ -26,14 +26,16 @@ class Columns(NamedTuple):
     """Columns to be rounded, one after the other.
 
     Attributes:
-        weights: the columns as rows; becomes what the codes stand for.
+        weights: the columns as rows, with what columns before these handed on.
+        originals: without.
         scales: of each weight.
-        factor: what is left of column c, over ``factor[c, c]``, goes on to column k times ``factor[c, k]``.
+        factor: what is left of column c goes on to column k times ``factor[c, k]``.
         rate: bits of eight weights.
         table: the level of each window.
     """
 
     weights: Float[Tensor, "n R"]
+    originals: Float[Tensor, "n R"]
     scales: Float[Tensor, "n R"]
     factor: Float[Tensor, "n n"]
     rate: int
@@ -42,19 +44,19 @@ class Columns(NamedTuple):
 
 @final
 class Searched(NamedTuple):
-    """What a search leaves besides the rounded weights.
+    """What a search finds.
 
     Attributes:
         codes: the ring of each column and strip.
-        left: what each weight was off, over the factor's diagonal.
+        left: what each weight is off from its original.
     """
 
     codes: UInt8[Tensor, "n B rate"]
     left: Float[Tensor, "n R"]
 
 
-# Finds the path of least squared error for every column and strip, and rounds ``columns.weights`` in place;
-# their number of rows is a multiple of 64.
+# Finds the path of least squared error for every column and strip, one column after the other, and hands on
+# to ``columns.weights`` what each is off; their number of rows is a multiple of 64.
 Search = Callable[[Columns], Searched]
 
 
@@ -69,17 +71,15 @@ def new_bits(rate: int) -> list[int]:
 
 def search_plainly(columns: Columns) -> Searched:
     """The search by PyTorch's operators: for machines without compiled kernels, and to compare them with."""
-    weights, scales, factor, rate, table = columns
+    weights, originals, scales, factor, rate, table = columns
     num_columns, rows = weights.shape
     codes, left = [], torch.empty_like(weights)
     levels = table.float()
     for c in range(num_columns):
         windows = _best_windows(weights[c].view(-1, ROWS), scales[c].view(-1, ROWS), rate, levels)
         codes.append(ring_of(windows, rate))
-        rounded = levels[windows].view(rows) * scales[c]
-        left[c] = (weights[c] - rounded) / factor[c, c]
-        weights[c] = rounded
-        weights[c + 1 :] -= factor[c, c + 1 :, None] * left[c]
+        left[c] = originals[c] - levels[windows].view(rows) * scales[c]
+        weights[c + 1 :] += factor[c, c + 1 :, None] * left[c]
     return Searched(torch.stack(codes), left)
 
 

@@ -77,14 +77,14 @@ class Gptq(Quantizer):
         scales = self._levels.scales(whole, importance).to(torch.bfloat16).float()
         chosen = torch.empty_like(whole)
 
-        def round_block(columns: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
+        def round_block(columns: Tensor, originals: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
             left = torch.empty_like(columns)
             for place, column in enumerate(columns):
                 scale = scales[:, numbers[place] // group]
                 level = levels_of(column.clone()[:, None, None], scale[:, None], half).flatten()
                 chosen[:, numbers[place]] = level
-                left[place] = (column - level * scale) / factor[place, place]
-                columns[place:] -= factor[place, place:, None] * left[place]
+                left[place] = originals[place] - level * scale
+                columns[place + 1 :] += factor[place, place + 1 :, None] * left[place]
             return left
 
         round_columns(whole, Compensation.of(moments, cols), round_block)

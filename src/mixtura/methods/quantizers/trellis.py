@@ -131,9 +131,9 @@ class Trellis(Quantizer):
         rows, cols = weight.shape
         codes = torch.empty(rows // ROWS, cols, self._rate, dtype=torch.uint8)
 
-        def round_block(columns: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
+        def round_block(columns: Tensor, originals: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
             own = scales[:, numbers // group].T.contiguous()
-            found = search(Columns(columns, own, factor, self._rate, table))
+            found = search(Columns(columns, originals, own, factor, self._rate, table))
             codes[:, numbers] = found.codes.transpose(0, 1)
             return found.left
 
