@@ -34,6 +34,7 @@ def train(
     import torch
     import transformers
 
+    from mixtura.report import counted, human_count
     from mixtura.train.run import train as run_training
 
     transformers.utils.logging.set_verbosity(logging.ERROR)
@@ -50,7 +51,7 @@ def train(
         return
     loss = trained.last.get("loss")
     typer.echo(
-        f"{trained.num_parameters / 1e6:.2f}M parameters, {trained.num_steps} steps"
+        f"{human_count(trained.num_parameters)} parameters, {counted(trained.num_steps, 'step')}"
         + (f", last loss {loss:.4f}" if loss is not None else "")
         + f"; the model is in {trained.model}"
     )

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from mixtura.fitting.estimate import Estimate
 from mixtura.fitting.report import domain_rows, table_rows
 from mixtura.fitting.result import Fitted
-from mixtura.report import human_number
+from mixtura.report import counted, human_number
+from mixtura.report.screen import screen, show_table
 from mixtura.report.units import format_bytes, format_seconds
 
 _MOST_COLUMNS = 7
@@ -21,17 +22,16 @@ _MOST_COLUMNS = 7
 @contextmanager
 def narrated() -> Iterator[Callable[[str], None]]:
     """Say on standard error what is being done: one line that changes, or one line each for a file."""
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     started = time.monotonic()
     if not console.is_terminal:
-        yield lambda text: console.print(
-            f"[{time.monotonic() - started:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True
-        )
+        yield lambda text: console.print(f"[{time.monotonic() - started:6.1f} s] {text}")
         return
     with console.status("starting") as status:
 
         def tell(text: str) -> None:
-            status.update(f"{text}  ({format_seconds(time.monotonic() - started)} so far)")
+            # A status reads a string as markup whatever the console does.
+            status.update(Text(f"{text}  ({format_seconds(time.monotonic() - started)} so far)"))
 
         yield tell
 
@@ -43,24 +43,19 @@ def print_table(console: Console, title: str, headers: list[str], cells: list[li
             ["", *(row[0] for row in cells)],
             [[header, *(row[i] for row in cells)] for i, header in enumerate(headers) if i],
         )
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="left" if number == 0 else "right")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    show_table(console, headers, cells, title=title)
 
 
 def print_fitted(fitted: Fitted) -> None:
     """The result of a fit for people, on standard output."""
-    console = Console()
+    console = screen()
     if fitted.plan is None:
         before = fitted.before
         console.print(
             f"{fitted.model} fits as it is: it takes {format_bytes(before.accounted_bytes)} "
-            f"({format_bytes(before.weights_bytes)} of weights, the rest for {fitted.context} tokens of "
-            f"context and working buffers) of the {format_bytes(fitted.model_budget_bytes)} there are. "
-            f"Nothing was written."
+            f"({format_bytes(before.weights_bytes)} of weights, the rest for "
+            f"{counted(fitted.context, 'token')} of context and working buffers) of the "
+            f"{format_bytes(fitted.model_budget_bytes)} there are. Nothing was written."
         )
         _print_remarks(console, fitted.remarks)
         return
@@ -69,19 +64,20 @@ def print_fitted(fitted: Fitted) -> None:
     print_table(console, "By domain, on held-out text", *domain_rows(fitted.rows))
     console.print()
     _print_remarks(console, fitted.remarks)
-    console.print(f"model   {fitted.out}")
-    console.print(f"report  {fitted.out}/report.html")
-    console.print(f'try     mixtura generate {fitted.out} "..."', highlight=False)
+    # Lines to copy: a terminal wraps them itself.
+    console.print(f"model   {fitted.out}", soft_wrap=True)
+    console.print(f"report  {fitted.out}/report.html", soft_wrap=True)
+    console.print(f'try     mixtura generate {fitted.out} "..."', soft_wrap=True)
 
 
 def _print_remarks(console: Console, remarks: Iterable[str]) -> None:
     for remark in remarks:
-        console.print(f"note: {remark}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {remark}", soft_wrap=True)
 
 
 def print_estimate(estimate: Estimate) -> None:
     """What a fit would take, for people, on standard output."""
-    console = Console()
+    console = screen()
     rows = [
         [
             option.name,
@@ -95,14 +91,7 @@ def print_estimate(estimate: Estimate) -> None:
         for option in estimate.options
     ]
     headers = ["plan", "weights", "accounted", "process", "read per token", "tokens/s, about", "fits"]
-    table = Table(
-        title=f"{estimate.model}: what a fit would take", title_justify="left", box=None, pad_edge=False
-    )
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    show_table(console, headers, rows, title=f"{estimate.model}: what a fit would take")
     console.print(
         f"budget          {format_bytes(estimate.model_budget_bytes)} for weights, cache and buffers"
     )

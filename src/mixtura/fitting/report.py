@@ -15,6 +15,7 @@ from mixtura.report import (
     Section,
     Series,
     category_map_svg,
+    counted,
     details,
     facts,
     human_number,
@@ -126,7 +127,7 @@ def _result(fitted: Fitted) -> Iterable[Html]:
             "budget": f"{format_bytes(fitted.budget_bytes)} for {whole}",
             "left for the model": format_bytes(fitted.model_budget_bytes),
             "bare runtime": format_bytes(fitted.runtime_bytes),
-            "context": f"{fitted.context} tokens",
+            "context": counted(fitted.context, "token"),
         }
     )
     headers, cells = table_rows(fitted.rows, fitted.runtime_bytes)
