@@ -17,6 +17,7 @@ from mixtura.fitting.records import DEFAULT_CONTEXT, Prices, Request
 from mixtura.fitting.result import BudgetKind
 from mixtura.fitting.runtime import known_runtime_bytes
 from mixtura.report.units import format_bytes
+from mixtura.running.decoding import require_generating
 from mixtura.running.memory import MemoryAccount, account
 
 
@@ -66,9 +67,11 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
         runtime: bytes of the bare runtime, if they are known; measured otherwise.
 
     Raises:
+        UserError: the model cannot generate, which a fit does at its end.
         BudgetError: the budget is smaller than the runtime alone.
         UnmetError: no budget was given, and no plan makes the model smaller.
     """
+    require_generating(view)
     context, notes = _context(request, view)
     taken = account(view, context)
     packed = account(view, context, as_packed=True)

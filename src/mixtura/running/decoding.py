@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
+from mixtura.checkpoints.skeleton import CheckpointView, build
 from mixtura.checkpoints.viewing.opening import read_json
 from mixtura.errors import CheckpointError, UserError
 from mixtura.methods.settings import fits
@@ -104,6 +105,30 @@ def read_generation_config(path: Path) -> GenerationConfig | None:
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{file} cannot be used ({reason}); correct it or delete it") from None
+
+
+def take_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """Give a model the ``generation_config.json`` of its directory, if it has one and the model generates.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    own = read_generation_config(path)
+    if model.can_generate() and own is not None:
+        model.generation_config = own
+
+
+def require_generating(view: CheckpointView) -> None:
+    """Refuse a checkpoint that text could not be generated with at temperature 0; no weights are read.
+
+    Raises:
+        CheckpointError: its ``generation_config.json`` cannot be used.
+        UserError: the model cannot generate, or an entry of that file that is needed is wrong.
+    """
+    model = build(view)
+    take_generation_config(model, view.path)
+    decoding_config(model)
+    StopStrings(model, None, 0)
 
 
 def decoding_config(model: PreTrainedModel, temperature: float = 0.0, **more: Any) -> GenerationConfig:

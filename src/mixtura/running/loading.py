@@ -36,7 +36,7 @@ from mixtura.kernels import quicken
 from mixtura.kernels.saving import refuse_save
 from mixtura.rerouting.restoring import load_router
 from mixtura.rerouting.side_files import has_side_files
-from mixtura.running.decoding import read_generation_config
+from mixtura.running.decoding import read_generation_config, take_generation_config
 from mixtura.running.placing import add_adapter, chosen_device, placed, set_attention
 
 
@@ -80,6 +80,8 @@ def load(
     view = open_checkpoint(path, bits=bits)
     kind = adapter_of(view.path)
     model = build(view, dtype=dtype)
+    # Small files first: what is wrong with them is said before the weights are read.
+    take_generation_config(model, view.path)
     set_attention(model, attn_implementation)
     packed = False
     for layer in view.layers:
@@ -203,6 +205,3 @@ def _finish(model: PreTrainedModel, path: Path) -> None:
     """What transformers adds to a model that it loads."""
     model.name_or_path = str(path)
     model.config.name_or_path = str(path)
-    own = read_generation_config(path)
-    if model.can_generate() and own is not None:
-        model.generation_config = own

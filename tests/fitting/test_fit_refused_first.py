@@ -1,0 +1,40 @@
+"""What a fit would stop at in the end is said before anything is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_checkpoints import save_tiny
+
+from mixtura.errors import UserError
+from mixtura.fitting import Request, estimate_fit, fit
+from mixtura.fitting.ongoing import work_directory
+
+BAD = {
+    "{broken": "cannot read .*generation_config.json",
+    json.dumps({"early_stopping": "perhaps"}): "generation_config.json cannot be used",
+    json.dumps({"eos_token_id": ["x"]}): "generation_config.json",
+    json.dumps({"stop_strings": [1]}): "stop_strings in the model's generation_config.json must be",
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("refused") / "tiny")
+
+
+@pytest.mark.parametrize("begin", [fit, estimate_fit])
+@pytest.mark.parametrize("content", BAD)
+def test_a_generation_config_that_cannot_be_used(
+    content: str, begin: Callable[[Request], Any], source: Path, tmp_path: Path
+) -> None:
+    (source / "generation_config.json").write_text(content)
+    request = Request(model=source, out=tmp_path / "out")
+    with pytest.raises(UserError, match=BAD[content]):
+        begin(request)
+    assert not work_directory(request).exists()
+    assert not request.out.exists()
