@@ -15,6 +15,7 @@ import typer
 
 import mixtura
 from mixtura.errors import EXIT_USER_ERROR, MixturaWarning, UserError, one_line
+from mixtura.machine.waiting import wait_asleep
 
 # Command -> line shown by `mixtura --help`; the function of that name lives in the file of that name
 # (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
@@ -79,6 +80,7 @@ def main() -> None:
     """Run the command line. A user's error is one sentence and its exit code; Ctrl-C is 130."""
     # The hub is asked only when a command needs it; tokenizers warns about forks nobody asked for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wait_asleep()
     _show_every_character()
     _heed_no_color()
     try:

@@ -8,15 +8,14 @@ import resource
 import sys
 from pathlib import Path
 
+from mixtura.machine.waiting import wait_asleep
+
 # PyTorch keeps a compiled kernel, about 0.6 MiB, for every shape of a bfloat16 product that it has seen,
 # up to a thousand, in two caches. Generating makes new shapes all the time: rows of a chunk that reach
 # an expert, attention over one more token.
 NUM_KERNELS = 32
 KERNEL_CACHE_BYTES = NUM_KERNELS * 600 * 1024
 _KERNEL_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(NUM_KERNELS), "LRU_CACHE_CAPACITY": "1"}
-# A thread of OpenMP that waits for the others spins for milliseconds. Where other processes want the same
-# processors, it holds up those it waits for: with two beside, observing took four to ten times as long.
-_WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # glibc's names for options of mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -29,13 +28,14 @@ def settle(mmap_bytes: int = _MMAP_BYTES) -> None:
     Call it before PyTorch is used for the first time: some of it is read from the environment then.
     Freed tensors of ``mmap_bytes`` or more go back to the system at once, and compiled kernels are kept
     for a few shapes instead of a thousand. Where the C library is not glibc only the latter holds. Threads
-    that wait sleep, unless ``OMP_WAIT_POLICY`` says otherwise.
+    that wait sleep (`mixtura.machine.waiting`).
 
     Args:
         mmap_bytes: smaller tensors are kept for reuse, up to four times this many bytes. Every tensor
             above it costs fresh pages, which took a quarter of the time of a fit at 256 KiB.
     """
-    for name, value in (_KERNEL_CACHE | _WAITING).items():
+    wait_asleep()
+    for name, value in _KERNEL_CACHE.items():
         os.environ.setdefault(name, value)
     if not sys.platform.startswith("linux"):
         return
