@@ -102,20 +102,25 @@ def _kind_page(kind: Kind) -> str:
 
 
 def _table(kind: Kind, folder: str) -> list[str]:
-    lines = ["| name | what it does | paper |", "|---|---|---|"]
+    lines = ["| name | what it does | from |", "|---|---|---|"]
     for name in own_names(kind.name):
         found = header(kind.name, name)
-        paper = "" if found.paper is None else str(found.paper)
-        lines.append(f"| [{name}]({folder}{name}.md) | {_markdown(found.summary)} | {paper} |")
+        cells = (f"[{name}]({folder}{name}.md)", _markdown(found.summary), _origin(found))
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _origin(method: Header) -> str:
+    """What a method is from: the title of its paper, or of what has none, and the number in our list."""
+    number = "" if method.paper is None else f" (paper {method.paper})"
+    return _markdown(method.title) + number
 
 
 def _method_page(kind: Kind, method: Header) -> str:
     sections = method.sections
-    paper = "no paper" if method.paper is None else f"paper {method.paper}"
     source = f"src/mixtura/methods/{kind.name}/{method.name}.py"
     lines = [_NOTE, "", f"# {method.name}", ""]
-    lines += [f"A [{kind.singular.replace('_', ' ')}](README.md). {method.title} ({paper}).", ""]
+    lines += [f"A [{kind.singular.replace('_', ' ')}](README.md). {_origin(method)}.", ""]
     lines += [_markdown(sections[""]), "", "## Settings", "", *_settings(method), ""]
     for name, text in sections.items():
         if not name:
