@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mixtura.authoring.contracts import checks
+from mixtura.authoring.contracts.common import missing_sections
 from mixtura.authoring.scaffold import test_file_name as file_of_test
-from mixtura.methods import PACKAGE_DIR, SECTIONS, Kind, base_class, header, kinds, own_names
+from mixtura.methods import PACKAGE_DIR, Kind, base_class, header, kinds, own_names
 
 ROOT = PACKAGE_DIR.parents[1]
 KINDS = kinds()
@@ -39,7 +40,7 @@ def test_a_method_is_whole(kind: Kind, name: str) -> None:
     assert (ROOT / "docs/methods" / kind.name / f"{name}.md").is_file(), "python -m mixtura.authoring.docs"
     test = ROOT / "tests" / "methods" / kind.name / file_of_test(kind, name)
     assert test.is_file(), f"its own test belongs in {test.relative_to(ROOT)}"
-    assert all(header(kind.name, name).sections.get(section) for section in SECTIONS)
+    assert missing_sections(header(kind.name, name)) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))

@@ -12,8 +12,10 @@ A method's file holds::
 
 ``paper`` is the id in the project's list of papers (or None) and ``title`` its title. ``tags``, what
 the method promises or needs, and ``gaps``, the checks of its contract it is known to fail and why,
-may be left out. The class's docstring has the sections `SECTIONS`, and may have others (``Cost``, where a
-router takes more than twice top-k's time); its settings are the keyword-only arguments of its constructor.
+may be left out. The class's docstring has the sections ``Shapes`` and ``Example``; ``Raises`` where a setting
+can be out of range or something else is refused; ``Differences from the paper`` and ``Reference`` where there
+is a paper; and others that it needs (``Cost``, where a router takes more than twice top-k's time). What there
+is nothing to say of is left out. Its settings are the keyword-only arguments of its constructor.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ from mixtura.methods.settings import construct, fits
 
 METHODS_DIR = Path(__file__).resolve().parent
 PACKAGE_DIR = METHODS_DIR.parent
-SECTIONS = ("Shapes", "Raises", "Example", "Differences from the paper", "Reference")
 _HEADER_TYPES: dict[str, Any] = {"paper": int | None, "title": str, "tags": list, "gaps": dict}
 
 

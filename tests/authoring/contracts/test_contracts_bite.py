@@ -30,6 +30,8 @@ BROKEN = [
     ("routers", "check_header", '"title": "Mine"', '"title": ""'),
     ("routers", "check_class_is_final", "@final\n", ""),
     ("routers", "check_docstring_sections", "Shapes:", "Sizes:"),
+    ("routers", "check_docstring_sections", '"paper": None', '"paper": 1'),
+    ("balancers", "check_docstring_sections", "Raises:", "Refuses:"),
     ("routers", "check_doctest", "        4\n", "        5\n"),
     ("routers", "check_doctest", ">>> ", ""),
     ("routers", "check_import_is_quiet", "METHOD =", "torch.rand(1)\nMETHOD ="),
@@ -325,7 +327,7 @@ def balancer_by_bias(folder: Path, update: str) -> str:
     )
     text = text.replace("import BalancerInput", "import BalancerInput, LayerShape")
     text = text.replace("from jaxtyping import Float\n", "import torch\n")
-    start, end = text.index("        >>> from"), text.index("    Differences")
+    start, end = text.index("        >>> from"), text.index('    """\n\n    def __init__')
     example = "        >>> Mine(coefficient=0.5).coefficient\n        0.5\n\n"
     path.write_text(text[:start] + example + text[end:])
     return str(path)

@@ -15,9 +15,11 @@ from typing import Any
 from mixtura.authoring.contracts._compare import random_state, same
 from mixtura.authoring.contracts._core import Subject, checks, require
 from mixtura.errors import SettingError
-from mixtura.methods import SECTIONS
+from mixtura.methods import Header
 from mixtura.methods.settings import settings
 
+_SECTIONS = ("Shapes", "Example")
+_SECTIONS_OF_A_PAPER = ("Differences from the paper", "Reference")
 _DOCTEST_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -35,11 +37,24 @@ def check_class_is_final(method: Subject) -> None:
 
 
 def check_docstring_sections(method: Subject) -> None:
-    """The docstring says in one line what the method does, and has every section."""
+    """The docstring says in one line what the method does, and has every section that it has use for."""
     written = method.header.sections
     require(written[""].splitlines()[:1], "the class needs a docstring whose first line says what it does")
-    missing = [name for name in SECTIONS if not written.get(name)]
+    missing = missing_sections(method.header)
     require(not missing, f"the docstring lacks the sections {', '.join(missing)}")
+
+
+def missing_sections(found: Header) -> list[str]:
+    """The sections that a method's docstring needs and lacks.
+
+    Those of papers where there is one, and ``Raises`` where a setting may be out of range.
+    """
+    needed = list(_SECTIONS)
+    if found.paper is not None:
+        needed += _SECTIONS_OF_A_PAPER
+    if any(setting.name != "seed" and setting.type != "bool" for setting in found.settings):
+        needed.append("Raises")
+    return [name for name in needed if not found.sections.get(name)]
 
 
 def check_doctest(method: Subject) -> None:

@@ -34,12 +34,6 @@ class Load(Analysis):
         >>> from mixtura.authoring.contracts import sample_trace
         >>> Load().measure(sample_trace(seed=0, num_experts=4)).rows[0]["dead"]
         0
-
-    Differences from the paper:
-        There is no paper.
-
-    Reference:
-        None.
     """
 
     def __init__(self, *, dead_share: float = 0.0) -> None:

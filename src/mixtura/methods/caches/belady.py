@@ -34,11 +34,8 @@ class Belady(Cache):
         >>> [touch.hit for touch in replay(Belady(2), accesses)]
         [False, False, False, True, False]
 
-    Differences from the paper:
-        There is no paper in the list; the policy is textbook.
-
     Reference:
-        None. It is a baseline of Not All Models Suit Expert Offloading: On Local Routing Consistency
+        A baseline of Not All Models Suit Expert Offloading: On Local Routing Consistency
         of Mixture-of-Expert Models (paper 119).
     """
 

@@ -24,11 +24,8 @@ class Lru(Cache):
         >>> [cache.touch(0, expert).hit for expert in (1, 2, 1, 3, 1, 2)]
         [False, False, True, False, True, False]
 
-    Differences from the paper:
-        There is no paper; the policy is textbook.
-
     Reference:
-        None. It is a baseline of Not All Models Suit Expert Offloading: On Local Routing Consistency
+        A baseline of Not All Models Suit Expert Offloading: On Local Routing Consistency
         of Mixture-of-Expert Models (paper 119).
     """
 

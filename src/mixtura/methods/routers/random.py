@@ -25,7 +25,8 @@ class Random(Router):
 
     The draw is from the generator, and takes no notice of the token. Without a generator, as at
     inference, it is a fixed function of ``seed`` and the token's position, so that it can be repeated;
-    give layers different seeds. Weights are ``1 / top_k``. Nothing is learned.
+    give layers different seeds. Weights are ``1 / top_k``, scores ``1 / E`` and not what was drawn. Nothing
+    is learned.
 
     Shapes:
         ``x [T, D]`` to ``T * top_k`` assignments; no parameters.
@@ -39,12 +40,6 @@ class Random(Router):
         >>> routing = router(RouterInput.of(torch.zeros(100, 2), generator=torch.Generator()))
         >>> routing.load.sum().item(), bool((routing.load > 30).all())
         (200, True)
-
-    Differences from the paper:
-        There is no paper. Scores are the probabilities ``1 / E`` and not what was drawn.
-
-    Reference:
-        None: this is a baseline.
     """
 
     def __init__(self, shape: LayerShape, *, top_k: int = 2, seed: int = 0) -> None:

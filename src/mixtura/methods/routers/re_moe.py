@@ -27,9 +27,6 @@ class ReMoe(Router):
     Shapes:
         ``x [T, D]`` to between 0 and ``T * E`` assignments; one parameter, ``weight [E, D]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> import torch
         >>> router = ReMoe(LayerShape(d_model=2, d_expert=8, num_experts=3))
