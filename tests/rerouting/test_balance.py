@@ -27,7 +27,7 @@ import mixtura
 from mixtura.checkpoints.view import open_model
 from mixtura.errors import SettingError, UnknownNameError, UnsupportedModelError, UserError
 from mixtura.machine.releases import checkpoint_layers, checkpointing_arguments
-from mixtura.methods.balancers._shared import violation
+from mixtura.methods._scores import violation
 
 BATCH = with_labels(left_padded(texts(4, 10), [10, 7, 9, 4]))
 

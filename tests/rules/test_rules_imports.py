@@ -98,12 +98,17 @@ def test_no_method_imports_another(kind: str) -> None:
     for path in (METHODS_DIR / kind).glob("*.py"):
         for name in imports_of(path):
             parts = name.split(".")
-            if parts[1] != "methods" or len(parts) < 3 or parts[2] not in KINDS:
-                continue
-            if len(parts) > 3:
+            if parts[1] == "methods" and len(parts) > 3 and parts[2] in KINDS:
                 assert parts[3].startswith("_"), f"{path.name} imports the method {name}"
-            if path.name.startswith("_"):
-                assert parts[2] == kind, f"{path} imports {name} of another kind"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))
+def test_what_a_kind_shares_is_its_own(path: Path) -> None:
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[1] == "methods" and len(parts) > 3 and parts[2] in KINDS and parts[3].startswith("_"):
+            owner = METHODS_DIR / parts[2]
+            assert path.parent == owner, f"{name} is for {parts[2]}: share it in a file beside the folder"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mixtura.errors import UserError
 from mixtura.methods import declared_tags
+from mixtura.methods._precision import exact, full_precision
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.routers._shared import exact, full_precision
 from mixtura.modeling.layer import ExpertPool, Experts, MoELayer
 from mixtura.modeling.parts import expert_rows
 from mixtura.types import BalancerInput, LayerShape, Routing

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from mixtura.errors import UnknownNameError, UserError, check_range
 from mixtura.kernels import routed_experts
 from mixtura.methods import declared_tags
+from mixtura.methods._capacity import Order, Overflow, limit, room
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import Order, Overflow, limit, room
 from mixtura.types import LayerShape, RouterInput, Routing
 
 
@@ -187,7 +187,7 @@ class Capacity:
 
     It holds in training and in encoders. A decoder does not know at inference how many tokens are to come,
     and would drop other ones token by token than in a whole sequence: there nothing is dropped. ``order``
-    and ``overflow`` are those of `mixtura.methods.routers._capacity.limit`.
+    and ``overflow`` are those of `mixtura.methods._capacity.limit`.
 
     Raises:
         SettingError: ``factor`` is not in [1e-6, 1e6], where nothing or everything would be dropped.

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import UserError
-from mixtura.methods.routers._shared import exact, softmax
+from mixtura.methods._precision import exact
+from mixtura.methods._scores import softmax
 from mixtura.rerouting.passes import Pass, Seen
 from mixtura.rerouting.seats import Seat
 from mixtura.types import Routing

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.methods.routers._shared import entropy
+from mixtura.methods._scores import entropy
 from mixtura.types import Routing
 
 _SUMS = 4

@@ -6,7 +6,7 @@ import torch
 
 import mixtura
 from mixtura.authoring.contracts import sample_routing
-from mixtura.methods.balancers._shared import violation
+from mixtura.methods._scores import violation
 from mixtura.methods.balancers.loss_free import LossFree
 from mixtura.types import BalancerInput, LayerShape, RouterInput, Routing
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixtura.authoring.contracts import sample_routing
-from mixtura.methods.balancers._shared import violation
+from mixtura.methods._scores import violation
 from mixtura.methods.balancers.loss_free import LossFree
 from mixtura.methods.balancers.quantile import Quantile
 from mixtura.types import BalancerInput, LayerShape, Routing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixtura.methods.routers._shared import entropy
+from mixtura.methods._scores import entropy
 from mixtura.methods.routers.attention_aware import AttentionAware
 from mixtura.types import LayerShape, RouterInput
 

@@ -1,16 +1,10 @@
-"""Losses that belong to routers: means and evenness over valid tokens."""
+"""Losses that belong to routers: evenness and likeness over valid tokens."""
 
 from __future__ import annotations
 
 import torch
 
-from mixtura.methods.routers._losses import alikeness, mean_of_valid, unevenness
-
-
-def test_the_mean_leaves_padding_out() -> None:
-    values, valid = torch.tensor([1.0, 2.0, 90.0]), torch.tensor([True, True, False])
-    assert mean_of_valid(values, valid).item() == 1.5
-    assert mean_of_valid(values, torch.zeros(3, dtype=torch.bool)).item() == 0
+from mixtura.methods.routers._losses import alikeness, unevenness
 
 
 def test_unevenness_of_even_collapsed_and_half_filled_places() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import SettingError, UserError
-from mixtura.methods.routers._capacity import places_in_rounds
+from mixtura.methods._scores import masked
 from mixtura.methods.routers._shared import (
     attended,
     best_of_groups,
@@ -16,18 +16,10 @@ from mixtura.methods.routers._shared import (
     check_parts,
     cosine_logits,
     dealt,
-    entropy,
-    exact_logits,
-    gumbel_like,
-    masked,
-    orthogonal,
-    plain_logits,
     present,
     rank_in_sequence,
     sinkhorn,
-    to_sum_one,
 )
-from mixtura.methods.routers._shared import drawn as parameter
 from mixtura.types import RouterInput
 
 
@@ -69,82 +61,6 @@ def test_cosines_lie_within_one_over_the_temperature() -> None:
     expected = torch.nn.functional.cosine_similarity(x[:, None], rows[None], dim=-1) / 0.5
     torch.testing.assert_close(cosine_logits(x, rows, 0.5), expected)
     assert (cosine_logits(torch.zeros(1, 4), rows) == 0).all()
-
-
-def test_entropy_of_a_sure_and_an_unsure_token() -> None:
-    found = entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
-    torch.testing.assert_close(found, torch.tensor([0.0, 2.0]).where(found == 0, torch.tensor(2.0).log()))
-
-
-def test_weights_over_their_sum_with_zeros() -> None:
-    found = to_sum_one(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
-    assert found.tolist() == [[0.25, 0.75], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("total", [1e-45, 1e-42, 1e-38, 1e-20])
-def test_weights_that_all_but_vanish_have_finite_gradients(total: float) -> None:
-    weights = torch.tensor([[0.25 * total, 0.75 * total]], requires_grad=True)
-    found = to_sum_one(weights)
-    assert ((found >= 0) & (found <= 1)).all()
-    (1e6 * found[0, 0]).backward()
-    assert weights.grad is not None
-    assert torch.isfinite(weights.grad).all()
-    if total > 1e-30:
-        torch.testing.assert_close(found[0].detach(), torch.tensor([0.25, 0.75]))
-        expected = torch.tensor([[0.75, -0.25]]).double() / total * 1e6
-        torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-5, atol=0)
-
-
-def test_entropy_has_finite_gradients_where_a_probability_is_nothing() -> None:
-    logits = torch.tensor([[0.0, -104.0], [0.0, -2.0]], requires_grad=True)
-    entropy(logits.softmax(-1)).sum().backward()
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad[0], torch.zeros(2))
-    exact = torch.tensor([0.0, -2.0], dtype=torch.float64, requires_grad=True)
-    (-(exact.softmax(0) * exact.log_softmax(0)).sum()).backward()
-    torch.testing.assert_close(logits.grad[1].double(), exact.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_places_in_rounds_by_a_plain_loop() -> None:
-    generator = torch.Generator().manual_seed(3)
-    chosen = torch.rand(40, 5, generator=generator).argsort(-1)[:, :3]
-    chosen[::7, 2] = 5
-    priority = torch.randint(0, 3, (40,), generator=generator).float()
-    valid = torch.arange(40) % 5 != 3
-    found = places_in_rounds(chosen, priority, valid, 5)
-    queues = [0] * 5
-    order = sorted(range(40), key=lambda token: -float(priority[token]))
-    for choice in range(3):
-        for token in order:
-            expert = int(chosen[token, choice])
-            if valid[token] and expert < 5:
-                assert found[token, choice] == queues[expert]
-                queues[expert] += 1
-
-
-def test_products_are_as_without_autocast() -> None:
-    x, rows = drawn(5, 16), drawn(3, 16, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (x @ rows.T).dtype == torch.bfloat16
-        found = exact_logits(x, rows)
-        assert torch.equal(plain_logits(x, rows), found)
-    assert torch.equal(found, x @ rows.T)
-    assert plain_logits(x.bfloat16(), rows).dtype == torch.float32
-    assert plain_logits(x.bfloat16(), rows.bfloat16()).dtype == torch.bfloat16
-
-
-def test_seeds_may_be_any_whole_number() -> None:
-    assert torch.equal(parameter(1 << 70, 4), parameter(0, 4))
-    assert not torch.equal(parameter(-1 << 70, 4), parameter(1, 4))
-    for seed in (-1, 7, (1 << 64) - 1):
-        expected = torch.randn(4, generator=torch.Generator().manual_seed(seed)) / 2
-        assert torch.equal(parameter(seed, 4), expected)
-
-
-def test_gumbel_noise_has_its_mean_and_is_finite() -> None:
-    noise = gumbel_like(torch.zeros(200_000), torch.Generator().manual_seed(0))
-    assert torch.isfinite(noise).all()
-    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
 
 
 def test_a_transport_plan_has_even_columns_and_rows_of_one() -> None:
@@ -217,12 +133,6 @@ def test_labels_are_asked_for_by_name() -> None:
     assert inputs.label("domain", "Mine").tolist() == [0, 1]
     with pytest.raises(UserError, match="Mine cannot route without labels named 'language', got domain"):
         inputs.label("language", "Mine")
-
-
-def test_rows_at_right_angles() -> None:
-    rows = orthogonal(3, 5, seed=1, gain=0.5).detach()
-    torch.testing.assert_close(rows @ rows.T, 0.25 * torch.eye(3))
-    assert not torch.equal(rows, orthogonal(3, 5, seed=2, gain=0.5))
 
 
 def test_tokens_are_dealt_out_in_equal_runs_by_sequence() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError
@@ -28,14 +28,6 @@ def load_shares(inputs: BalancerInput) -> Float[Tensor, " E"]:
     """Each expert's share of the assignments, without gradient; zeros where there are none."""
     counts = inputs.demand.to(inputs.routing.scores)
     return counts / counts.sum().clamp(min=1)
-
-
-def crowding(shares: Float[Tensor, " R"], scores: Float[Tensor, " R"]) -> Float[Tensor, ""]:
-    """R times the sum over R places of share of the load times mean score: 1 when either is even.
-
-    Element by element: under autocast a product of vectors would be computed in bfloat16.
-    """
-    return shares.shape[0] * (shares * scores).sum()
 
 
 def lack(inputs: BalancerInput) -> Float[Tensor, " E"]:
@@ -72,13 +64,3 @@ def mean_scores(routing: Routing) -> Float[Tensor, " E"]:
     valid = routing.valid.to(routing.scores)
     scores = torch.where(routing.valid[:, None], routing.scores, 0.0)
     return scores.sum(0) / valid.sum().clamp(min=1)
-
-
-def violation(counts: Num[Tensor, " E"]) -> Float[Tensor, ""]:
-    """How far the fullest expert is above the mean load, as a share of the mean: 0 when all are even.
-
-    >>> violation(torch.tensor([6, 2, 2, 2])).item()
-    1.0
-    """
-    exact = counts.to(torch.float32)
-    return exact.max() / exact.mean().clamp(min=torch.finfo(torch.float32).tiny) - 1

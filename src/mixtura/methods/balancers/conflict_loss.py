@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._precision import exact, full_precision
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.routers._shared import exact, full_precision
 from mixtura.types import BalancerInput, LayerShape
 
 METHOD = {

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._scores import crowding
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.balancers._shared import crowding, load_shares, mean_scores, require_runs, runs
+from mixtura.methods.balancers._shared import load_shares, mean_scores, require_runs, runs
 from mixtura.types import BalancerInput, LayerShape
 
 METHOD = {

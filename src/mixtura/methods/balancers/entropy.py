@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._scores import entropy, softmax
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.routers._shared import entropy, softmax
 from mixtura.types import BalancerInput
 
 METHOD = {

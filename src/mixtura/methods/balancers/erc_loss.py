@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import uniform_like
+from mixtura.methods._precision import exact, full_precision
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.balancers._shared import needed
-from mixtura.methods.routers._shared import exact, full_precision, uniform_like
 from mixtura.types import BalancerInput
 
 METHOD = {

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._precision import exact
+from mixtura.methods._scores import squared_variation
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.balancers._shared import mean_scores
-from mixtura.methods.routers._losses import squared_variation
-from mixtura.methods.routers._shared import exact
 from mixtura.types import BalancerInput
 
 METHOD = {

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._scores import mean_of_valid
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.balancers._shared import require_runs, runs
-from mixtura.methods.routers._losses import mean_of_valid
 from mixtura.types import BalancerInput, LayerShape
 
 METHOD = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._precision import exact
 from mixtura.methods.balancers import Balancer
-from mixtura.methods.routers._shared import exact
 from mixtura.types import BalancerInput, LayerShape
 
 METHOD = {

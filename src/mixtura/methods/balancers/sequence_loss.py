@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._precision import exact
+from mixtura.methods._scores import to_sum_one
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.balancers._shared import needed
-from mixtura.methods.routers._shared import exact, to_sum_one
 from mixtura.types import BalancerInput
 
 METHOD = {

@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.mixers._shared import shares
-from mixtura.methods.routers._shared import exact, exact_logits, router_weight, softmax
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import router_weight, uniform_like
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import masked, softmax
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.mixers._shared import shares
-from mixtura.methods.routers._shared import exact, exact_logits, masked, router_weight, softmax, uniform_like
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

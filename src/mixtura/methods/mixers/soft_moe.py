@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, exact_logits, full_precision
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.mixers._shared import shares
-from mixtura.methods.routers._shared import drawn, exact, exact_logits, full_precision
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

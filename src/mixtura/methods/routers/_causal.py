@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixtura.methods.routers._shared import exact, full_precision, masked, softmax
+from mixtura.methods._precision import exact, full_precision
+from mixtura.methods._scores import masked, softmax
 from mixtura.types import RouterInput
 
 

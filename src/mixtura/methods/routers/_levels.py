@@ -8,7 +8,9 @@ from typing import final
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixtura.methods.routers._shared import best, exact, softmax
+from mixtura.methods._precision import exact
+from mixtura.methods._scores import softmax
+from mixtura.methods.routers._shared import best
 
 
 @final

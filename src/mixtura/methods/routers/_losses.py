@@ -1,4 +1,4 @@
-"""Parts of training losses that belong to routers, not to balancers: means and evenness over valid tokens."""
+"""Parts of training losses that belong to routers, not to balancers: evenness and likeness."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.methods.routers._shared import choice_shares, full_precision
-
-
-def mean_of_valid(values: Float[Tensor, " T"], valid: Bool[Tensor, " T"]) -> Float[Tensor, ""]:
-    """The mean over valid tokens; 0 where there are none."""
-    return values[valid].sum() / valid.sum().clamp(min=1)
+from mixtura.methods._precision import full_precision
+from mixtura.methods._scores import crowding
+from mixtura.methods.routers._shared import choice_shares
 
 
 def unevenness(
@@ -23,8 +20,7 @@ def unevenness(
     The form of the Switch Transformer's balancing loss: 1 when all is even, R when all go to one place
     with certainty; 0 without tokens. Only the scores have a gradient.
     """
-    shares, means = choice_shares(chosen, scores, valid)
-    return scores.shape[1] * (shares * means).sum()
+    return crowding(*choice_shares(chosen, scores, valid))
 
 
 @full_precision()
@@ -50,10 +46,3 @@ def alikeness(outputs: Float[Tensor, "T K D"]) -> Float[Tensor, " T"]:
     directions = F.normalize(outputs, dim=-1)
     cosines = directions @ directions.transpose(1, 2)
     return (cosines * (1 - torch.eye(outputs.shape[1], device=outputs.device))).mean((1, 2))
-
-
-def squared_variation(values: Float[Tensor, " E"]) -> Float[Tensor, ""]:
-    """The squared coefficient of variation: variance over squared mean; 0 where nothing is used."""
-    mean = values.mean()
-    variance = values.var(unbiased=False)
-    return torch.where(mean == 0, variance * 0, variance / mean.square().clamp(min=1e-10))

@@ -1,10 +1,8 @@
-"""Mathematics that routers share: logits, scores, choices, noise and transport."""
+"""Mathematics that routers share: choices, groups, transport and what is remembered of a sequence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -12,28 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError, check_range
-from mixtura.types import LayerShape, RouterInput
-
-# Devices on which products may be rounded without their operands being so.
-_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
-
-
-def generator_of(seed: int) -> torch.Generator:
-    """A generator of a seed, which may be any whole number."""
-    known = -(1 << 63) <= seed < 1 << 64
-    return torch.Generator().manual_seed(seed if known else seed % (1 << 64))
-
-
-def drawn(seed: int, *shape: int, scale: float = 1.0) -> nn.Parameter:
-    """A parameter from a normal distribution of variance ``scale`` over its last size."""
-    generator = generator_of(seed)
-    values = torch.randn(shape, generator=generator, device=generator.device)
-    return nn.Parameter(values * math.sqrt(scale / shape[-1]))
-
-
-def router_weight(shape: LayerShape, seed: int, scale: float = 1.0) -> nn.Parameter:
-    """Router rows ``[E, D]`` drawn from a normal distribution of variance ``scale / D``."""
-    return drawn(seed, shape.num_experts, shape.d_model, scale=scale)
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import to_sum_one
+from mixtura.types import RouterInput
 
 
 def keep(owner: nn.Module, name: str, values: Tensor, *, trained: bool = False) -> None:
@@ -45,13 +24,6 @@ def keep(owner: nn.Module, name: str, values: Tensor, *, trained: bool = False) 
         owner.register_parameter(name, nn.Parameter(values.detach()))
     else:
         owner.register_buffer(name, values.detach())
-
-
-def orthogonal(num_rows: int, width: int, seed: int, gain: float = 0.1) -> nn.Parameter:
-    """Rows of length ``gain`` at right angles, as far as ``width`` allows, turned at random."""
-    generator = generator_of(seed)
-    rows = torch.empty(num_rows, width, device=generator.device)
-    return nn.Parameter(nn.init.orthogonal_(rows, gain=gain, generator=generator))
 
 
 def check_counts(owner: str, counts: Num[Tensor, " V"], num_words: int) -> None:
@@ -83,59 +55,11 @@ def dealt(sequences: Int[Tensor, " T"], valid: Bool[Tensor, " T"], count: int) -
     return (before.clamp(min=0) * count).div(valid.sum().clamp(min=1), rounding_mode="floor")
 
 
-def exact(values: Tensor) -> Tensor:
-    """The values in float32 at least: what a router computes in whatever the model's dtype."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """A block, or as a decorator a function, whose products have the dtype of what is multiplied.
-
-    Where autocast is on, it would round them to 16 bits.
-    """
-    with ExitStack() as left:
-        for device in _AUTOCAST:
-            if torch.is_autocast_enabled(device):
-                left.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@full_precision()
-def plain_logits(x: Float[Tensor, "T D"], weight: Float[Tensor, "R D"]) -> Float[Tensor, "T R"]:
-    """Every token's product with every row, in the wider dtype of both."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return F.linear(x.to(dtype), weight.to(dtype))
-
-
-def exact_logits(x: Float[Tensor, "T D"], weight: Float[Tensor, "R D"]) -> Float[Tensor, "T R"]:
-    """Every token's product with every row, in float32 at least."""
-    return plain_logits(exact(x), exact(weight))
-
-
 def cosine_logits(
     x: Float[Tensor, "T R"], rows: Float[Tensor, "E R"], temperature: float | Tensor = 1.0
 ) -> Float[Tensor, "T E"]:
     """Cosines of tokens and expert embeddings over a temperature; 0 for a vector of zeros."""
     return exact_logits(F.normalize(exact(x), dim=-1), F.normalize(exact(rows), dim=-1)) / temperature
-
-
-def softmax(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """Probabilities over the experts, in float32 at least."""
-    return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def entropy(scores: Float[Tensor, "T E"]) -> Float[Tensor, " T"]:
-    """The entropy of each token's probabilities in nats; a probability of 0 counts as 0, in gradients too."""
-    return -(scores * scores.clamp(min=torch.finfo(scores.dtype).tiny).log()).sum(-1)
-
-
-def masked(logits: Float[Tensor, "T E"], allowed: Bool[Tensor, "T E"] | None) -> Float[Tensor, "T E"]:
-    """The logits, minus infinity where an expert is not allowed; all of them where none is."""
-    if allowed is None:
-        return logits
-    usable = allowed | ~allowed.any(-1, keepdim=True)
-    return logits.masked_fill(~usable, -torch.inf)
 
 
 def best(scores: Float[Tensor, "T E"], count: int) -> Int[Tensor, "T K"]:
@@ -187,21 +111,6 @@ def choice_shares(
     return counts / counts.sum().clamp(min=1), means
 
 
-def to_sum_one(
-    weights: Float[Tensor, "T K"], total: Float[Tensor, "T 1"] | None = None
-) -> Float[Tensor, "T K"]:
-    """Each token's weights over their sum, or over ``total``; zeros stay zeros.
-
-    A sum so small that its inverse would overflow in the way back, as that of probabilities that all
-    but vanish is, has no gradient.
-    """
-    total = weights.sum(-1, keepdim=True) if total is None else total
-    tiny = torch.finfo(weights.dtype).tiny
-    sure = total > tiny**0.8
-    lost = weights.detach() / total.detach().clamp(min=tiny)
-    return torch.where(sure, weights / torch.where(sure, total, 1.0), lost)
-
-
 def best_weighed(
     scores: Float[Tensor, "T E"], count: int, *, renormalize: bool = True
 ) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
@@ -225,24 +134,6 @@ def beside_unused(value: Tensor, *parameters: Tensor) -> Tensor:
         return value
     nothing = sum((parameter.flatten()[0] * 0.0 for parameter in parameters), value.new_zeros(()))
     return value + nothing.to(value)
-
-
-def normal_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of a tensor's shape and dtype, from a generator on any device."""
-    return torch.randn(values.shape, generator=generator, device=generator.device).to(values)
-
-
-def uniform_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise in [0, 1) of a tensor's shape and dtype, from a generator on any device."""
-    return torch.rand(values.shape, generator=generator, device=generator.device).to(values)
-
-
-def gumbel_like(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Gumbel noise of a tensor's shape and dtype, from a generator on any device."""
-    tiny = torch.finfo(torch.float32).tiny
-    drawn_values = torch.rand(values.shape, generator=generator, device=generator.device).clamp(min=tiny)
-    # The largest float32 below 1 keeps the outer logarithm finite.
-    return (-torch.log(-torch.log(drawn_values.clamp(max=1 - 2**-24)))).to(values)
 
 
 def sinkhorn(

@@ -8,16 +8,11 @@ from typing import Any, final
 
 import torch
 
+from mixtura.methods._drawing import drawn, router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best,
-    choice_shares,
-    drawn,
-    exact_logits,
-    router_weight,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best, choice_shares
 from mixtura.methods.settings import settings
 from mixtura.types import LayerShape, RouterInput, Routing
 

@@ -6,8 +6,10 @@ from typing import final
 
 import torch
 
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, softmax
+from mixtura.methods.routers._shared import best
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -6,9 +6,12 @@ from typing import final
 
 import torch
 
+from mixtura.methods._drawing import orthogonal
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._assignment import balanced
-from mixtura.methods.routers._shared import best, exact_logits, orthogonal, softmax
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

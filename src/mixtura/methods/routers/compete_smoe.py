@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import mean_of_valid, softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._losses import alikeness, mean_of_valid
-from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax, to_sum_one
+from mixtura.methods.routers._losses import alikeness
+from mixtura.methods.routers._shared import best
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.errors import SettingError, check_range
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import masked, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best_of_groups,
-    exact_logits,
-    masked,
-    present,
-    router_weight,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best_of_groups, present
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -6,15 +6,11 @@ from typing import Literal, final
 
 import torch
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best_weighed,
-    exact_logits,
-    half_up,
-    rank_in_sequence,
-    router_weight,
-    softmax,
-)
+from mixtura.methods.routers._shared import best_weighed, half_up, rank_in_sequence
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -8,9 +8,12 @@ from typing import final
 import torch
 
 from mixtura.errors import check_range
+from mixtura.methods._capacity import places_in_rounds, room
+from mixtura.methods._drawing import router_weight, uniform_like
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import places_in_rounds, room
-from mixtura.methods.routers._shared import best_weighed, exact_logits, router_weight, softmax, uniform_like
+from mixtura.methods.routers._shared import best_weighed
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -7,16 +7,11 @@ from typing import final
 
 import torch
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import entropy, softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best_weighed,
-    entropy,
-    exact_logits,
-    rank_in_sequence,
-    router_weight,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best_weighed, rank_in_sequence
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import check_counts, generator_of
+from mixtura.methods.routers._shared import check_counts
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

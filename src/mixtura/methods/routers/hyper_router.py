@@ -7,9 +7,12 @@ from typing import final
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
-from mixtura.methods.routers._shared import best, drawn, exact_logits, keep, softmax
+from mixtura.methods.routers._shared import best, keep
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import mean_of_valid
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._losses import mean_of_valid
-from mixtura.methods.routers._shared import best_weighed, drawn, exact, exact_logits, full_precision
+from mixtura.methods.routers._shared import best_weighed
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

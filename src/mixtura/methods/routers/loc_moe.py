@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError, check_range
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
-from mixtura.methods.routers._shared import best, check_parts, dealt, drawn, exact, exact_logits, softmax
+from mixtura.methods.routers._shared import best, check_parts, dealt
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

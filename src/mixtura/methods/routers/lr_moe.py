@@ -7,9 +7,11 @@ from typing import final
 from torch.nn import functional as F
 
 from mixtura.errors import UserError
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import mean_of_valid, softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._losses import mean_of_valid
-from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

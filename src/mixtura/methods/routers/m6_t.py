@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.errors import SettingError, check_range
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best_per_group, exact_logits, router_weight, softmax
+from mixtura.methods.routers._shared import best_per_group
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -8,17 +8,11 @@ import torch
 from jaxtyping import Bool, Num
 from torch import Tensor
 
+from mixtura.methods._drawing import generator_of, router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import masked, softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best,
-    check_counts,
-    exact_logits,
-    generator_of,
-    masked,
-    present,
-    router_weight,
-    softmax,
-)
+from mixtura.methods.routers._shared import best, check_counts, present
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,18 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError
+from mixtura.methods._drawing import normal_like, router_weight
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._clusters import k_means
-from mixtura.methods.routers._shared import (
-    best,
-    exact,
-    exact_logits,
-    full_precision,
-    keep,
-    normal_like,
-    router_weight,
-    softmax,
-)
+from mixtura.methods.routers._shared import best, keep
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -10,16 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import drawn, router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import mean_of_valid, softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._losses import mean_of_valid
-from mixtura.methods.routers._shared import (
-    best,
-    drawn,
-    exact_logits,
-    rank_in_sequence,
-    router_weight,
-    softmax,
-)
+from mixtura.methods.routers._shared import best, rank_in_sequence
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,18 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    beside_unused,
-    best,
-    choice_shares,
-    drawn,
-    exact,
-    exact_logits,
-    full_precision,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import beside_unused, best, choice_shares
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._remade import Remade
-from mixtura.methods.routers._shared import best, exact, exact_logits, full_precision, softmax
+from mixtura.methods.routers._shared import best
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

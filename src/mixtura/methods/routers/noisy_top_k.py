@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixtura.methods._drawing import normal_like, router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax, squared_variation
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._losses import squared_variation
-from mixtura.methods.routers._shared import best, exact_logits, normal_like, router_weight, softmax
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import exact_logits, rank_in_sequence, router_weight
+from mixtura.methods.routers._shared import rank_in_sequence
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

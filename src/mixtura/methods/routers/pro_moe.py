@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, full_precision
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, cosine_logits, drawn, exact, full_precision, softmax
+from mixtura.methods.routers._shared import best, cosine_logits
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,8 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixtura.errors import UserError
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact_logits, full_precision
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best_weighed, drawn, exact_logits, full_precision, softmax
+from mixtura.methods.routers._shared import best_weighed
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

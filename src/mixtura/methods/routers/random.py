@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixtura.methods._drawing import uniform_like
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, uniform_like
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

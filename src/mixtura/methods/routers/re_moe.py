@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import final
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import exact_logits, router_weight
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -10,9 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._capacity import limit, room
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import limit, room
-from mixtura.methods.routers._shared import best, check_parts, dealt, exact_logits, router_weight, softmax
+from mixtura.methods.routers._shared import best, check_parts, dealt
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,15 +9,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mixtura.errors import SettingError, UserError, check_range
+from mixtura.methods._drawing import router_weight, uniform_like
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best,
-    exact_logits,
-    router_weight,
-    softmax,
-    to_sum_one,
-    uniform_like,
-)
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, full_precision
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best_weighed, drawn, exact, full_precision
+from mixtura.methods.routers._shared import best_weighed
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,18 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import drawn, normal_like, router_weight
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._losses import contrast
-from mixtura.methods.routers._shared import (
-    best,
-    drawn,
-    exact,
-    exact_logits,
-    normal_like,
-    router_weight,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from typing import final
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best_weighed,
-    exact_logits,
-    router_weight,
-    sinkhorn,
-    softmax,
-)
+from mixtura.methods.routers._shared import best_weighed, sinkhorn
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

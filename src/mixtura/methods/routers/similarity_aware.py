@@ -10,17 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    attended,
-    best_weighed,
-    by_position,
-    exact,
-    exact_logits,
-    full_precision,
-    router_weight,
-    softmax,
-)
+from mixtura.methods.routers._shared import attended, best_weighed, by_position
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

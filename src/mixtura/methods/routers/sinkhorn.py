@@ -6,8 +6,11 @@ from typing import final
 
 import torch
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, router_weight, sinkhorn, softmax
+from mixtura.methods.routers._shared import best, sinkhorn
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

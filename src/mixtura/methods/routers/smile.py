@@ -6,10 +6,12 @@ from typing import final
 
 from torch import Tensor
 
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact_logits
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._levels import two_levels
 from mixtura.methods.routers._losses import unevenness
-from mixtura.methods.routers._shared import check_parts, drawn, exact_logits
+from mixtura.methods.routers._shared import check_parts
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import UserError, check_range
+from mixtura.methods._drawing import drawn, orthogonal
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import mean_of_valid, softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._losses import mean_of_valid
-from mixtura.methods.routers._shared import best, by_position, drawn, exact, exact_logits, orthogonal, softmax
+from mixtura.methods.routers._shared import best, by_position
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

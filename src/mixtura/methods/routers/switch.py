@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import final
 
+from mixtura.methods._capacity import limit, room
+from mixtura.methods._drawing import router_weight, uniform_like
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import limit, room
-from mixtura.methods.routers._shared import best, exact, exact_logits, router_weight, softmax, uniform_like
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import final
 
+from mixtura.methods._drawing import drawn, router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import to_sum_one
 from mixtura.methods.routers import Router
 from mixtura.methods.routers._levels import two_levels
 from mixtura.methods.routers._losses import unevenness
-from mixtura.methods.routers._shared import check_parts, drawn, exact_logits, router_weight, to_sum_one
+from mixtura.methods.routers._shared import check_parts
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

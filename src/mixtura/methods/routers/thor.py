@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._precision import exact
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import exact
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

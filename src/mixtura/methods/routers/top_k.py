@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import final
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import plain_logits
+from mixtura.methods._scores import masked, softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best,
-    masked,
-    plain_logits,
-    present,
-    router_weight,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best, present
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

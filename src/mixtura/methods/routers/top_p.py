@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import final
 
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import masked, softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, exact_logits, masked, present, router_weight, softmax
+from mixtura.methods.routers._shared import best, present
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -9,17 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._capacity import room
+from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import room
-from mixtura.methods.routers._shared import (
-    best_weighed,
-    exact_logits,
-    half_up,
-    rank_in_sequence,
-    router_weight,
-    sinkhorn,
-    softmax,
-)
+from mixtura.methods.routers._shared import best_weighed, half_up, rank_in_sequence, sinkhorn
 from mixtura.methods.routers._transport import sparse_plan
 from mixtura.types import LayerShape, RouterInput, Routing
 

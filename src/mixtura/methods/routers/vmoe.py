@@ -8,10 +8,12 @@ from typing import Literal, final
 import torch
 
 from mixtura.errors import check_range
+from mixtura.methods._capacity import places_in_rounds, room
+from mixtura.methods._drawing import normal_like, router_weight
+from mixtura.methods._precision import exact_logits
+from mixtura.methods._scores import softmax, squared_variation
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._capacity import places_in_rounds, room
-from mixtura.methods.routers._losses import squared_variation
-from mixtura.methods.routers._shared import best_weighed, exact_logits, normal_like, router_weight, softmax
+from mixtura.methods.routers._shared import best_weighed
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

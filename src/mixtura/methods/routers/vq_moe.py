@@ -9,17 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import drawn, router_weight
+from mixtura.methods._precision import exact, exact_logits, full_precision
+from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best,
-    drawn,
-    exact,
-    exact_logits,
-    full_precision,
-    router_weight,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best
 from mixtura.types import ExpertsHandle, LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -8,16 +8,11 @@ from typing import Literal, final
 import torch
 from torch import nn
 
+from mixtura.methods._drawing import drawn
+from mixtura.methods._precision import exact, exact_logits
+from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import (
-    best,
-    cosine_logits,
-    drawn,
-    exact,
-    exact_logits,
-    softmax,
-    to_sum_one,
-)
+from mixtura.methods.routers._shared import best, cosine_logits
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.methods.balancers._shared import violation
+from mixtura.methods._scores import violation
 from mixtura.train.arena.text import HeldOut, labels_of
 from mixtura.types import Routing
 
