@@ -204,7 +204,7 @@ def test_continuous_batching_equals_generate() -> None:
         ({"num_experts": 0}, "must be in"),
         ({"capacity": {"factr": 1.0, "factor": 1.0}}, "did you mean 'factor'"),
         ({"balancers": ["switch_los"]}, "did you mean 'switch_loss'"),
-        ({"router": "hash", "balancers": ["loss_free"]}, "takes no selection_bias"),
+        ({"router": "hash", "balancers": ["loss_free"]}, "reads no selection bias"),
         ({"pool": 3}, "does not divide"),
         ({"balancers": [{"name": "device_loss", "num_devices": 3}]}, "cannot be divided into 3 devices"),
         ({"balancers": [{"name": "moec", "num_clusters": 3}]}, "cannot be divided into 3 clusters"),
@@ -214,8 +214,8 @@ def test_continuous_batching_equals_generate() -> None:
         ({"router": None, "mixer": "dense", "balancers": ["switch_loss"]}, "every expert every token"),
         ({"router": None, "mixer": "smear", "balancers": ["global_batch"]}, "every expert every token"),
         ({"router": None, "mixer": "dense", "balancers": ["conflict_loss"]}, "every expert every token"),
-        ({"router": None, "mixer": "dense", "balancers": ["loss_free"]}, "takes no selection_bias"),
-        ({"router": "sinkhorn", "balancers": ["moec"]}, "takes no allowed"),
+        ({"router": None, "mixer": "dense", "balancers": ["loss_free"]}, "reads no selection bias"),
+        ({"router": "sinkhorn", "balancers": ["moec"]}, "does not read which experts are allowed"),
     ],
 )
 def test_what_is_wrong_is_said(moe: dict[str, Any], says: str) -> None:

@@ -341,7 +341,7 @@ def test_balancing_a_router_that_was_set() -> None:
     assert all(bias.abs().max() > 0 for bias in made.biases().values())
     model = model_of("mixtral")
     mixtura.set_router(model, "ada_moe")
-    with pytest.raises(UserError, match="AdaMoe reads no selection bias"):
+    with pytest.raises(UserError, match="ada_moe reads no selection bias"):
         mixtura.balance(model, "loss_free")
 
 

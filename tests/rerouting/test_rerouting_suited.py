@@ -19,8 +19,8 @@ REFUSED = [
     ("moec", "vmoe", "does not read which experts are allowed"),
     ("moec", "re_moe", "does not read which experts are allowed"),
     ("re_moe_l1", "top_k", "made for the router re_moe"),
-    ("erc_loss", "re_moe", "has none that are like the experts' inputs"),
-    ("erc_loss", "x_moe", "has none that are like the experts' inputs"),
+    ("erc_loss", "re_moe", "no matrix with a row for each that is like the experts' inputs"),
+    ("erc_loss", "x_moe", "no matrix with a row for each that is like the experts' inputs"),
 ]
 
 

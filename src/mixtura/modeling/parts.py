@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError
-from mixtura.methods import create, declared_tags, header
+from mixtura.methods import create, declared_tags
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
 from mixtura.modeling.layer import ExpertPool, Experts, MoELayer, SharedExpert
-from mixtura.modeling.plan import Choice, MoEPlan
+from mixtura.modeling.plan import MoEPlan
+from mixtura.modeling.suiting import Decider, require_suited
 from mixtura.types import LayerShape
 
-# Parts of a balancer's state that act through a router, and the field of its input that each becomes.
-READ_BY_ROUTERS: Mapping[str, str] = {"bias": "selection_bias", "allowed": "allowed"}
 # What seeds of parts are counted from, so that no two parts of a model draw the same numbers.
 _PARTS = {"router": 1, "experts": 2, "shared": 3, "balancer": 4}
 _STRIDE = 1_000_003
@@ -112,52 +111,14 @@ def make_balancers(plan: MoEPlan, router: Router | Mixer) -> tuple[Balancer, ...
     """The balancers of a layer.
 
     Raises:
-        UserError: one is made for another router, or its state would not reach this one.
+        UserError: one does not suit the router or mixer.
     """
-    chosen = plan.router or plan.mixer
-    assert chosen is not None
-    return tuple(_balancer(one, chosen, router) for one in plan.balancers)
-
-
-def _balancer(choice: Choice, chosen: Choice, router: Router | Mixer) -> Balancer:
-    tags = header("balancers", choice.name).tags
-    wanted = [tag.partition(":")[2] for tag in tags if tag.startswith("needs_router:")]
-    if wanted and chosen.name not in wanted:
-        raise UserError(
-            f"the balancer {choice.name} is made for the router {' or '.join(wanted)}, got {chosen.name}; "
-            "choose that router or another balancer"
-        )
-    made: Balancer = create("balancers", choice.name, **dict(choice.settings))
-    require_effect(made, choice.name, router, chosen.name)
-    return made
-
-
-def require_effect(balancer: Balancer, balancer_name: str, router: Router | Mixer, router_name: str) -> None:
-    """Refuse a balancer that could do nothing with a router or mixer.
-
-    Raises:
-        UserError: what it changes is not read, what it reads is not there, or what it evens out is even
-            whatever is learned.
-    """
-    what = "mixer" if isinstance(router, Mixer) else "router"
-    asks, offers = declared_tags(type(balancer)), declared_tags(type(router))
-    for entry, field in READ_BY_ROUTERS.items():
-        if entry in balancer.start(router.shape) and f"reads:{field}" not in offers:
-            raise UserError(
-                f"the {what} {router_name} takes no {field}, so the balancer "
-                f"{balancer_name} would change nothing; choose another balancer or {what}"
-            )
-    if isinstance(router, Mixer) and ("by_load" in asks or "alpha" in balancer.start(router.shape)):
-        raise UserError(
-            f"the mixer {router_name} gives every expert every token, so the balancer {balancer_name}, which "
-            "goes by which experts get a token, would change nothing; choose another balancer or a router"
-        )
-    if "reads:router_weight" in asks and expert_rows(router) is None:
-        raise UserError(
-            f"the {what} {router_name} scores experts by no matrix with a row for each, which the balancer "
-            f"{balancer_name} couples to the experts; choose another balancer, or a {what} such as "
-            f"{'dense' if isinstance(router, Mixer) else 'top_k'}"
-        )
+    has_rows = expert_rows(router) is not None
+    decider = Decider(method=type(router), shape=router.shape, has_rows=has_rows)
+    made: list[Balancer] = [create("balancers", one.name, **dict(one.settings)) for one in plan.balancers]
+    for balancer in made:
+        require_suited(balancer, decider)
+    return tuple(made)
 
 
 def expert_rows(router: Router | Mixer) -> Float[Tensor, "E D"] | None:

@@ -23,7 +23,7 @@ from mixtura.rerouting.experts import experts_of
 from mixtura.rerouting.passes import Pass
 from mixtura.rerouting.saving import begin_saving
 from mixtura.rerouting.seats import Seat
-from mixtura.rerouting.states import balance_of, begin, biases, require_suited
+from mixtura.rerouting.states import balance_of, begin, biases, require_each_suited
 from mixtura.types import BalancerInput, Routing
 
 Named = str | tuple[str, dict[str, Any]]
@@ -92,7 +92,7 @@ class Balance:
         ]
         seats = [s for s in rerouting.seats.values() if s.router is not None or not s.layer.hash_routed]
         for seat in seats:
-            require_suited(self.balancers, [seat], None if seat.router is None else type(seat.router))
+            require_each_suited(self.balancers, [seat], None if seat.router is None else type(seat.router))
         for seat in seats:
             begin(seat, self.balancers)
         self._counting = False

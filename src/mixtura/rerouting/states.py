@@ -1,4 +1,4 @@
-"""The states that balancers keep in each router module, and which balancers suit which routers."""
+"""The states that balancers keep in each router module, and whether balancers suit what decides in it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from mixtura.checkpoints.viewing.wrappers import is_elsewhere
-from mixtura.errors import UnsupportedModelError, UserError
-from mixtura.methods import declared_tags, load_method
+from mixtura.errors import UnsupportedModelError
+from mixtura.methods import declared_tags
 from mixtura.methods.balancers import Balancer
 from mixtura.modeling.balance import LayerBalance
-from mixtura.modeling.parts import READ_BY_ROUTERS
+from mixtura.modeling.suiting import Decider, require_suited
 from mixtura.rerouting.seats import BALANCE, Seat
 
-# What is said of a router that does not read this part of a balancer's state.
-_UNREAD = {
-    "bias": "reads no selection bias, so balancing by one has no effect",
-    "allowed": "does not read which experts are allowed, so keeping some out has no effect",
-}
 
-
-def require_suited(balancers: Sequence[Balancer], seats: Iterable[Seat], router: type[Any] | None) -> None:
+def require_each_suited(
+    balancers: Sequence[Balancer], seats: Iterable[Seat], router: type[Any] | None
+) -> None:
     """Refuse balancers that would act on nothing, or on the wrong numbers, beside a router.
 
     ``router`` is what decides, or is about to, in these seats; None for the family's own.
@@ -32,30 +28,19 @@ def require_suited(balancers: Sequence[Balancer], seats: Iterable[Seat], router:
     """
     for seat in seats:
         for one in balancers:
-            _require_suited(one, seat, router)
+            require_suited(one, _decider(seat, router))
 
 
-def _require_suited(balancer: Balancer, seat: Seat, router: type[Any] | None) -> None:
-    name, tags = type(balancer).__name__, declared_tags(type(balancer))
-    made_for = [tag.partition(":")[2] for tag in tags if tag.startswith("needs_router:")]
-    if made_for and not any(router is load_method("routers", one) for one in made_for):
-        raise UserError(
-            f"the balancer {name} is made for the router {made_for[0]}, which does not decide in layer "
-            f'{seat.layer.index}; set it in all layers first: mixtura.set_router(model, "{made_for[0]}")'
-        )
-    decider = type(seat.gate).__name__ if router is None else router.__name__
-    read = frozenset() if router is None else declared_tags(router)
-    if router is not None:
-        for part in balancer.start(seat.layer.shape):
-            if part in READ_BY_ROUTERS and f"reads:{READ_BY_ROUTERS[part]}" not in read:
-                raise UserError(f"{decider} {_UNREAD[part]}; use a balancer with a loss, such as switch_loss")
-    if "reads:router_weight" in tags:
-        own = router is None or "keeps_weights" in read
-        if not own or seat.width != seat.layer.shape.d_model:
-            raise UserError(
-                f"{name} runs experts on the router's rows, and {decider} has none that are like the "
-                "experts' inputs; use another balancer, or a router with the tag keeps_weights"
-            )
+def _decider(seat: Seat, router: type[Any] | None) -> Decider:
+    own = router is None or "keeps_weights" in declared_tags(router)
+    first = f"set it in all layers first, layer {seat.layer.index} too"
+    return Decider(
+        method=router,
+        name=type(seat.gate).__name__,
+        shape=seat.layer.shape,
+        has_rows=own and seat.width == seat.layer.shape.d_model,
+        choosing=first + ': mixtura.set_router(model, "{}")',
+    )
 
 
 def begin(seat: Seat, balancers: Sequence[Balancer]) -> None:

@@ -18,7 +18,7 @@ from mixtura.rerouting.core import Rerouting, require_layers
 from mixtura.rerouting.saving import begin_saving
 from mixtura.rerouting.seats import ROUTER, Seat
 from mixtura.rerouting.side_files import Swap
-from mixtura.rerouting.states import begin, require_suited
+from mixtura.rerouting.states import begin, require_each_suited
 
 _BACKEND = "mixtura"
 _NOT_GIVEN = {
@@ -72,7 +72,7 @@ def set_router(
     seats = require_layers(rerouting, layers)
     made = _made(router, cls, tags, seats, settings)
     balancers = next((s.balance.balancers for s in rerouting.seats.values() if s.balance is not None), ())
-    require_suited(balancers, seats, cls)
+    require_each_suited(balancers, seats, cls)
     for seat, one in zip(seats, made, strict=True):
         if "keeps_weights" not in tags:
             _freeze_own(rerouting, seat)
