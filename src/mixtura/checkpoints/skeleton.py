@@ -22,9 +22,10 @@ from transformers.core_model_loading import build_glob_alternation
 from mixtura.checkpoints.nesting import Widths, check_named
 from mixtura.checkpoints.packed import is_packed
 from mixtura.checkpoints.viewing.base import LayerView
-from mixtura.checkpoints.viewing.disk import DiskView, compute_dtype
+from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.meta import build_meta
 from mixtura.checkpoints.viewing.packed import PackedView
+from mixtura.checkpoints.viewing.reader import compute_dtype
 from mixtura.checkpoints.viewing.wrappers import experts_modules
 from mixtura.errors import UnsupportedModelError
 from mixtura.kernels import register_backend

@@ -11,8 +11,9 @@ from mixtura.checkpoints.applying.blueprint import Blueprint, is_even
 from mixtura.checkpoints.packed import FORMAT_VERSION, QUANT_METHOD
 from mixtura.checkpoints.viewing.beyond import without_prediction
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY
-from mixtura.checkpoints.viewing.disk import DiskView, compute_dtype
+from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.probe import CountField
+from mixtura.checkpoints.viewing.reader import compute_dtype
 
 # transformers reads weights from the file of this name and stops with its text where it is none.
 _REFUSAL_KEY = "transformers_weights"

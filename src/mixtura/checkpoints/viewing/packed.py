@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtura.checkpoints.nesting import Widths, check_named, layer_at
 from mixtura.checkpoints.packed import (
@@ -21,18 +20,18 @@ from mixtura.checkpoints.packed import (
     read_expert,
     read_experts_file,
 )
-from mixtura.checkpoints.viewing.base import LayerView, ModelView
+from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
-from mixtura.checkpoints.viewing.disk import CheckpointReader, DiskLayer, make_reader
-from mixtura.checkpoints.viewing.formats import stored_tensors
+from mixtura.checkpoints.viewing.disk import DiskLayer
 from mixtura.checkpoints.viewing.headers import TensorFiles
-from mixtura.checkpoints.viewing.mapping import Source, add_tied, map_sources
-from mixtura.checkpoints.viewing.meta import build_meta, model_class
-from mixtura.checkpoints.viewing.opening import no_collection, open_files
-from mixtura.checkpoints.viewing.probe import CountField, Probe, probe
+from mixtura.checkpoints.viewing.mapping import Source
+from mixtura.checkpoints.viewing.meta import build_from_config
+from mixtura.checkpoints.viewing.opening import OpenedFiles, open_files
+from mixtura.checkpoints.viewing.reader import CheckpointReader
 from mixtura.checkpoints.viewing.records import Site
 from mixtura.checkpoints.viewing.sites import find_sites
-from mixtura.errors import CheckpointError, suggest
+from mixtura.checkpoints.viewing.stored import StoredView
+from mixtura.errors import CheckpointError
 from mixtura.kernels import ExpertTensors
 from mixtura.types import LayerShape
 
@@ -84,7 +83,7 @@ class PackedLayer(LayerView):
 
 
 @final
-class PackedView(ModelView):
+class PackedView(StoredView):
     """A directory that `mixtura.checkpoints.apply` wrote in mixtura's format, opened from its headers.
 
     Layers that the plan left whole are `DiskLayer`, the others `PackedLayer`. ``bits`` says at how many
@@ -97,40 +96,15 @@ class PackedView(ModelView):
 
     def __init__(self, path: str | PathLike[str], *, bits: Widths | None = None) -> None:
         opened = open_files(path, restore=_restored)
-        self.path: Path = opened.path
-        self.files: tuple[Path, ...] = opened.files
-        self.raw_config = opened.raw_config
-        self.entries = opened.entries
-        self.records = {record.name: record for record in read_experts_file(opened.path)}
-        self._config = opened.config
-        self._config.name_or_path = str(opened.path)
-        self._meta = build_meta(model_class(self._config), self._config)
-        packed = self._check_records()
-        check_named(tuple(self.records.values()), bits)
-        self.records = {name: layer_at(record, bits) for name, record in self.records.items()}
-        with no_collection():
-            own = {name: entry for name, entry in opened.entries.items() if name not in packed}
-            self.stored = stored_tensors(own)
-            self.sources, self.unused_names = map_sources(self._meta, self.stored)
-        self._files = TensorFiles(opened.entries)
-        add_tied(self.sources, self._meta)
-        self._shapes, self._reader = make_reader(opened, self._meta, self.stored, self.sources, self._files)
+        opened.config.name_or_path = str(opened.path)
+        meta = build_from_config(opened.config)
+        records = {record.name: record for record in read_experts_file(opened.path)}
+        packed = _packed_names(opened, records)
+        check_named(tuple(records.values()), bits)
+        self.records = {name: layer_at(record, bits) for name, record in records.items()}
+        super().__init__(opened, meta, {n: entry for n, entry in opened.entries.items() if n not in packed})
         self._check_present()
         self.layers  # noqa: B018  # finding the layers checks their shapes: say so on opening
-
-    @property
-    def config(self) -> Any:
-        """The transformers config, as the source's was."""
-        return self._config
-
-    @property
-    def meta_model(self) -> nn.Module:
-        """The model on the meta device, with as many experts as the config says. Do not change it."""
-        return self._meta
-
-    @cached_property
-    def _probe(self) -> Probe:
-        return probe(self._meta, self._config)
 
     @cached_property
     def layers(self) -> tuple[DiskLayer | PackedLayer, ...]:
@@ -149,26 +123,6 @@ class PackedView(ModelView):
         shape = LayerShape(site.shape.d_model, site.shape.d_expert, record.num_experts)
         return PackedLayer(replace(site, shape=shape), self._reader, self._files, record)
 
-    @property
-    def count_fields(self) -> Mapping[str, CountField]:
-        """For each stack of MoE layers, the config field that sets its number of experts."""
-        return self._probe.fields
-
-    @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """Every name stored on disk."""
-        return tuple(self.entries)
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor by its name on disk, as it is stored. Raises `LookupError` for an unknown name."""
-        if name not in self.entries:
-            raise LookupError(f"{self.path} holds no tensor {name!r}; {suggest(name, self.entries)}")
-        return self._files.read(name)
-
-    def parameter(self, name: str) -> Tensor:
-        """One parameter outside packed experts by the model's own name, converted and decoded."""
-        return self._reader.parameter(name)
-
     @cached_property
     def stored_dtype(self) -> str:
         """How most bytes of the experts are stored: ``round_to_nearest``, ``bfloat16``, ..."""
@@ -185,25 +139,6 @@ class PackedView(ModelView):
                 sizes[str(kind)] += sum(self.entries[name].num_bytes for name in names)
         return sizes.most_common(1)[0][0]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
-        return sum(entry.num_bytes for entry in self.entries.values())
-
-    def _check_records(self) -> set[str]:
-        """On-disk names of everything in packed layers. Raises `CheckpointError` where one is missing."""
-        names: set[str] = set()
-        for record in self.records.values():
-            for number, expert in enumerate(record.experts or ()):
-                names.update(expert.tensor_names(record.name, number))
-        missing = sorted(names - self.entries.keys())
-        if missing:
-            raise CheckpointError(
-                f"{self.path} lacks {len(missing)} tensors that its {EXPERTS_FILE} names, the first "
-                f"{missing[0]}; a weight file is missing, write the model again"
-            )
-        return names
-
     def _check_present(self) -> None:
         axes = self._probe.expert_axes
         inside = {
@@ -215,6 +150,21 @@ class PackedView(ModelView):
         }
         sources = {**inside, **self.sources}
         check_present(self.path, self._meta, sources, self.stored, {*axes, *inside})
+
+
+def _packed_names(opened: OpenedFiles, records: Mapping[str, LayerRecord]) -> set[str]:
+    """On-disk names of everything in packed layers. Raises `CheckpointError` where one is missing."""
+    names: set[str] = set()
+    for record in records.values():
+        for number, expert in enumerate(record.experts or ()):
+            names.update(expert.tensor_names(record.name, number))
+    missing = sorted(names - opened.entries.keys())
+    if missing:
+        raise CheckpointError(
+            f"{opened.path} lacks {len(missing)} tensors that its {EXPERTS_FILE} names, the first "
+            f"{missing[0]}; a weight file is missing, write the model again"
+        )
+    return names
 
 
 def _restored(raw: dict[str, Any]) -> dict[str, Any]:
