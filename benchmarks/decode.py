@@ -35,16 +35,16 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTr
 
 import mixtura
 from mixtura.kernels import ExpertMatrices, NativeLayer, PackedLinear, coded_matrix, quicken, using
-from mixtura.kernels.compiled import native, num_threads
+from mixtura.kernels.compiled import num_threads
 from mixtura.kernels.linears import FewRowsLinear
 from mixtura.kernels.paths import paths_of
+from mixtura.kernels.rates import MemoryReader
 from mixtura.machine.releases import returned_cache, with_cache
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 NUM_TOKENS = (1, 4, 16, 64)
 CONTEXT, STEPS, ATTEMPTS = 16, 12, 5
 GROUP = 64
-READ_BYTES = 512 << 20
 # Rates of memory are the same where they differ by at most this share; samples at the usual one at least.
 STEADY, LEAST_USUAL = 0.1, 2
 BITS_PER_WEIGHT = {
@@ -374,15 +374,6 @@ def gguf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"blk.{number}.{renamed[module]}.weight", parameter
 
 
-def bytes_per_second(array: Tensor) -> float:
-    """The rate of one pass of our own reader over memory far larger than any cache."""
-    extension = native()
-    assert extension is not None
-    start = time.perf_counter()
-    extension.read_all(array.data_ptr(), array.nbytes, num_threads())
-    return array.nbytes / (time.perf_counter() - start)
-
-
 def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model: each contender at each number of tokens."""
     model = make_model(shape)
@@ -393,7 +384,7 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
         rivals += llama.contenders()
     if args.prepare:
         return []
-    array = torch.ones(READ_BYTES, dtype=torch.uint8)
+    memory = MemoryReader()
     rows = []
     everybody = rivals
     for num_tokens in args.tokens:
@@ -405,9 +396,9 @@ def measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
                 one.run(num_tokens)
         for turn in range(args.rounds):
             for one in rivals[turn % len(rivals) :] + rivals[: turn % len(rivals)]:
-                before = bytes_per_second(array)
+                before = memory.bytes_per_second()
                 seconds = one.run(num_tokens)
-                taken[one.name].append(Sample(seconds, before, bytes_per_second(array)))
+                taken[one.name].append(Sample(seconds, before, memory.bytes_per_second()))
         rows += [row(shape, num_tokens, one, taken) for one in rivals]
         print("\n".join(line(one) for one in rows[-len(rivals) :]), flush=True)
     return rows

@@ -38,6 +38,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import mixtura
 from mixtura.kernels.matmul import linear
+from mixtura.kernels.rates import MemoryReader
 
 RESULTS = Path(__file__).parent / "results" / "layer.json"
 OURS = "mixtura"
@@ -45,7 +46,6 @@ THEIRS = ("eager", "batched_mm", "grouped_mm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_TOKENS = (1, 4, 16, 64, 512, 2048)
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
-READ_BYTES = 256 << 20
 Clock: TypeAlias = Callable[[], float]
 
 
@@ -138,9 +138,7 @@ class Limits:
             (product, tokens[:rows]) for product in (F.linear, linear) for rows in (512, 2048)
         ]
         self._product, self._tokens = max(products, key=lambda one: max(self._rate(*one) for _ in range(4)))
-        self._array = torch.ones(READ_BYTES // 4)
-        self._rows = self._array.view(-1, 4096)
-        self._vector = torch.ones(1, 4096)
+        self._memory = MemoryReader()
 
     def _rate(self, product: Callable[..., Tensor], tokens: Tensor) -> float:
         seconds = seconds_of(lambda: product(tokens, self._weight), self._clock)
@@ -151,9 +149,8 @@ class Limits:
         return self._rate(self._product, self._tokens)
 
     def bytes_per_second(self) -> float:
-        """The rate of one pass over an array far larger than any cache, by the faster of two readers."""
-        readers = (self._array.sum, lambda: linear(self._vector, self._rows))
-        return READ_BYTES / min(seconds_of(reader, self._clock) for reader in readers)
+        """The rate of one pass over memory far larger than any cache, now."""
+        return self._memory.bytes_per_second(self._clock)
 
 
 def seconds_of(call: Callable[[], object], clock: Clock) -> float:

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import GROUP, READ_BYTES, random_matrix
+from decode import GROUP, random_matrix
 from layer import machine, spread
 from torch import Tensor
 
 import mixtura
 from mixtura.kernels import ExpertMath, ExpertMatrices, Matrix, NativeLayer, nested_matrix, using
 from mixtura.kernels.activations import Activation
-from mixtura.kernels.compiled import native, num_threads
 from mixtura.kernels.few import run_few
+from mixtura.kernels.rates import MemoryReader
 from mixtura.methods.quantizers import Encoded
 from mixtura.methods.quantizers.nested import Nested
 from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
@@ -98,17 +98,13 @@ def measure_times(rounds: int, calls: int) -> list[dict[str, Any]]:
     """Each way to store, with inputs of bfloat16 and of eight bits, for one token and for four."""
     made = stores()
     generator = torch.Generator().manual_seed(1)
-    memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-    extension = native()
-    assert extension is not None
+    memory = MemoryReader()
     cases: dict[tuple[str, int, bool], list[float]] = {
         (name, tokens, int8): [] for name in made for tokens in (1, 4) for int8 in (False, True)
     }
     rates = []
     for _ in range(rounds):
-        start = time.perf_counter()
-        extension.read_all(memory.data_ptr(), READ_BYTES, num_threads())
-        rates.append(READ_BYTES / (time.perf_counter() - start) / 1e9)
+        rates.append(memory.bytes_per_second() / 1e9)
         for (name, tokens, int8), times in cases.items():
             x = torch.randn(tokens, D_MODEL, generator=generator).bfloat16()
             weights = torch.rand(tokens, TOP_K, generator=generator)
