@@ -12,6 +12,7 @@ from families import tiny_model
 from tiny_checkpoints import run_mixtura, save_tiny
 
 from mixtura.data.tasks import sample
+from mixtura.report import human_number
 from mixtura.running.loading import load
 from mixtura.running.memory import account
 from mixtura.types import Plan
@@ -75,6 +76,17 @@ def test_plan_json_is_the_plan_that_was_applied(fitted: tuple[Path, dict]) -> No
     plan = Plan.from_json((Path(told["out"]) / "plan.json").read_text())
     assert json.loads(plan.to_json()) == told["plan"]
     assert plan.actions
+
+
+def test_the_card_says_the_measured_loss_once(fitted: tuple[Path, dict]) -> None:
+    _, told = fitted
+    card = (Path(told["out"]) / "README.md").read_text()
+    quality = told["rows"][-1]["quality"]
+    assert card.count("## Measured loss") == 1
+    assert f"- KL divergence to the source: {human_number(told['kl'])} nats per token, 95 %" in card
+    assert f"On {quality['num_tokens']:,} tokens of held-out text, which the plan was chosen by:" in card
+    assert f"- perplexity: {human_number(told['perplexity']['after'])}\n" in card
+    assert "`report.html` shows it" in card
 
 
 def test_the_measured_kl_is_that_of_the_written_model(fitted: tuple[Path, dict]) -> None:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import mixtura
 from mixtura.checkpoints.applying.blueprint import Blueprint, blueprint
-from mixtura.checkpoints.applying.card import CardFacts, Measured, model_card, name_of_source
+from mixtura.checkpoints.applying.card import CardFacts, MeasuredLoss, model_card, name_of_source
 from mixtura.checkpoints.applying.checking import check_plan
 from mixtura.checkpoints.applying.config import config_json
 from mixtura.checkpoints.applying.shards import Shard, index_json, pack_shards, write_text
@@ -53,7 +53,7 @@ def apply_plan(
     workers: int = 1,
     source_name: str | None = None,
     name: str | None = None,
-    measured: Measured | None = None,
+    measured: MeasuredLoss | None = None,
     rounded: RoundedExperts | None = None,
 ) -> Path:
     """Write the checkpoint that `plan` makes of the one in `source`, to `out`.
@@ -137,7 +137,7 @@ class _Made:
     plan: Plan
     blueprint: Blueprint
     terms: Terms
-    measured: Measured | None
+    measured: MeasuredLoss | None
 
 
 def _terms(plan: Plan, source: Path, shard_bytes: int, names: tuple[str, str]) -> Terms:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, final
 
 from mixtura.checkpoints.apply import apply_plan
+from mixtura.checkpoints.applying.card import MeasuredLoss
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.budget import Allowance
 from mixtura.fitting.clock import Clock, Notify
 from mixtura.fitting.depth import Depth
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.palette import option_of
-from mixtura.fitting.records import Measured, Request
+from mixtura.fitting.quality import ALL
+from mixtura.fitting.records import Measured, Quality, Request
 from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.texts import Texts
 from mixtura.types import Plan
@@ -65,9 +67,24 @@ def written(fit: Ongoing, plan: Plan, measured: Measured) -> Path:
             directory,
             source_name=fit.request.name or None,
             name=fit.request.out.name,
+            measured=_loss(measured.quality),
             rounded=fit.rounder.kept,
         )
     return directory
+
+
+def _loss(quality: Quality) -> MeasuredLoss:
+    """What the model card says was lost."""
+    return MeasuredLoss(
+        kl=quality.kl,
+        kl_interval=(quality.kl_low, quality.kl_high),
+        same_token=quality.equal_top,
+        perplexity=quality.perplexity[ALL],
+        num_tokens=quality.num_tokens,
+        text="held-out text",
+        chose=True,
+        details="`measured.json` has all of it, with how it was measured; `report.html` shows it.",
+    )
 
 
 def round_for(fit: Ongoing, plan: Plan) -> None:

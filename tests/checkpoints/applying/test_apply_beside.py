@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mixtura.checkpoints.apply import apply_plan
-from mixtura.checkpoints.applying.card import Measured
+from mixtura.checkpoints.applying.card import MeasuredLoss
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.view import open_model
 from mixtura.checkpoints.viewing.headers import read_header
@@ -143,14 +143,15 @@ def test_records_of_the_source_stay_behind(make_source: MakeSource, tmp_path: Pa
 
 def test_the_card_says_what_was_measured(make_source: MakeSource, tmp_path: Path) -> None:
     source = make_source("qwen3_moe")
-    measured = Measured(
+    measured = MeasuredLoss(
         kl=0.00123, kl_interval=(0.001, 0.0015), same_token=0.987, num_tokens=2048, text="the docs"
     )
     plan = Plan(checkpoint_digest(source), tuple(even_drop(source)))
     out = apply_plan(plan, source, tmp_path / "out", progress=False, measured=measured)
     card = (out / "README.md").read_text()
-    assert "KL divergence to the source: 0.0012 nats per token (95 % interval 0.001 to 0.0015)" in card
-    assert "same most likely token: 98.7%" in card
-    assert "(2048 tokens, the docs)" in card
+    assert "KL divergence to the source: 0.00123 nats per token, 95 % interval 0.001 to 0.0015\n" in card
+    assert "same most likely token: 98.7 %\n" in card
+    assert "On 2,048 tokens of the docs, which the plan was not chosen by:" in card
+    assert card.index("## Measured loss") < card.index("## Use")
     later = apply_plan(plan, source, tmp_path / "later" / "out", progress=False)
     assert "Measured" not in (later / "README.md").read_text()

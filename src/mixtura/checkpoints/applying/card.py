@@ -11,6 +11,7 @@ from typing import Any, final
 from huggingface_hub import ModelCardData, metadata_load
 
 import mixtura
+from mixtura.report import counted, human_number, human_percent
 from mixtura.report.units import format_bytes
 from mixtura.types import Plan, Quantize
 
@@ -42,22 +43,28 @@ or used from the command line: `mixtura generate {name} "a prompt"`.
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What a result was measured to lose against its source, on text that it was not chosen by.
+class MeasuredLoss:
+    """What a result was measured to lose against its source.
 
     Attributes:
         kl: the Kullback-Leibler divergence to the source, in nats per token.
         kl_interval: its 95 % interval.
         same_token: the share of tokens for which both find the same one likeliest.
+        perplexity: of the result.
         num_tokens: how many tokens of text that was.
         text: what the text was.
+        chose: whether the plan was chosen by that text, so that on other text it may lose more.
+        details: a sentence on where there is more of it.
     """
 
     kl: float
     kl_interval: tuple[float, float] | None = None
     same_token: float | None = None
+    perplexity: float | None = None
     num_tokens: int | None = None
     text: str | None = None
+    chose: bool = False
+    details: str | None = None
 
 
 @final
@@ -78,7 +85,7 @@ class CardFacts:
     num_bytes_after: int
     ordinary: bool
     left_out: tuple[str, ...] = ()
-    measured: Measured | None = None
+    measured: MeasuredLoss | None = None
 
 
 def name_of_source(source: Path) -> str:
@@ -117,11 +124,11 @@ def model_card(facts: CardFacts) -> str:
         "",
         *_dropped_lines(facts.plan),
         *_left_out_lines(facts),
-        *_measured_lines(facts.measured),
         f"Every {'other ' if facts.left_out else ''}tensor outside the experts is the source's, byte for "
         f"byte{_except_routers(facts.plan)}. "
         "`plan.json` says what was done to each expert.",
         "",
+        *_measured_lines(facts.measured),
         "## Use",
         "",
         load,
@@ -193,21 +200,25 @@ def _left_out_lines(facts: CardFacts) -> list[str]:
     ]
 
 
-def _measured_lines(measured: Measured | None) -> list[str]:
+def _measured_lines(measured: MeasuredLoss | None) -> list[str]:
     if measured is None:
         return []
     interval = (
         ""
         if measured.kl_interval is None
-        else " (95 % interval {:.2g} to {:.2g})".format(*measured.kl_interval)
+        else ", 95 % interval {} to {}".format(*map(human_number, measured.kl_interval))
     )
-    lines = [f"- KL divergence to the source: {measured.kl:.2g} nats per token{interval}"]
+    lines = [f"- KL divergence to the source: {human_number(measured.kl)} nats per token{interval}"]
     if measured.same_token is not None:
-        lines.append(f"- same most likely token: {measured.same_token:.1%}")
-    where = [] if measured.num_tokens is None else [f"{measured.num_tokens} tokens"]
-    where += [] if measured.text is None else [measured.text]
-    of = f" ({', '.join(where)})" if where else ""
-    return [f"Measured against the source on text that it was not chosen by{of}:", "", *lines, ""]
+        lines.append(f"- same most likely token: {human_percent(measured.same_token)}")
+    if measured.perplexity is not None:
+        lines.append(f"- perplexity: {human_number(measured.perplexity)}")
+    much = "" if measured.num_tokens is None else f"{counted(measured.num_tokens, 'token')} of "
+    chosen = "was" if measured.chose else "was not"
+    lines = [f"On {much}{measured.text or 'text'}, which the plan {chosen} chosen by:", "", *lines, ""]
+    if measured.details is not None:
+        lines += [measured.details, ""]
+    return ["## Measured loss", "", *lines]
 
 
 def _except_routers(plan: Plan) -> str:
