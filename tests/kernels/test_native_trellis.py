@@ -9,8 +9,8 @@ from mixtura.kernels import Matrix, isas, trellis_matrix, using
 from mixtura.kernels.coding import decode_compiled, search_compiled
 from mixtura.kernels.compiled import native
 from mixtura.kernels.crossing import multiply
-from mixtura.methods.quantizers._codebooks import codebook
-from mixtura.methods.quantizers._trellis import Columns, Stored, decode_plainly, search_plainly
+from mixtura.methods._codebooks import codebook
+from mixtura.methods._trellis import Columns, Stored, decode_plainly, search_plainly
 
 pytestmark = pytest.mark.skipif(native() is None, reason="mixtura is installed without its compiled kernels")
 

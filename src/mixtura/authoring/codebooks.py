@@ -10,8 +10,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 import mixtura.kernels.coding  # noqa: F401 - searches are compiled then
-from mixtura.methods.quantizers import _codebooks
-from mixtura.methods.quantizers._trellis import NUM_WINDOWS, Columns, search, windows_of
+from mixtura.methods import _codebooks
+from mixtura.methods._trellis import NUM_WINDOWS, Columns, search, windows_of
 
 RATES = (8, 12, 16, 20, 24, 28, 32, 40, 48)
 _COLUMNS, _ROWS = 256, 1024

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixtura.kernels.compiled import NUMBERS, native, options, rows_of, way_for
 from mixtura.kernels.matrices import trellis_matrix
-from mixtura.methods.quantizers._trellis import (
+from mixtura.methods._trellis import (
     ROWS,
     Columns,
     Searched,

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mixtura.kernels.compiled import NUMBERS, native
-from mixtura.methods.quantizers._codebooks import codebook
+from mixtura.methods._codebooks import codebook
 
 _FORMATS: Final = {8: 2, 4: 3, 2: 4}
 _NESTED_FORMATS: Final = {8: 5, 4: 6}

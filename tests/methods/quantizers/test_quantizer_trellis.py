@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import SettingError
-from mixtura.methods.quantizers._codebooks import codebook
-from mixtura.methods.quantizers._trellis import Columns, new_bits, ring_of, search_plainly, windows_of
+from mixtura.methods._codebooks import codebook
+from mixtura.methods._trellis import Columns, new_bits, ring_of, search_plainly, windows_of
 from mixtura.methods.quantizers.trellis import Trellis
 
 BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError, check_range
+from mixtura.methods._codebooks import codebook
+from mixtura.methods._trellis import ROWS, Columns, Stored, decode, search, windows_of
 from mixtura.methods.quantizers import Encoded, Quantizer
-from mixtura.methods.quantizers._codebooks import codebook
 from mixtura.methods.quantizers._feedback import Compensation, fitted_scales, round_columns
-from mixtura.methods.quantizers._trellis import ROWS, Columns, Stored, decode, search, windows_of
 
 METHOD = {
     "paper": None,
