@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mixtura.authoring.contracts import relabelled, sample_trace
 from mixtura.authoring.contracts._compare import same
-from mixtura.errors import UserError
+from mixtura.errors import UnknownNameError, UserError
 from mixtura.types.trace import Trace
 
 
@@ -90,3 +90,28 @@ def test_relabelling_back_is_the_same_trace() -> None:
     moved = relabelled(trace, orders)
     assert not same(moved, trace)
     assert same(relabelled(moved, [order.argsort() for order in orders]), trace)
+
+
+def test_the_part_of_a_domain_keeps_only_its_own() -> None:
+    whole = sample_trace(num_layers=1, num_experts=2, top_k=1)
+    layer = replace(whole.layers[0], counts=torch.tensor([[10, 0], [1, 2]]))
+    part = replace(whole, num_tokens=(10, 3), layers=(layer,)).of("code")
+    assert (part.domains, part.num_tokens) == (("code",), (3,))
+    (only,) = part.layers
+    assert only.counts.tolist() == [[1, 2]]
+    assert torch.equal(only.weight_sums, layer.weight_sums[1:])
+    assert all(torch.equal(only.statistics[name], layer.statistics[name][1:]) for name in layer.statistics)
+    assert (only.coactivation, only.transitions, only.choices) == (None, None, None)
+    with pytest.raises(UnknownNameError, match="did you mean 'code'"):
+        whole.of("coed")
+
+
+def test_totals_are_means_times_counts() -> None:
+    layer = replace(
+        sample_trace(num_layers=1, num_experts=2, top_k=1).layers[0],
+        counts=torch.tensor([[4, 0], [1, 2]]),
+        statistics={"output_norm": torch.tensor([[2.0, 0.0], [3.0, 0.5]])},
+    )
+    assert layer.total("output_norm").tolist() == [[8.0, 0.0], [3.0, 1.0]]
+    with pytest.raises(UserError, match="no statistic 'output_nrm'"):
+        layer.total("output_nrm")

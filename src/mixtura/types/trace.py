@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixtura.errors import UserError, suggest
+from mixtura.errors import UnknownNameError, UserError, suggest
 from mixtura.types import LayerShape
 
 _VERSION = "1"
@@ -76,6 +76,15 @@ class LayerTrace:
             return values.amax(0)
         return (values * self.counts).sum(0) / self.counts.sum(0).clamp(min=1)
 
+    def total(self, name: str) -> Float[Tensor, "M E"]:
+        """A statistic added up over each expert's assignments, by domain; not for a maximum.
+
+        Raises:
+            UserError: the pass did not record it.
+        """
+        self.statistic(name)
+        return self.statistics[name].double() * self.counts
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +115,32 @@ class Trace:
             if layer.index == index:
                 return layer
         raise UserError(f"layer {index} has no experts; the MoE layers are {[x.index for x in self.layers]}")
+
+    def of(self, domain: str) -> Trace:
+        """The part that one domain's text made, to plan for that domain alone.
+
+        Co-activation, transitions and choices are not kept by domain, and are absent.
+
+        Raises:
+            UnknownNameError: the trace has no such domain.
+        """
+        if domain not in self.domains:
+            raise UnknownNameError("domain in this trace", domain, self.domains)
+        place = self.domains.index(domain)
+        only = slice(place, place + 1)
+        layers = tuple(
+            replace(
+                layer,
+                counts=layer.counts[only],
+                weight_sums=layer.weight_sums[only],
+                statistics={name: values[only] for name, values in layer.statistics.items()},
+                coactivation=None,
+                transitions=None,
+                choices=None,
+            )
+            for layer in self.layers
+        )
+        return replace(self, domains=(domain,), num_tokens=self.num_tokens[only], layers=layers)
 
     def save(self, path: Path) -> None:
         """Write the trace as one safetensors file, its scalars in the header."""

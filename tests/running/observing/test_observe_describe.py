@@ -8,7 +8,7 @@ import pytest
 import torch
 from report_pages import assert_self_contained
 
-from mixtura.running.observing.describe import describe, of_domain
+from mixtura.running.observing.describe import describe
 from mixtura.running.observing.report import layer_by_domain_rows, layer_rows, observation_page
 from mixtura.types import LayerShape
 from mixtura.types.trace import LayerTrace, Trace
@@ -71,14 +71,6 @@ def test_load_is_told_for_all_text_and_by_domain() -> None:
     assert described.load.rows[0]["max_over_mean"] == pytest.approx(1.0)
     assert described.load_by_domain["a"].rows[0]["dead"] == 1
     assert layer_by_domain_rows(described) == (["layer", "a", "b"], [["3", "0.000 (1)", "0.918 (0)"]])
-
-
-def test_the_part_of_a_domain_keeps_only_its_own() -> None:
-    whole = trace_of([[10, 0], [1, 2]], [5, 1], coactivation=torch.ones((2, 2), dtype=torch.int64))
-    part = of_domain(whole, 1)
-    assert (part.domains, part.num_tokens) == (("b",), (1,))
-    assert part.layers[0].counts.tolist() == [[1, 2]]
-    assert part.layers[0].coactivation is None
 
 
 def test_page_shows_a_map_for_all_text_each_domain_and_each_statistic() -> None:

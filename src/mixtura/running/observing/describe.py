@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, final
 
 import torch
@@ -102,30 +102,10 @@ def describe(trace: Trace) -> Description:
     return Description(
         trace=trace,
         load=load.measure(trace),
-        load_by_domain={
-            name: load.measure(of_domain(trace, number)) for number, name in enumerate(trace.domains)
-        },
+        load_by_domain={name: load.measure(trace.of(name)) for name in trace.domains},
         specialisation=tuple(_specialisation(layer) for layer in trace.layers),
         specialists=_specialists(trace),
     )
-
-
-def of_domain(trace: Trace, number: int) -> Trace:
-    """The part of a trace that one domain's text made; pairs of experts are not kept by domain."""
-    only = slice(number, number + 1)
-    layers = tuple(
-        replace(
-            layer,
-            counts=layer.counts[only],
-            weight_sums=layer.weight_sums[only],
-            statistics={name: values[only] for name, values in layer.statistics.items()},
-            coactivation=None,
-            transitions=None,
-            choices=None,
-        )
-        for layer in trace.layers
-    )
-    return replace(trace, domains=trace.domains[only], num_tokens=trace.num_tokens[only], layers=layers)
 
 
 def _shares(layer: LayerTrace) -> Float[Tensor, "M E"]:
