@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from abc import ABC
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, final
 
 from mixtura.errors import UserError, suggest
@@ -42,7 +42,11 @@ __all__ = [
     "Result",
     "RouterInput",
     "Routing",
+    "VLLM_ROUTER_COUNTS",
 ]
+
+# Experts of a layer that the fused router kernel of vLLM for DeepSeek-V4 was built for; it refuses others.
+VLLM_ROUTER_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
 
 
 @final
@@ -52,11 +56,18 @@ class Budget:
 
     ``num_bytes`` is for the model's weights alone (what a `Plan` changes); what context and
     working buffers need has been taken off before.
+
+    Attributes:
+        protected: by decoder layer, experts that must stay whatever a method makes of them.
+        counts: how many experts a layer may have after a drop, such as `VLLM_ROUTER_COUNTS`, where what
+            is to run the result does not take every number; a model that needs no drop stays as it is.
     """
 
     num_bytes: int | None = None
     num_experts: int | None = None
     max_kl: float | None = None
+    protected: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("num_bytes", "num_experts") if getattr(self, name) is not None]

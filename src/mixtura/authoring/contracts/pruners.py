@@ -95,10 +95,11 @@ def check_impossible_budget(method: Subject) -> None:
             use(method.create(), (trace, budget))
         except BudgetError as error:
             numbers = [int(number) for number in re.findall(r"\d+", str(error))]
-            field = "num_experts" if budget.num_experts is not None else "num_bytes"
-            least = 3 if field == "num_experts" else 3 * len(trace.layers) * _EXPERT_NUM_BYTES
+            in_bytes = 3 * len(trace.layers) * _EXPERT_NUM_BYTES
+            enough = Budget(num_experts=3) if budget.num_bytes is None else Budget(num_bytes=in_bytes)
+            least = enough.num_experts or enough.num_bytes
             require(least in numbers, f"the error must say the smallest budget, {least}: {error}")
-            use(method.create(), (trace, replace(budget, **{field: least})))
+            use(method.create(), (trace, enough))
         else:
             require(
                 False, f"{budget} leaves fewer experts than a token chooses, yet no BudgetError is raised"
@@ -135,6 +136,30 @@ def check_unseen_experts_have_a_score(method: Subject) -> None:
         )
         kept = _kept(trace, use(method.create(), (replace(trace, layers=layers), budget)))
         require(all(len(e) == budget.num_experts for e in kept.values()), f"unseen experts: keeps {kept}")
+
+
+def check_protected_experts_stay(method: Subject) -> None:
+    """Experts that the budget protects stay, whatever the method makes of them."""
+    trace = _trace(method, 18)
+    free = _kept(trace, use(method.create(), (trace, Budget(num_experts=3))))
+    protected = {
+        layer.index: tuple(e for e in range(_NUM_EXPERTS) if e not in free[layer.index])[:2]
+        for layer in trace.layers
+    }
+    kept = _kept(trace, use(method.create(), (trace, Budget(num_experts=3, protected=protected))))
+    for index, experts in kept.items():
+        require(
+            len(experts) == 3 and experts >= set(protected[index]),
+            f"layer {index} is to keep 3 experts, {protected[index]} among them, and keeps {experts}",
+        )
+
+
+def check_only_counts_that_may_be(method: Subject) -> None:
+    """Where the budget names the numbers a layer may have, the largest of them that fits is kept."""
+    trace = _trace(method, 19)
+    for wanted, expected in ((7, 4), (4, 4), (3, 2), (8, 8)):
+        kept = _kept(trace, use(method.create(), (trace, Budget(num_experts=wanted, counts=(2, 4)))))
+        require({len(experts) for experts in kept.values()} == {expected}, f"of {wanted}: {kept}")
 
 
 def _kept(trace: Trace, plan: Plan) -> dict[int, set[int]]:
