@@ -197,6 +197,8 @@ BROKEN = [
     ("pruners", "check_only_drops", "trace, budget,", "trace.__class__, budget,"),
     ("pruners", "check_relabelling", "layer.weight_sums.sum(0)", "layer.weight_sums.sum(0).cumsum(0)"),
     ("pruners", "check_unseen_experts_have_a_score", "weight_sums.sum(0)", "weight_sums.sum(0).log()"),
+    ("pruners", "check_protected_experts_stay", "trace, budget,", "trace, Budget(num_experts=3),"),
+    ("pruners", "check_only_counts_that_may_be", "trace, budget,", "trace, Budget(num_experts=7),"),
     ("quantizers", "check_shapes_and_dtypes", ".to(dtype)", ".float()"),
     ("quantizers", "check_loses_less_than_everything", '["scales"]).to', '["scales"]).neg().to'),
     ("quantizers", "check_predicted_bytes_are_written", "cols + 4", "cols + 2"),
@@ -225,6 +227,13 @@ BROKEN = [
     ("statistics", "check_one_number_per_assignment", ".mean(-1)", ".mean(-1)[:1]"),
     ("statistics", "check_assignments_are_independent", ".mean(-1)", ".mean(-1).cumsum(0)"),
     ("statistics", "check_low_precision", "outputs.float().abs()", "outputs.square().square()"),
+    ("statistics", "check_fields_are_known", '"title": "Mine"', '"title": "Mine", "tags": ["reads:rooted"]'),
+    (
+        "statistics",
+        "check_one_factor_per_choice",
+        '"title": "Mine"',
+        '"title": "Mine", "tags": ["reads:routed"]',
+    ),
 ]
 
 
@@ -363,3 +372,23 @@ def test_a_broken_bias_is_found(tmp_path: Path, check: str, old: str, new: str) 
 def test_a_balancer_that_does_nothing_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Mine must define loss or update"):
         run("balancer", balancer_by_bias(tmp_path, "    pass\n"))
+
+
+@pytest.mark.parametrize(
+    ("check", "made"),
+    [
+        ("check_one_factor_per_choice", "tokens.weights[:, :1]"),
+        ("check_one_factor_per_choice", "tokens.weights / 0"),
+        ("check_one_factor_per_choice", "tokens.weights.mul_(2)"),
+        ("check_factors_are_independent", "tokens.weights.cumsum(0)"),
+        ("check_factors_are_independent", "tokens.chosen.float()[:, -1:] + tokens.weights"),
+    ],
+)
+def test_a_broken_factor_is_found(tmp_path: Path, check: str, made: str) -> None:
+    (path,) = new_method("statistics", "mine", tmp_path)
+    tagged = path.read_text().replace('"title": "Mine"', '"title": "Mine", "tags": ["reads:weights"]')
+    for factor, status in (("tokens.weights", "pass"), (made, "fail")):
+        own = f"    def factor(self, tokens):\n        return {factor}\n\n    def measure("
+        path.write_text(tagged.replace("    def measure(", own))
+        (outcome,) = run("statistics", str(path), only=[check])
+        assert outcome.status == status, outcome.reason

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mixtura.authoring.contracts._compare import same
 from mixtura.authoring.contracts._core import Subject, require
-from mixtura.methods.statistics import Statistic
+from mixtura.methods.statistics import LayerTokens, Statistic
 
 _SIZES = (12, 16)
+_NUM_EXPERTS, _TOP_K = 6, 3
 
 
 def arguments() -> tuple[()]:
@@ -57,3 +62,71 @@ def check_low_precision(method: Subject) -> None:
         found = use(statistic, tuple(part.to(dtype) for part in exact))  # type: ignore[arg-type]
         require(torch.isfinite(found).all(), f"numbers overflow in {dtype}")
         require(torch.allclose(found.float(), expected.float(), rtol=0.05), f"numbers are off in {dtype}")
+
+
+def check_fields_are_known(method: Subject) -> None:
+    """Every tag ``reads:FIELD`` names a field of `LayerTokens`."""
+    known = {field.name for field in fields(LayerTokens)}
+    for tag in method.header.tags:
+        prefix, _, name = tag.partition(":")
+        require(
+            prefix == "reads" and name in known, f"the tag {tag!r} is not known; fields are {sorted(known)}"
+        )
+
+
+def check_one_factor_per_choice(method: Subject) -> None:
+    """One finite factor for each choice of each token, and none for no tokens."""
+    if not method.header.tags:
+        return
+    statistic: Statistic = method.create()
+    tokens = sample_tokens(method, 13)
+    given = sample_tokens(method, 13)
+    factor = statistic.factor(given)
+    require(factor.shape == tokens.chosen.shape, "there must be one factor per token and choice")
+    require(torch.isfinite(factor[tokens.chosen < _NUM_EXPERTS]).all(), "factors must be finite")
+    require(same(given, tokens), "the method changed what it was given in place")
+    require(statistic.factor(_rows(tokens, slice(0, 0))).shape == (0, _TOP_K), "no tokens, no factors")
+
+
+def check_factors_are_independent(method: Subject) -> None:
+    """A token's factors do not depend on the other tokens, nor on choices it did not make."""
+    if not method.header.tags:
+        return
+    statistic: Statistic = method.create()
+    tokens = sample_tokens(method, 14)
+    present = tokens.chosen < _NUM_EXPERTS
+    whole, part = statistic.factor(tokens), statistic.factor(_rows(tokens, slice(3, 7)))
+    require(torch.allclose(whole[3:7][present[3:7]], part[present[3:7]]), "a part of the batch gives others")
+    bare = replace(tokens, chosen=tokens.chosen[:, :-1], weights=tokens.weights[:, :-1])
+    fewer = replace(tokens, chosen=tokens.chosen.clone(), weights=tokens.weights.clone())
+    fewer.chosen[:, -1], fewer.weights[:, -1] = _NUM_EXPERTS, 0.0
+    here = present[:, :-1]
+    found, wanted = statistic.factor(fewer)[:, :-1][here], statistic.factor(bare)[here]
+    require(torch.allclose(found, wanted), "an absent choice changes the factors of the others")
+
+
+def sample_tokens(method: Subject, seed: int) -> LayerTokens:
+    """A batch with the fields alone that the method's tags name; the last token is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens, width = _SIZES
+    logits = torch.randn(num_tokens, _NUM_EXPERTS, generator=generator)
+    weights, chosen = logits.softmax(-1).topk(_TOP_K)
+    weights[-1], chosen[-1] = 0.0, _NUM_EXPERTS
+    residual, routed = (torch.randn(num_tokens, width, generator=generator) for _ in range(2))
+    wanted = method.tagged("reads")
+    return LayerTokens(
+        chosen=chosen,
+        weights=weights,
+        residual=residual if "residual" in wanted else None,
+        routed=routed if "routed" in wanted else None,
+        logits=logits if "logits" in wanted else None,
+    )
+
+
+def _rows(tokens: LayerTokens, rows: slice) -> LayerTokens:
+    held: dict[str, Any] = {
+        name: value[rows]
+        for field in fields(tokens)
+        if (value := getattr(tokens, name := field.name)) is not None
+    }
+    return LayerTokens(**held)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
 import torch
@@ -22,7 +22,8 @@ from mixtura.kernels import AssignmentObserver
 from mixtura.methods import create, header
 from mixtura.report.screen import screen
 from mixtura.running.observing.attach import Several, attached
-from mixtura.running.observing.recorder import Cursor, LayerRecorder
+from mixtura.running.observing.catching import catching
+from mixtura.running.observing.recorder import Cursor, LayerRecorder, fields_read
 from mixtura.types.trace import Trace
 
 Observers = Callable[[LayerView], AssignmentObserver | None]
@@ -50,10 +51,20 @@ def observe_model(
         raise UserError("there is no text to observe: every position is padding; give at least one token")
     # A statistic given as the path of its file is kept under its name.
     measures = {header("statistics", name).name: create("statistics", name) for name in statistics}
-    cursor, num_domains = Cursor(), len(tokens.domain_names)
-    recorders = [LayerRecorder(r, cursor, num_domains, measures, keep_choices=keep_choices) for r in layers]
+    cursor, num_domains, fields = Cursor(), len(tokens.domain_names), fields_read(measures.values())
     batches = _packed(tokens).split(batch_tokens or DEFAULT_BATCH_TOKENS)
-    with _bar(tokens.num_tokens, progress) as advance:
+    with _bar(tokens.num_tokens, progress) as advance, ExitStack() as stack:
+        recorders = [
+            LayerRecorder(
+                layer,
+                cursor,
+                num_domains,
+                measures,
+                caught=stack.enter_context(catching(module, layer, fields)),
+                keep_choices=keep_choices,
+            )
+            for layer in layers
+        ]
         ticker = _Ticker(cursor, len(recorders), advance)
         watching = {r.layer.name: Several([r, *_extra(r.layer, observers), ticker]) for r in recorders}
         # What was compiled before does not know of the observers.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixtura.checkpoints.viewing.base import LayerView
-from mixtura.errors import CheckpointError
-from mixtura.methods.statistics import Statistic
+from mixtura.errors import CheckpointError, UnsupportedModelError
+from mixtura.methods import declared_tags
+from mixtura.methods.statistics import LayerTokens, Statistic
+from mixtura.running.observing.catching import Caught
 from mixtura.types.trace import LayerTrace
 
 _MAXIMUM_PREFIX = "max_"
@@ -38,11 +40,29 @@ class Cursor:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the statistics made of one expert's rows in the batch that runs."""
+
+    expert: int
+    token_ids: Int[Tensor, " N"]
+    numbers: Mapping[str, Float[Tensor, " N"]]
+
+
+@final
 class LayerRecorder:
     """Adds up what happens in one MoE layer; an `mixtura.kernels.AssignmentObserver`.
 
     Memory is bounded by the layer's sizes: sums in float64, counts in int64, whatever the length of
     the text. Only ``keep_choices`` grows with it.
+
+    Args:
+        layer: what is recorded.
+        cursor: where in the text the running batch is.
+        num_domains: M.
+        statistics: what to take of every assignment, by name.
+        caught: where the layer's residual stream and logits are left for statistics that read them.
+        keep_choices: also keep every token's experts.
     """
 
     def __init__(
@@ -52,11 +72,14 @@ class LayerRecorder:
         num_domains: int,
         statistics: Mapping[str, Statistic],
         *,
+        caught: Caught | None = None,
         keep_choices: bool = False,
     ) -> None:
         self.layer = layer
         self._cursor = cursor
         self._statistics = statistics
+        self._fields = {name: fields_read([statistic]) for name, statistic in statistics.items()}
+        self._caught = Caught() if caught is None else caught
         num_experts = layer.shape.num_experts
         size = (num_domains, num_experts)
         self._counts = torch.zeros(size, dtype=torch.int64)
@@ -66,7 +89,8 @@ class LayerRecorder:
         self._coactivation = torch.zeros((num_experts, num_experts), dtype=torch.int64)
         self._transitions: Tensor | None = None
         self._choices: list[Tensor] | None = [] if keep_choices else None
-        self._measured: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._measured: list[_Rows] = []
+        self._tokens: LayerTokens | None = None
 
     @property
     def _num_experts(self) -> int:
@@ -79,7 +103,6 @@ class LayerRecorder:
         top_k_weights: Float[Tensor, "T K"],
     ) -> None:
         """Count the choices of a batch."""
-        del hidden
         cursor = self._cursor
         index = top_k_index.detach().cpu().to(torch.int64)
         weights = top_k_weights.detach().cpu().to(torch.float64)
@@ -97,6 +120,8 @@ class LayerRecorder:
         cursor.previous = (self, chosen)
         if self._choices is not None:
             self._choices.append(chosen.to(torch.int32))
+        if any(self._fields.values()):
+            self._tokens = self._tokens_of(hidden, index, top_k_weights)
 
     def followed_by(
         self, later: LayerRecorder, chosen: Int[Tensor, "R K"], later_chosen: Int[Tensor, "R K2"]
@@ -120,22 +145,69 @@ class LayerRecorder:
         """Take the statistics of one expert's rows."""
         if not self._statistics or token_ids.numel() == 0:
             return
-        rows = tuple(_widened(tensor.detach()) for tensor in (inputs, outputs, weights))
+        rows = inputs, outputs, weights = tuple(_widened(one.detach()) for one in (inputs, outputs, weights))
         measured = {name: statistic.measure(*rows) for name, statistic in self._statistics.items()}
-        cells = self._cursor.domains[token_ids.cpu()] * self._num_experts + expert
-        self._measured.append((cells, measured))
+        self._measured.append(_Rows(expert, token_ids.cpu(), measured))
+        if self._tokens is not None and self._tokens.routed is not None:
+            self._tokens.routed.index_add_(0, token_ids, outputs * weights[:, None])
 
     def finish(self) -> None:
         """Add the batch's statistics to the sums."""
         if self._measured:
-            cells = torch.cat([cells for cells, _ in self._measured])
+            tokens = torch.cat([rows.token_ids for rows in self._measured])
+            experts = torch.cat([torch.full_like(rows.token_ids, rows.expert) for rows in self._measured])
+            cells = self._cursor.domains[tokens] * self._num_experts + experts
+            factors = self._factors(tokens, experts)
             for name, values in self._values.items():
-                new = torch.cat([measured[name] for _, measured in self._measured]).to("cpu", torch.float64)
+                new = torch.cat([rows.numbers[name] for rows in self._measured]).to("cpu", torch.float64)
+                new = new * factors.get(name, 1.0)
                 if _is_maximum(name):
                     values.view(-1).scatter_reduce_(0, cells, new, "amax")
                 else:
                     values.view(-1).index_add_(0, cells, new)
-        self._measured = []
+        self._measured, self._tokens = [], None
+        self._caught.residual = self._caught.logits = None
+
+    def _tokens_of(
+        self, hidden: Float[Tensor, "T D"], index: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
+    ) -> LayerTokens:
+        """What the statistics read of the batch's tokens, the sum of their experts still nothing."""
+        wanted = set().union(*self._fields.values())
+        found: dict[str, Tensor] = {}
+        for name in ("residual", "logits"):
+            value = getattr(self._caught, name)
+            if name in wanted and value is not None:
+                found[name] = _widened(value.detach())
+        if "routed" in wanted:
+            found["routed"] = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for name, value in found.items():
+            fits = hidden.shape if name == "residual" else (len(hidden), value.shape[-1])
+            if tuple(value.shape) != tuple(fits):
+                raise UnsupportedModelError(
+                    f"the experts of layer {self.layer.index} are given rows of the size "
+                    f"{tuple(hidden.shape)} and its {name} has {tuple(value.shape)}; take statistics that do "
+                    f"not read the {name}"
+                )
+        chosen = index.to(hidden.device)
+        weights = _widened(weights.detach()).masked_fill(chosen >= self._num_experts, 0.0)
+        return LayerTokens(chosen=chosen, weights=weights, **found)
+
+    def _factors(
+        self, tokens: Int[Tensor, " N"], experts: Int[Tensor, " N"]
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """By statistic, what the number of each assignment is multiplied by; absent where by nothing."""
+        whole = self._tokens
+        if whole is None:
+            return {}
+        places = (whole.chosen.cpu()[tokens] == experts[:, None]).int().argmax(1)
+        found = {}
+        for name, read in self._fields.items():
+            if read:
+                given = {field: getattr(whole, field) for field in ("residual", "routed", "logits")}
+                given = {field: value if field in read else None for field, value in given.items()}
+                factor = self._statistics[name].factor(replace(whole, **given))
+                found[name] = factor.to("cpu", torch.float64)[tokens, places]
+        return found
 
     def check_finite(self) -> None:
         """Raise `CheckpointError` if the router's weights or a statistic became NaN or infinite."""
@@ -169,6 +241,12 @@ class LayerRecorder:
             transitions=None if self._transitions is None else self._transitions.clone(),
             choices=None if self._choices is None else torch.cat(self._choices),
         )
+
+
+def fields_read(statistics: Iterable[Statistic]) -> frozenset[str]:
+    """The fields of `LayerTokens` that any of some statistics reads, by their tags."""
+    tags = (tag for statistic in statistics for tag in declared_tags(type(statistic)))
+    return frozenset(tag.removeprefix("reads:") for tag in tags if tag.startswith("reads:"))
 
 
 def _is_maximum(name: str) -> bool:
