@@ -105,6 +105,26 @@ FAULTS = (
         "caches",
     ),
     Fault(
+        "observing: every choice of a token is multiplied by the first one's factor",
+        'factor.to("cpu", torch.float64)[tokens, places]',
+        'factor.to("cpu", torch.float64)[tokens, 0 * places]',
+        "test_observe_pruners.py",
+        "statistics_of_whole_layers",
+    ),
+    Fault(
+        "observing: the residual is what the norm made, not what it was given",
+        "return before.reshape(-1, before.shape[-1])",
+        "return after.reshape(-1, after.shape[-1])",
+        "test_observe_pruners.py",
+        "statistics_of_whole_layers",
+    ),
+    Fault(
+        "pruning: protected experts are dropped like any",
+        "wanted[list(protected)] = torch.inf",
+        "wanted[list(protected)] += 0",
+        "test_pruners_budget.py",
+    ),
+    Fault(
         "observing: all domains are counted as the first",
         "cells = (cursor.domains[:, None] * self._num_experts + index)[present]",
         "cells = (0 * cursor.domains[:, None] + index)[present]",

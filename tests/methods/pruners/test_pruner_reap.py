@@ -77,3 +77,18 @@ def test_a_score_that_is_not_finite_is_reported() -> None:
     trace = trace_of([[5, 5, 5, 5], [0, 0, 0, 0]], [[1.0, float("nan"), 1.0, 1.0], [0.0] * 4])
     with pytest.raises(UserError, match="layer 0 has a score that is not finite"):
         Reap().plan(trace, Budget(num_experts=3))
+
+
+def test_renormalized_reads_its_own_statistic() -> None:
+    trace = sample_trace(num_layers=1, num_experts=4, top_k=1).of("code")
+    layer = replace(
+        trace.layers[0],
+        statistics={
+            "weighted_output_norm": torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
+            "renormalized_output_norm": torch.tensor([[4.0, 3.0, 2.0, 1.0]]),
+        },
+        counts=torch.full((1, 4), 5),
+    )
+    trace = replace(trace, layers=(layer,))
+    assert Reap().plan(trace, Budget(num_experts=3)).dropped() == {0: (0,)}
+    assert Reap(renormalize=True).plan(trace, Budget(num_experts=3)).dropped() == {0: (3,)}
