@@ -1,4 +1,4 @@
-"""`mixtura arena`: train the same small model with every method of a kind and compare."""
+"""`mixtura arena`: train the same small model with every method of a kind, or prune one with every pruner."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mixtura.cli._places import check_folder
-from mixtura.errors import SettingError
+from mixtura.errors import SettingError, UnknownNameError, UserError
 
 if TYPE_CHECKING:
+    from mixtura.fitting.arena.standings import Standing as Pruned
     from mixtura.train.arena.standings import Standing
+
+_PRUNERS = "pruners"
 
 
 def arena(
-    kind: str = typer.Argument(help="routers, balancers or mixers."),
-    only: str = typer.Option("", help="Names with commas between; top_k always takes part."),
-    seeds: int = typer.Option(3, min=1, help="Trainings of each method."),
-    tokens: int = typer.Option(400_000, min=1, help="Tokens of each training."),
+    kind: str = typer.Argument(help="routers, balancers, mixers or pruners."),
+    only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
+    seeds: int = typer.Option(3, min=1, help="Trainings of each method; of pruners, texts to prune by."),
+    tokens: int | None = typer.Option(
+        None, min=1, help="Tokens of each training (400,000), or that pruners observe (24,576)."
+    ),
     model: Path | None = typer.Option(
-        None, help="YAML file of sizes (hidden_size, num_experts, ...) in place of the small model's."
+        None,
+        help="YAML file of sizes (hidden_size, num_experts, ...) in place of the small model's; of pruners, "
+        "the directory of a checkpoint in place of the specimen.",
     ),
     out: Path = typer.Option(Path("arena"), help="Directory of the page, the table and the picture."),
     runs: Path = typer.Option(Path("build/arena"), help="Directory of the results of single runs."),
-    threads: int | None = typer.Option(None, min=1, help="CPU threads to train with."),
+    threads: int | None = typer.Option(None, min=1, help="CPU threads to work with."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON list of objects."),
 ) -> None:
     """Train the same small model with every method of a kind, on the same text, and compare.
 
-    Runs that are done are kept: the same command goes on where it was stopped.
+    Of pruners: keep three quarters, a half and a quarter of a model's experts by every criterion, and
+    measure what is left. Runs that are done are kept: the same command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """
@@ -41,32 +49,47 @@ def arena(
         raise SettingError(f"--only takes names with commas between, got {only!r}")
     check_folder(out)
     check_folder(runs)
-    import torch
+    from mixtura.train.arena.entries import KINDS
 
-    from mixtura.train.arena.run import Contest, hold
-    from mixtura.train.arena.scale import Scale
+    if kind not in (*KINDS, _PRUNERS):
+        raise UnknownNameError("kind in the arena", kind, (*KINDS, _PRUNERS))
+    import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
-    contest = Contest(
-        kind=kind,
-        only=names,
-        num_seeds=seeds,
-        num_tokens=tokens,
-        scale=Scale.read(model) if model else Scale(),
-        runs=runs,
-        out=out,
-    )
+    shared = {"only": names, "num_seeds": seeds, "runs": runs, "out": out}
+    if tokens is not None:
+        shared["num_tokens"] = tokens
     try:
-        table = hold(contest, lambda line: typer.echo(line, err=True))
+        table: list[Any] = _prune(model, shared) if kind == _PRUNERS else _train(kind, model, shared)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the runs in {runs}", err=True)
         raise
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
         return
-    _print(table)
+    _print_pruned(table) if kind == _PRUNERS else _print(table)
     typer.echo(f"the page is {out / kind}.md", err=True)
+
+
+def _train(kind: str, model: Path | None, shared: dict[str, Any]) -> list[Standing]:
+    from mixtura.train.arena.run import Contest, hold
+    from mixtura.train.arena.scale import Scale
+
+    scale = Scale.read(model) if model else Scale()
+    return hold(Contest(kind=kind, scale=scale, **shared), _notify)
+
+
+def _prune(model: Path | None, shared: dict[str, Any]) -> list[Pruned]:
+    from mixtura.fitting.arena.run import Contest, hold
+
+    if model is not None and not model.is_dir():
+        raise UserError(f"--model of the arena of pruners takes the directory of a checkpoint, got {model}")
+    return hold(Contest(model=model, **shared), _notify)
+
+
+def _notify(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _print(table: Iterable[Standing]) -> None:
@@ -79,3 +102,14 @@ def _print(table: Iterable[Standing]) -> None:
         said = one.error if bits is None else one.verdict
         rows.append([one.name, shown, said + ("  (leaking)" if one.leaks else "")])
     show_table(screen(), ["name", "bits per byte", "verdict"], rows, left=(0, 2))
+
+
+def _print_pruned(table: Iterable[Pruned]) -> None:
+    from mixtura.report.screen import screen, show_table
+
+    rows = [
+        [f"{one.keep:.0%}", one.name, f"{one.values['kl']:.4f}", f"{one.ratio:.2f}", one.verdict]
+        for one in table
+    ]
+    heads = ["experts", "name", "KL", "to frequency", "verdict"]
+    show_table(screen(), heads, rows, left=(1, 4))

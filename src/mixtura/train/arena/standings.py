@@ -56,13 +56,13 @@ def standings(results: Sequence[Mapping[str, Any]], baselines: Sequence[str]) ->
     }
     pairs = {name: _differences(runs, reference) for name, runs in by_name.items() if name != REFERENCE}
     leaking = {name for name, runs in by_name.items() if any(one.get("leaks") for one in runs)}
-    chances = _chances({name: found for name, found in pairs.items() if name not in leaking})
+    corrected = chances({name: found for name, found in pairs.items() if name not in leaking})
     made = [
         _standing(
             name,
             runs,
             pairs.get(name, []),
-            chances.get(name),
+            corrected.get(name),
             baseline=name in baselines,
             leaks=name in leaking,
         )
@@ -77,7 +77,7 @@ def _differences(runs: Sequence[Mapping[str, Any]], reference: Mapping[int, floa
     ]
 
 
-def _chances(pairs: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def chances(pairs: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Each entry's p-value by Student's t with a common spread, corrected by Holm's step-down rule."""
     groups = {name: one for name, one in pairs.items() if one}
     degrees = sum(len(one) - 1 for one in groups.values())
@@ -103,7 +103,7 @@ def _chance(difference: float, error: float, degrees: int) -> float:
     return float(2 * stats.t.sf(abs(difference) / error, degrees))
 
 
-def _half_width(values: Sequence[float]) -> float | None:
+def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95% interval of the mean; None with one value."""
     from scipy import stats
 
@@ -129,7 +129,7 @@ def _standing(
         return Standing(name, len(good), {}, None, None, None, "not trained", baseline, False, why)
     known = [key for key in MEANS if all(one.get(key) is not None for one in good)]
     means = {key: statistics.fmean(one[key] for one in good) for key in known}
-    half = _half_width([one["bits_per_byte"] for one in good])
+    half = half_width([one["bits_per_byte"] for one in good])
     difference = statistics.fmean(pairs) if pairs else None
     verdict = _verdict(name, difference, chance, leaks)
     return Standing(name, len(good), means, half, difference, chance, verdict, baseline, leaks)
