@@ -1,0 +1,1 @@
+"""GGUF files: an ordinary checkpoint as llama.cpp reads it, written tensor by tensor."""
