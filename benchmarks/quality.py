@@ -67,6 +67,10 @@ OURS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("round_to_nearest", {"bits": 8}),
     ("round_to_nearest", {"bits": 4}),
     ("round_to_nearest", {"bits": 2}),
+    ("gptq", {"bits": 8}),
+    ("gptq", {"bits": 4}),
+    ("gptq", {"bits": 2}),
+    *(("trellis", {"bits": bits}) for bits in (6, 5, 4, 3.5, 3, 2.5, 2, 1.5)),
 )
 
 
@@ -95,8 +99,7 @@ def ours(name: str, settings: Mapping[str, Any], calibrated: bool) -> Contender:
     quantizer = create("quantizers", name, **settings)
 
     def rounded(weight: Tensor, moments: Tensor) -> Tensor:
-        importance = moments.diagonal() if calibrated else None
-        return quantizer.decode(quantizer.encode(weight, importance), weight.dtype)
+        return quantizer.decode(quantizer.encode(weight, moments if calibrated else None), weight.dtype)
 
     said = ", ".join(f"{key}={value}" for key, value in settings.items())
     return Contender(f"{name} {said}", "mixtura", calibrated, rounded, quantizer.bits_per_weight)

@@ -5,7 +5,7 @@ them is first used.
 
 >>> import mixtura
 >>> mixtura.names("quantizers")
-('nested', 'round_to_nearest')
+('gptq', 'nested', 'round_to_nearest', 'trellis')
 """
 
 from __future__ import annotations

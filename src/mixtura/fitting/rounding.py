@@ -107,11 +107,12 @@ class Rounder:
         if not missing:
             return
         self._look_at(layer)
-        threads = torch.get_num_threads()
+        # PyTorch's own number may be held down while a model runs.
+        threads, workers = torch.get_num_threads(), num_threads()
         try:
             # The work is in many small operators: experts side by side use processors better.
             torch.set_num_threads(1)
-            with ThreadPoolExecutor(max(1, min(num_threads_of(threads), len(missing)))) as pool:
+            with ThreadPoolExecutor(min(workers, len(missing))) as pool:
                 for _ in pool.map(lambda item: self._round(layer, *item), missing.items()):
                     pass
         finally:
@@ -214,11 +215,6 @@ def rounder_for(view: CheckpointView, journal: Journal) -> Rounder:
     model = build(view)
     modules: list[Any] = [model.get_submodule(layer.name) for layer in view.layers]
     return Rounder(journal, view.layers, map(math_of, modules))
-
-
-def num_threads_of(threads: int) -> int:
-    """Threads to round on where PyTorch uses so many."""
-    return max(1, min(threads, num_threads()))
 
 
 def decode_as(encodings: Encodings, option: int, like: ExpertTensors, *, transposed: bool) -> ExpertTensors:
