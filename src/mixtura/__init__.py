@@ -38,6 +38,7 @@ _PUBLIC = {
     "MixturaConfig": "mixtura.modeling.family",
     "MixturaForCausalLM": "mixtura.modeling.family",
     "export": "mixtura.modeling.family",
+    "export_gguf": "mixtura.running.gguf",
     "fit": "mixtura.fitting",
     "register_backend": "mixtura.kernels",
     "set_router": "mixtura.rerouting",

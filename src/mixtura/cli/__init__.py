@@ -25,6 +25,7 @@ COMMANDS = (
     "doctor",
     "observe",
     "generate",
+    "export",
     "train",
     "arena",
     "methods",

@@ -20,7 +20,11 @@ from mixtura.errors import UserError
 
 _LIBRARY = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
 
+# Types that the package gguf writes, without importance.
+_BY_PACKAGE = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
+
+@final
 class _Traits(ctypes.Structure):
     """What the library says of a type, as far as it is read here."""
 
@@ -98,12 +102,11 @@ def check_writable(kind: StorageType) -> None:
     """
     if kind.is_plain or llama_library() is not None:
         return
-    package = gguf_package()
-    if package.quants._type_traits.get(package.GGMLQuantizationType(kind.number)) is None or kind.block > 32:
+    if kind.name not in _BY_PACKAGE:
         raise UserError(
             f"the type {kind.name} is written by llama.cpp's own library, which is not installed; "
-            f"give: pip install 'mixtura[llama]' (it compiles for some minutes), or choose q8_0, q5_1, q5_0, "
-            f"q4_1 or q4_0"
+            f"give: pip install 'mixtura[llama]' (it compiles for some minutes), or choose one of "
+            f"{', '.join(_BY_PACKAGE)}"
         )
 
 

@@ -1,0 +1,140 @@
+"""How large the inputs of every matrix are on calibration text: what llama.cpp calls an importance matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mixtura.checkpoints.skeleton import CheckpointView
+from mixtura.checkpoints.viewing.base import LayerView
+from mixtura.data.tokens import TokenBatch
+from mixtura.kernels import ExpertMath
+from mixtura.kernels.backend import math_of
+from mixtura.kernels.matmul import linear
+from mixtura.running.observing.attach import attached
+from mixtura.running.observing.recorder import Cursor
+from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
+
+Report = Callable[[int, int], None]
+
+
+def input_squares(
+    view: CheckpointView, tokens: TokenBatch, report: Report | None = None
+) -> Mapping[str, Float[Tensor, " C"]]:
+    """The mean square of each input feature of every matrix, over the tokens that reach it.
+
+    By the name of a linear layer (``model.layers.0.self_attn.q_proj``, ``lm_head``); of an expert's
+    matrices by ``NAME.EXPERT.up`` (gate and up have the same inputs) and ``NAME.EXPERT.down``. An expert that
+    no token reached has the mean of its layer's. The model runs layer by layer from disk.
+
+    Args:
+        view: the checkpoint.
+        tokens: calibration text.
+        report: called after each batch with how many are done and how many there are.
+    """
+    streamed = Streamed(view)
+    cursor, sums = Cursor(), _Sums()
+    observers = {
+        layer.name: _ExpertInputs(layer, math_of(streamed.model.get_submodule(layer.name)), sums)
+        for layer in view.layers
+    }
+    batches = list(streamed.batches(*tokens.input_ids.shape, max_bytes=DEFAULT_WORKING_BYTES))
+    with ExitStack() as stack:
+        for name, module in streamed.model.named_modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_pre_hook(_watching(name, cursor, sums)).remove)
+        stack.enter_context(attached(streamed.model, observers, cursor))
+        for number, rows in enumerate(batches):
+            mask = tokens.attention_mask[rows]
+            valid = mask.bool().reshape(-1)
+            cursor.move(valid, torch.zeros(valid.shape, dtype=torch.int64))
+            states = streamed.hidden(tokens.input_ids[rows], mask)
+            sums.add("lm_head", states.flatten(0, 1)[valid])
+            if report is not None:
+                report(number + 1, len(batches))
+    found = sums.means()
+    for layer in view.layers:
+        for part in ("up", "down"):
+            names = [f"{layer.name}.{expert}.{part}" for expert in range(layer.num_experts)]
+            reached = [found[name] for name in names if name in found]
+            if reached:
+                usual = torch.stack(reached).mean(0)
+                found |= {name: usual for name in names if name not in found}
+    return found
+
+
+@final
+class _Sums:
+    """Squares of inputs added up, and how many rows there were, by name."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, name: str, rows: Float[Tensor, "n C"]) -> None:
+        """Add some rows of inputs."""
+        if rows.shape[0] == 0:
+            return
+        squares = rows.float().square().sum(0)
+        self._squares[name] = self._squares[name] + squares if name in self._squares else squares
+        self._rows[name] = self._rows.get(name, 0) + rows.shape[0]
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean squares."""
+        return {name: squares / self._rows[name] for name, squares in self._squares.items()}
+
+
+def _watching(name: str, cursor: Cursor, sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that adds what a linear layer is given, padding left out."""
+
+    def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        del module
+        rows = inputs[0].detach().flatten(0, -2)
+        sums.add(name, rows[cursor.valid] if rows.shape[0] == cursor.valid.shape[0] else rows)
+
+    return add
+
+
+@final
+class _ExpertInputs:
+    """Adds up what the two matrices of each expert of a layer are multiplied with.
+
+    An `mixtura.kernels.AssignmentObserver`.
+    """
+
+    def __init__(self, layer: LayerView, math: ExpertMath, sums: _Sums) -> None:
+        self._layer, self._math, self._sums = layer, math, sums
+
+    def start(
+        self,
+        hidden: Float[Tensor, "T D"],
+        top_k_index: Int[Tensor, "T K"],
+        top_k_weights: Float[Tensor, "T K"],
+    ) -> None:
+        """Nothing is asked of whole batches."""
+
+    def expert(
+        self,
+        expert: int,
+        token_ids: Int[Tensor, " n"],
+        weights: Float[Tensor, " n"],
+        inputs: Float[Tensor, "n D"],
+        outputs: Float[Tensor, "n D"],
+    ) -> None:
+        """Add an expert's rows."""
+        del weights, outputs
+        if token_ids.numel() == 0:
+            return
+        tensors, dtype = self._layer.native_expert(expert), inputs.dtype
+        bias = None if tensors.up_bias is None else tensors.up_bias.to(dtype)
+        hidden = self._math.activation(linear(inputs, self._math.matrix(tensors.up.to(dtype)), bias))
+        self._sums.add(f"{self._layer.name}.{expert}.up", inputs)
+        self._sums.add(f"{self._layer.name}.{expert}.down", hidden)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
