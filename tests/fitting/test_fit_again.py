@@ -30,7 +30,8 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Request, dict[str
 
 
 def held(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in work.iterdir()}
+    files = (path for path in work.rglob("*") if path.is_file())
+    return {str(path.relative_to(work)): path.read_bytes() for path in files}
 
 
 def measured(work: dict[str, bytes]) -> list[str]:

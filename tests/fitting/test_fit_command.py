@@ -139,8 +139,9 @@ def test_estimate_reads_headers_only(fitted: tuple[Path, dict], tmp_path: Path) 
     told = json.loads(done.stdout)
     names = [option["name"] for option in told["options"]]
     assert names[0] == "unchanged"
-    sizes = [option["accounted_bytes"] for option in told["options"][:4]]
-    assert sizes == sorted(sizes, reverse=True)
+    # Codes of a trellis come in strips of 64 rows, which experts this small do not fill.
+    sizes = [option["accounted_bytes"] for option in told["options"]]
+    assert sizes[0] == max(sizes)
     assert told["seconds"] > 0
     assert not (tmp_path / "no").exists()
 
