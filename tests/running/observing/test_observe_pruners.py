@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from recording import expert_output, record, text
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.view import drop_experts, masked, open_model
 from mixtura.data.tokens import TokenBatch
 from mixtura.errors import UnsupportedModelError
 from mixtura.methods import create, header, names
 from mixtura.running.observing import observe
+from mixtura.running.observing.checkpoint import observe_checkpoint
 from mixtura.types import Budget, Plan
 from mixtura.types.trace import Trace
 
@@ -284,6 +287,17 @@ def test_padding_and_batches_change_no_statistic_of_whole_layers() -> None:
         for one, two in zip(alone.layers, other.layers, strict=True):
             for name in STATISTICS:
                 torch.testing.assert_close(one.statistics[name], two.statistics[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_checkpoint_on_disk_gives_the_same_loaded_or_streamed(tmp_path: Path, stream: bool) -> None:
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    view = open_checkpoint(tmp_path)
+    found = observe_checkpoint(view, TEXT, statistics=STATISTICS, stream=stream, batch_tokens=40)
+    for one, two in zip(observe(model, TEXT, statistics=STATISTICS).layers, found.layers, strict=True):
+        for name in STATISTICS:
+            torch.testing.assert_close(one.statistics[name], two.statistics[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
