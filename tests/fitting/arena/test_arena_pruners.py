@@ -192,6 +192,21 @@ def test_a_contest_is_kept_and_goes_on(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_shares_that_routing_cannot_do_with_are_left_out(tmp_path: Path) -> None:
+    # Two groups, of which a token needs two experts each.
+    save_tiny(tmp_path / "grouped", "deepseek_v3")
+    said: list[str] = []
+    contest = Contest(
+        only=("reap",), num_seeds=1, num_tokens=300, model=tmp_path / "grouped", sizes=SMALL,
+        runs=tmp_path / "runs", out=tmp_path / "out",
+    )  # fmt: skip
+    table = hold(contest, said.append)
+    assert {one.keep for one in table} == {0.75, 0.5}
+    assert sum("25% of the experts are left out" in line for line in said) == 1
+    assert "25% of the experts" not in (tmp_path / "out/pruners.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_command(tiny: Path, tmp_path: Path) -> None:
     places = ("--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--model", str(tiny))
     done = run_mixtura("arena", "pruners", "--only", "reap", "--seeds", "1", "--tokens", "300", *places)

@@ -10,7 +10,7 @@ from datetime import date
 from typing import Any
 
 from mixtura.fitting.arena.entries import REFERENCE, Entry, entries
-from mixtura.fitting.arena.standings import KEEPS, MIDDLE, Standing
+from mixtura.fitting.arena.standings import MIDDLE, Standing
 from mixtura.fitting.quality import ALL
 from mixtura.report import counted
 
@@ -53,7 +53,7 @@ def markdown(table: Sequence[Standing], original: Mapping[str, Any], facts: Mapp
     """The page: what was run, a table for each share of the experts, and calibration on other domains."""
     seeds = counted(facts["num_seeds"], "seed")
     texts = ["# The arena: pruners", _ABOUT.format(**facts, **_here(), seeds=seeds), _SIZE]
-    for keep in KEEPS:
+    for keep in dict.fromkeys(one.keep for one in table):
         texts += [
             f"## {keep:.0%} of the experts",
             _table([one for one in table if one.keep == keep], original),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from mixtura import specimen
-from mixtura.errors import SettingError, check_range
+from mixtura.errors import BudgetError, SettingError, check_range
 from mixtura.fitting.arena.entries import Entry, entries
 from mixtura.fitting.arena.exam import Sizes
 from mixtura.fitting.arena.measured import BOTH, Case, Measurements, Notify
@@ -55,7 +55,7 @@ def hold(contest: Contest, notify: Notify) -> list[Standing]:
 
     Raises:
         UnknownNameError: a name does not take part.
-        BudgetError: a quarter of the experts is fewer than a token chooses from.
+        BudgetError: not even three quarters of the experts are enough for a token to choose from.
         CheckpointError: the model cannot be read.
         UnsupportedModelError: it is one that mixtura cannot work on.
     """
@@ -68,17 +68,32 @@ def hold(contest: Contest, notify: Notify) -> list[Standing]:
         [name for entry in taking_part for name in entry.statistics],
         notify,
     )
-    cases = [
-        (case, measured.plan(case))
-        for seed in range(contest.num_seeds)
-        for case in _cases(taking_part, seed, measured.trace(seed).domains)
-    ]
+    cases = _planned(contest, taking_part, measured, notify)
     missing = [(case, plan) for case, plan in cases if measured.known(plan, case.seed, case.parts) is None]
     for number, (case, plan) in enumerate(missing, start=1):
         found = measured.measure(plan, case.seed, case.parts)
         notify(f"{number}/{len(missing)} {case.said}: KL {found['kl']:.4f}")
     results = [_row(case, measured.measure(plan, case.seed, case.parts)) for case, plan in cases]
     return _publish(contest, measured, results)
+
+
+def _planned(
+    contest: Contest, taking_part: tuple[Entry, ...], measured: Measurements, notify: Notify
+) -> list[tuple[Case, Plan]]:
+    """Every case with its plan; shares of the experts that routing cannot do with are left out."""
+    planned: list[tuple[Case, Plan]] = []
+    refused: dict[float, BudgetError] = {}
+    for seed in range(contest.num_seeds):
+        for case in _cases(taking_part, seed, measured.trace(seed).domains):
+            try:
+                planned.append((case, measured.plan(case)))
+            except BudgetError as error:
+                if case.keep not in refused:
+                    notify(f"{case.keep:.0%} of the experts are left out: {error}")
+                refused[case.keep] = error
+    if not planned:
+        raise refused[max(refused)]
+    return [(case, plan) for case, plan in planned if case.keep not in refused]
 
 
 def _cases(taking_part: tuple[Entry, ...], seed: int, domains: tuple[str, ...]) -> Iterator[Case]:
@@ -112,7 +127,8 @@ def _publish(contest: Contest, measured: Measurements, results: list[dict[str, A
         "tokens": contest.num_tokens,
         "num_seeds": contest.num_seeds,
     }
-    table = [one for keep in KEEPS for one in standings(results, keep)]
+    measured_keeps = {row["keep"] for row in results}
+    table = [one for keep in KEEPS if keep in measured_keeps for one in standings(results, keep)]
     contest.out.mkdir(parents=True, exist_ok=True)
     page = contest.out / "pruners.md"
     page.write_text(markdown(table, original, facts), encoding="utf-8")
