@@ -9,7 +9,7 @@ from tiny_checkpoints import run_fresh
 
 COMMANDS = {
     "observe": ("observe", "no/such/model"),
-    "arena": ("arena", "nothing"),
+    "arena": ("arena", "routers", "--only", "nothing"),
     "train": ("train", "train.yaml", "--out", "out"),
     "check": ("check", "cache", "lru"),
 }
