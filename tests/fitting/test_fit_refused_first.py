@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from tiny_checkpoints import save_tiny
+from tiny_plans import mixed_widths, write
 
-from mixtura.errors import UserError
+from mixtura.errors import OutputError, UnsupportedModelError, UserError
 from mixtura.fitting import Request, estimate_fit, fit
 from mixtura.fitting.ongoing import work_directory
 
@@ -22,9 +23,9 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("refused") / "tiny")
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("begin", [fit, estimate_fit])
@@ -38,3 +39,21 @@ def test_a_generation_config_that_cannot_be_used(
         begin(request)
     assert not work_directory(request).exists()
     assert not request.out.exists()
+
+
+@pytest.mark.parametrize("begin", [fit, estimate_fit])
+def test_a_result_in_place_of_its_source(
+    begin: Callable[[Request], Any], source: Path, tmp_path: Path
+) -> None:
+    result = write(source, tmp_path / "result", *mixed_widths(source))
+    request = Request(model=result, out=tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match="already in the mixtura format"):
+        begin(request)
+    assert not work_directory(request).exists()
+
+
+def test_an_output_directory_in_the_source(source: Path) -> None:
+    before = sorted(source.iterdir())
+    with pytest.raises(OutputError, match="lies inside it"):
+        fit(Request(model=source, out=source / "out"))
+    assert sorted(source.iterdir()) == before

@@ -22,19 +22,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 import mixtura
 from mixtura.checkpoints.applying.blueprint import Blueprint, blueprint
 from mixtura.checkpoints.applying.card import CardFacts, MeasuredLoss, model_card, name_of_source
-from mixtura.checkpoints.applying.checking import check_plan
+from mixtura.checkpoints.applying.checking import check_plan, check_source
 from mixtura.checkpoints.applying.config import config_json
 from mixtura.checkpoints.applying.shards import Shard, index_json, pack_shards, write_text
 from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
 from mixtura.checkpoints.digest import checkpoint_digest
-from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json, is_packed
+from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json
 from mixtura.checkpoints.rounded import RoundedExperts
-from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
 from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
-from mixtura.errors import MixturaError, OutputError, SettingError, UnsupportedModelError, UserError
+from mixtura.errors import MixturaError, OutputError, SettingError, UserError
 from mixtura.report.screen import screen
 from mixtura.types import Plan
 
@@ -96,11 +95,7 @@ def apply_plan(
     if shard_bytes < 1 or workers < 1:
         raise SettingError(f"shard_bytes and workers must be at least 1, got {shard_bytes} and {workers}")
     check_place(out, source)
-    if is_packed(source):
-        raise UnsupportedModelError(
-            f"{source} is already in the mixtura format; apply one plan with all changes to the original"
-        )
-    require_alone(source, "the result")
+    check_source(source)
     view = DiskView(source)
     names = (source_name or name_of_source(source), name or out.absolute().name)
     terms = _terms(plan, source, shard_bytes, names)

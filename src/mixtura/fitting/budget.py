@@ -7,6 +7,8 @@ from typing import final
 
 import numpy as np
 
+from mixtura.checkpoints.applying.checking import check_source
+from mixtura.checkpoints.applying.staging import check_apart
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.checkpoints.summary import summarize
 from mixtura.errors import BudgetError, UnmetError
@@ -67,10 +69,12 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
         runtime: bytes of the bare runtime, if they are known; measured otherwise.
 
     Raises:
-        UserError: the model cannot generate, which a fit does at its end.
+        UserError: what a fit does at its end would be refused: writing to the place, changing a model that
+            must be changed, or generating with it.
         BudgetError: the budget is smaller than the runtime alone.
         UnmetError: no budget was given, and no plan makes the model smaller.
     """
+    check_apart(request.out, view.path)
     require_generating(view)
     context, notes = _context(request, view)
     taken = account(view, context)
@@ -94,6 +98,8 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
             f"without any model, {format_bytes(bare)}; give more, or budget the model alone with "
             f"--model-memory"
         )
+    if taken.total_bytes > left:
+        check_source(view.path)
     summary = summarize(view)
     routed = sum(layer.top_k * layer.expert_num_bytes for layer in summary.layers)
     return Allowance(

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+from mixtura.checkpoints.packed import is_packed
 from mixtura.checkpoints.viewing.base import LayerView, ModelView
-from mixtura.errors import UserError
+from mixtura.checkpoints.viewing.beside import require_alone
+from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.methods import create
 from mixtura.types import Drop, Plan, Quantize
+
+
+def check_source(source: Path) -> None:
+    """Refuse a checkpoint that no plan is applied to.
+
+    Raises:
+        UnsupportedModelError: a plan was applied to it already, or what lies beside it changes the model.
+    """
+    if is_packed(source):
+        raise UnsupportedModelError(
+            f"{source} is already in the mixtura format; apply one plan with all changes to the original"
+        )
+    require_alone(source, "the result")
 
 
 def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:

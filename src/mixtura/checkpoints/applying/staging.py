@@ -228,6 +228,17 @@ def check_place(out: Path, source: Path) -> None:
 
     A directory that an earlier run moved to its place just before it was stopped is let through.
     """
+    check_apart(out, source)
+    out = out.expanduser().absolute()
+    partial = out.with_name(out.name + PARTIAL_SUFFIX)
+    if (out.exists() and not out.is_dir()) or (_has_content(out) and not partial.is_dir()):
+        raise _exists(out)
+    if not _is_writable(out):
+        raise OutputError(f"{out} cannot be written: no permission; choose another output directory")
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raise `OutputError` where an output directory would be the source or in it."""
     out = out.expanduser().absolute()
     resolved, inside = out.resolve(), source.resolve()
     if resolved == inside or inside in resolved.parents:
@@ -235,11 +246,6 @@ def check_place(out: Path, source: Path) -> None:
             f"the output directory {out} is the source or lies inside it, and the source is never changed; "
             f"choose another"
         )
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    if (out.exists() and not out.is_dir()) or (_has_content(out) and not partial.is_dir()):
-        raise _exists(out)
-    if not _is_writable(out):
-        raise OutputError(f"{out} cannot be written: no permission; choose another output directory")
 
 
 def _exists(out: Path) -> OutputError:
