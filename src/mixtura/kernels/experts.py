@@ -46,6 +46,15 @@ class ExpertMath:
         """A view of ``weight`` (of one expert or several) as [..., outputs, inputs]."""
         return weight.mT if self.transposed else weight
 
+    def hidden(self, x: Float[Tensor, "n D"], tensors: ExpertTensors) -> Float[Tensor, "n F"]:
+        """What goes into an expert's second matrix."""
+        return self.activation(linear(x, self.matrix(tensors.up), tensors.up_bias))
+
+    def outputs(self, hidden: Float[Tensor, "n F"], tensors: ExpertTensors) -> Float[Tensor, "n D"]:
+        """What an expert's second matrix makes of that, before weighting."""
+        made = linear(hidden, self.matrix(tensors.down), tensors.down_bias)
+        return made if self.post is None else self.post(made)
+
 
 @final
 class StackedExperts:
@@ -116,7 +125,7 @@ def _one_by_one(
         token_ids = dispatch.rows[start:stop]
         inputs = x.index_select(0, token_ids)
         tensors = store.get(expert, x.dtype)
-        hidden = math.activation(linear(inputs, math.matrix(tensors.up), tensors.up_bias))
+        hidden = math.hidden(inputs, tensors)
         ran = outputs[start:stop]
         linear_into(ran, hidden, math.matrix(tensors.down), tensors.down_bias)
         if math.post is not None:

@@ -27,6 +27,10 @@ class ExpertTensors(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> ExpertTensors:
+        """The weights in a dtype."""
+        return ExpertTensors(*(None if tensor is None else tensor.to(dtype) for tensor in self))  # type: ignore[arg-type]
+
 
 @runtime_checkable
 class ExpertStore(Protocol):

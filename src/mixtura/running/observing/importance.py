@@ -15,7 +15,6 @@ from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.data.tokens import TokenBatch
 from mixtura.kernels import ExpertMath
 from mixtura.kernels.backend import math_of
-from mixtura.kernels.matmul import linear
 from mixtura.running.observing.attach import attached
 from mixtura.running.observing.recorder import Cursor
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
@@ -130,9 +129,7 @@ class _ExpertInputs:
         del weights, outputs
         if token_ids.numel() == 0:
             return
-        tensors, dtype = self._layer.native_expert(expert), inputs.dtype
-        bias = None if tensors.up_bias is None else tensors.up_bias.to(dtype)
-        hidden = self._math.activation(linear(inputs, self._math.matrix(tensors.up.to(dtype)), bias))
+        hidden = self._math.hidden(inputs, self._layer.native_expert(expert).to(inputs.dtype))
         self._sums.add(f"{self._layer.name}.{expert}.up", inputs)
         self._sums.add(f"{self._layer.name}.{expert}.down", hidden)
 
