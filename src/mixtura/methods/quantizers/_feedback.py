@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,10 @@ BLOCK = 128
 # Share of the mean of the moments' diagonal that is added to it; ten times as much where that is too little.
 _DAMPING = 0.01
 _MOST_DAMPING = 10.0
+
+
+# What each thread made last.
+_last = threading.local()
 
 
 @final
@@ -36,7 +40,12 @@ class Compensation(NamedTuple):
         """For inputs of these second moments; without any, columns do not make up for each other."""
         if moments is None or not bool((moments.diagonal() > 0).any()):
             return Compensation(torch.arange(cols), torch.eye(cols))
-        return _kept("compensation", (moments,), lambda: _compensation(moments))
+        # A matrix is rounded to several widths in turn, by the very same moments.
+        known = getattr(_last, "made", None)
+        if known is None or known[0] is not moments or known[1] != moments._version:
+            known = _last.made = (moments, moments._version, _compensation(moments))
+        made: Compensation = known[2]
+        return made
 
 
 def _compensation(moments: Float[Tensor, "C C"]) -> Compensation:
@@ -56,25 +65,6 @@ def _compensation(moments: Float[Tensor, "C C"]) -> Compensation:
             return Compensation(order, (upper / upper.diagonal()).contiguous())
         damping *= 10
     return Compensation(torch.arange(cols), torch.eye(cols))
-
-
-_last = threading.local()
-_T = TypeVar("_T")
-
-
-def _kept(name: str, made_of: tuple[Tensor, ...], make: Callable[[], _T]) -> _T:
-    """What this thread last made of these very tensors, which are rounded to several widths in turn."""
-    known = getattr(_last, name, None)
-    versions = tuple(tensor._version for tensor in made_of)
-    if (
-        known is None
-        or versions != known[1]
-        or any(a is not b for a, b in zip(made_of, known[0], strict=True))
-    ):
-        known = (made_of, versions, make())
-        setattr(_last, name, known)
-    made: _T = known[2]
-    return made
 
 
 RoundBlock = Callable[

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError, check_range
+from mixtura.errors import SettingError, check_range
 from mixtura.methods.quantizers import Encoded
 from mixtura.methods.quantizers._shared import best_scales, levels_of, pack, scale_groups, unpack
 
@@ -92,9 +92,3 @@ class EvenLevels:
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         levels = unpack(encoded.tensors["codes"], self.bits, cols, exact, self.half)
         return scale_groups(levels, encoded.tensors["scales"], self.group(cols)).to(dtype)
-
-
-def check_finite(weight: Float[Tensor, "R C"]) -> None:
-    """Refuse a matrix with NaN or infinity."""
-    if not torch.isfinite(weight).all():
-        raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")

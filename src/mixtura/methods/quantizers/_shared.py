@@ -9,10 +9,18 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.errors import UserError
+
 # A dtype as wide as the bfloat16 numbers that come of one byte.
 _WORD_DTYPES = {4: torch.int32, 2: torch.int64, 1: torch.complex128}
 # Weights that are encoded at once: their working memory stays in the processor's cache.
 CHUNK = 1 << 18
+
+
+def check_finite(weight: Float[Tensor, "R C"]) -> None:
+    """Refuse a matrix with NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")
 
 
 def levels_of(x: Float[Tensor, "R G g"], scales: Float[Tensor, "R G"], half: float) -> Float[Tensor, "R G g"]:

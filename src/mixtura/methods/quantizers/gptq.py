@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mixtura.methods.quantizers import Encoded, Quantizer
 from mixtura.methods.quantizers._feedback import Compensation, fitted_scales, round_columns
-from mixtura.methods.quantizers._levels import EvenLevels, check_finite
-from mixtura.methods.quantizers._shared import levels_of
+from mixtura.methods.quantizers._levels import EvenLevels
+from mixtura.methods.quantizers._shared import check_finite, levels_of
 
 METHOD = {
     "paper": None,

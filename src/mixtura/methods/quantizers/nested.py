@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError, check_range
+from mixtura.errors import SettingError, check_range
 from mixtura.methods.quantizers import Encoded, Quantizer
 from mixtura.methods.quantizers._shared import (
     CHUNK,
     best_scales,
+    check_finite,
     levels_of,
     nested_planes,
     scale_groups,
@@ -86,8 +87,7 @@ class Nested(Quantizer):
 
     @torch.no_grad()
     def encode(self, weight: Float[Tensor, "R C"], moments: Float[Tensor, "C C"] | None = None) -> Encoded:
-        if not torch.isfinite(weight).all():
-            raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")
+        check_finite(weight)
         rows, cols = weight.shape
         made = [self._encode_rows(chunk.float()) for chunk in torch.split(weight, max(1, CHUNK // cols))]
         tensors = {name: torch.cat([one[name] for one in made], dim=-2) for name in made[0]}

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.methods.quantizers import Encoded, Quantizer
-from mixtura.methods.quantizers._levels import EvenLevels, check_finite
-from mixtura.methods.quantizers._shared import CHUNK, levels_of
+from mixtura.methods.quantizers._levels import EvenLevels
+from mixtura.methods.quantizers._shared import CHUNK, check_finite, levels_of
 
 METHOD = {"paper": None, "title": "Round to nearest with a scale per group"}
 

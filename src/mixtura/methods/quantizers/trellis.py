@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError, check_range
+from mixtura.errors import SettingError, check_range
 from mixtura.methods._codebooks import codebook
 from mixtura.methods._trellis import ROWS, Columns, Stored, decode, search, windows_of
 from mixtura.methods.quantizers import Encoded, Quantizer
 from mixtura.methods.quantizers._feedback import Compensation, fitted_scales, round_columns
+from mixtura.methods.quantizers._shared import check_finite
 
 METHOD = {
     "paper": None,
@@ -84,8 +85,7 @@ class Trellis(Quantizer):
 
     @torch.no_grad()
     def encode(self, weight: Float[Tensor, "R C"], moments: Float[Tensor, "C C"] | None = None) -> Encoded:
-        if not torch.isfinite(weight).all():
-            raise UserError("a weight matrix holds NaN or infinity and cannot be stored in fewer bits")
+        check_finite(weight)
         rows, cols = weight.shape
         whole = weight.float()
         # Squares of errors must neither vanish nor overflow.
