@@ -48,14 +48,15 @@ def test_plain_experts_have_no_packed_store(tmp_path: Path) -> None:
     assert packed_store(view, view.layers[0]) is None
 
 
-def test_a_disk_store_reads_and_transforms(tmp_path: Path) -> None:
+def test_a_disk_store_reads_or_runs_what_is_given_instead(tmp_path: Path) -> None:
     view = open_model(save_source(tmp_path / "source", "qwen3_moe"))
     layer = view.layers[1]
     asked = []
 
-    def halve(index: int, expert: int, tensors: ExpertTensors) -> ExpertTensors:
+    def halve(index: int, expert: int, dtype: torch.dtype) -> ExpertTensors:
         asked.append((index, expert))
-        return tensors._replace(up=tensors.up / 2)
+        tensors = layer.native_expert(expert)
+        return tensors._replace(up=tensors.up / 2).to(dtype)
 
     plain, halved = DiskStore(layer), DiskStore(layer, halve)
     assert torch.equal(plain.get(5, torch.float64).up / 2, halved.get(5, torch.float64).up)

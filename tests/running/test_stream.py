@@ -135,10 +135,13 @@ def test_a_plan_can_be_tried_without_writing_it(family: str, tmp_path: Path) -> 
     view = open_checkpoint(source)
     transposed = view.layers[0].layout.transposed
 
-    def round_trip(index: int, expert: int, tensors: ExpertTensors) -> ExpertTensors:
+    layers = {layer.index: layer for layer in view.layers}
+
+    def round_trip(index: int, expert: int, dtype: torch.dtype) -> ExpertTensors | None:
         bits = WIDTHS[expert % len(WIDTHS)]
         if bits is None:
-            return tensors
+            return None
+        tensors = layers[index].native_expert(expert)
         quantizer = create("quantizers", "round_to_nearest", bits=bits)
 
         def rounded(weight: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def test_a_plan_can_be_tried_without_writing_it(family: str, tmp_path: Path) -> 
             decoded: Tensor = quantizer.decode(quantizer.encode(turned.contiguous()), weight.dtype)
             return decoded.T if transposed else decoded
 
-        return tensors._replace(up=rounded(tensors.up), down=rounded(tensors.down))
+        return tensors._replace(up=rounded(tensors.up), down=rounded(tensors.down)).to(dtype)
 
     tried = logits_of(Streamed(view, round_trip).model)
     written = write(source, tmp_path / "written", *mixed_widths(source))
@@ -161,9 +164,8 @@ def test_dropped_experts_are_never_chosen(family: str, tmp_path: Path) -> None:
     view, drops = open_checkpoint(source), uneven_drops(source)
     used: set[tuple[int, int]] = set()
 
-    def note(index: int, expert: int, tensors: ExpertTensors) -> ExpertTensors:
+    def note(index: int, expert: int, dtype: torch.dtype) -> None:
         used.add((index, expert))
-        return tensors
 
     streamed = Streamed(view, note, dropped=drops)
     found = logits_of(streamed.model)

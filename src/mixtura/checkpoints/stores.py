@@ -20,8 +20,7 @@ from mixtura.kernels import ExpertMatrices, ExpertTensors, NativeLayer
 # Vector loads of decoders start at multiples of this many bytes.
 _ALIGNMENT = 64
 
-Transform = Callable[[int, int, ExpertTensors], ExpertTensors]
-Instead = Callable[[int, int], ExpertTensors | None]
+Instead = Callable[[int, int, torch.dtype], ExpertTensors | None]
 
 
 @final
@@ -229,29 +228,19 @@ class DiskStore:
 
     Args:
         layer: a layer of a view of a checkpoint.
-        transform: makes of an expert as stored what is to run in its place. Called with the decoder
-            layer's number, the expert's, and its tensors.
-        instead: asked first, by the two numbers, for what is to run in an expert's place; where it
-            answers, the expert is not read.
+        instead: asked first, by the decoder layer's number, the expert's and the dtype, for what is to run in
+            an expert's place; where it answers, the expert is not read.
     """
 
-    def __init__(
-        self, layer: LayerView, transform: Transform | None = None, instead: Instead | None = None
-    ) -> None:
+    def __init__(self, layer: LayerView, instead: Instead | None = None) -> None:
         self.num_experts = layer.num_experts
         self._layer = layer
-        self._transform = transform
         self._instead = instead
 
     def get(self, expert: int, dtype: torch.dtype) -> ExpertTensors:
         """Read one expert."""
-        known = None if self._instead is None else self._instead(self._layer.index, expert)
-        if known is not None:
-            return known
-        tensors = self._layer.native_expert(expert)
-        if self._transform is not None:
-            tensors = self._transform(self._layer.index, expert, tensors)
-        return ExpertTensors(*(None if tensor is None else tensor.to(dtype) for tensor in tensors))  # type: ignore[arg-type]
+        known = None if self._instead is None else self._instead(self._layer.index, expert, dtype)
+        return self._layer.native_expert(expert).to(dtype) if known is None else known
 
 
 def set_bits(model: nn.Module, widths: Widths | None) -> None:

@@ -14,7 +14,7 @@ from numpy import ndarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixtura.checkpoints.skeleton import CheckpointView, build
+from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.candidates import choice_bytes
 from mixtura.fitting.clock import Clock, Notify, Progress, watched
 from mixtura.fitting.depth import keeps_rounded
@@ -128,14 +128,12 @@ class Judge:
             for layer, number, option in zip(experts.layers, experts.numbers, candidate.choice, strict=True)
         }
 
-        dtype = build(self.view).dtype
-
         ways: dict[int, dict[int, tuple[int, ...]]] = {}
         for (layer, number), option in options.items():
             if option not in (KEEP, DROP):
                 ways.setdefault(layer, {})[number] = (option,)
 
-        def instead(layer: int, expert: int) -> ExpertTensors | None:
+        def instead(layer: int, expert: int, dtype: torch.dtype) -> ExpertTensors | None:
             option = options[layer, expert]
             if option in (KEEP, DROP):
                 return None
@@ -152,7 +150,7 @@ class Judge:
         for (layer, number), option in options.items():
             if option == DROP:
                 dropped.setdefault(layer, []).append(number)
-        return Streamed(self.view, instead=instead, dropped=dropped)
+        return Streamed(self.view, instead, dropped=dropped)
 
     def _judge(self, candidate: Candidate, clock: Clock | None) -> Quality:
         started = time.monotonic()

@@ -27,7 +27,7 @@ from mixtura.checkpoints.skeleton import (
     read_slot,
     slots,
 )
-from mixtura.checkpoints.stores import DiskStore, Instead, Transform
+from mixtura.checkpoints.stores import DiskStore, Instead
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.droppable import check_drops
 from mixtura.checkpoints.viewing.mask import masked_layer
@@ -55,10 +55,9 @@ class Streamed:
 
     Args:
         view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`.
-        transform: makes of each expert what is to run in its place, to try a plan without writing
-            it: called with the decoder layer's number, the expert's number and its tensors.
-        instead: asked first, by the two numbers, for an expert that is ready to run, in the model's dtype;
-            one that it gives is not read.
+        instead: gives what is to run in an expert's place, to try a plan without writing it: asked by the
+            decoder layer's number, the expert's number and the dtype. None for one that runs as it is;
+            others are not read.
         dropped: by decoder layer, experts that the router must never choose.
         dtype: to compute in; by default the one that the config names.
 
@@ -70,9 +69,8 @@ class Streamed:
     def __init__(
         self,
         view: CheckpointView,
-        transform: Transform | None = None,
-        *,
         instead: Instead | None = None,
+        *,
         dropped: Mapping[int, Collection[int]] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,7 +84,7 @@ class Streamed:
             for layer in view.layers
         }
         for layer in view.layers:
-            empty_experts(self.model, layer).mixtura_store = DiskStore(layer, transform, instead)
+            empty_experts(self.model, layer).mixtura_store = DiskStore(layer, instead)
         self._resident: set[int] = set()
         self._attach()
 
