@@ -19,9 +19,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from mixtura.kernels.coded import stored_matrix
 from mixtura.kernels.compiled import NUMBERS, isas, native, num_threads, options, rows_of, way_for, with_rows
 from mixtura.kernels.matmul import linear
-from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, trellis_matrix
+from mixtura.kernels.matrices import Matrix, dense_matrix
 from mixtura.machine.kept import keep, read_kept
 from mixtura.machine.processor import processor_name
 from mixtura.methods import create
@@ -77,7 +78,7 @@ def _kernels() -> str:
 
 @torch.no_grad()
 def _measure(bits: float, is_trellis: bool, dtype: torch.dtype) -> int:
-    ours, theirs, weights = (_trellises if is_trellis else _contenders)(bits, dtype)
+    ours, theirs, weights = _contenders(bits, is_trellis, dtype)
     generator = torch.Generator().manual_seed(0)
     gains = []
     for rows in _ROWS:
@@ -101,19 +102,7 @@ def _best_split(gains: list[float]) -> int:
 _Contenders = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[Tensor, ...]]
 
 
-def _trellises(bits: float, dtype: torch.dtype) -> _Contenders:
-    generator = torch.Generator().manual_seed(0)
-    strips, rate = _OUTPUTS // 64, int(8 * bits)
-    codes = torch.randint(0, 256, (strips, _INPUTS, rate), generator=generator, dtype=torch.uint8)
-    scales = torch.full((strips, _INPUTS // _TRELLIS_GROUP, 64), 0.01, dtype=torch.bfloat16)
-    quantizer = create("quantizers", "trellis", bits=bits, group_size=_TRELLIS_GROUP)
-    encoded = Encoded({"codes": codes, "scales": scales}, {"rows": _OUTPUTS, "cols": _INPUTS})
-    coded = trellis_matrix(codes, scales, rows=_OUTPUTS, cols=_INPUTS, group=_TRELLIS_GROUP)
-    assert coded is not None
-    return partial(multiply, coded), lambda x: linear(x, quantizer.decode(encoded, dtype)), (codes, scales)
-
-
-def _contenders(bits: float, dtype: torch.dtype) -> _Contenders:
+def _contenders(bits: float, is_trellis: bool, dtype: torch.dtype) -> _Contenders:
     generator = torch.Generator().manual_seed(0)
     if bits > 8:
         stored = torch.float32 if bits == 32 else torch.bfloat16
@@ -121,14 +110,25 @@ def _contenders(bits: float, dtype: torch.dtype) -> _Contenders:
         matrix = dense_matrix(weight)
         assert matrix is not None
         return partial(multiply, matrix), lambda x: linear(x, weight), (weight,)
-    bits, group = int(bits), _INPUTS if bits == 8 else _GROUP
-    codes = torch.randint(0, 256, (_OUTPUTS, _INPUTS * bits // 8), generator=generator, dtype=torch.uint8)
-    scales = torch.full((_OUTPUTS, _INPUTS // group), 0.01, dtype=torch.bfloat16)
-    quantizer = create("quantizers", "round_to_nearest", bits=bits, group_size=_GROUP)
-    encoded = Encoded({"codes": codes, "scales": scales}, {"rows": _OUTPUTS, "cols": _INPUTS})
-    coded = coded_matrix(codes, scales, cols=_INPUTS, bits=bits, group=group)
+    if is_trellis:
+        name, group = "trellis", _TRELLIS_GROUP
+        codes_shape: tuple[int, ...] = (_OUTPUTS // 64, _INPUTS, int(8 * bits))
+        scales_shape: tuple[int, ...] = (_OUTPUTS // 64, _INPUTS // group, 64)
+    else:
+        bits, name, group = int(bits), "round_to_nearest", _GROUP
+        codes_shape = (_OUTPUTS, _INPUTS * bits // 8)
+        scales_shape = (_OUTPUTS, 1 if bits == 8 else _INPUTS // group)
+    quantizer = create("quantizers", name, bits=bits, group_size=group)
+    codes = torch.randint(0, 256, codes_shape, generator=generator, dtype=torch.uint8)
+    tensors = {"codes": codes, "scales": torch.full(scales_shape, 0.01, dtype=torch.bfloat16)}
+    encoded = Encoded(tensors, {"rows": _OUTPUTS, "cols": _INPUTS})
+    coded = stored_matrix(quantizer, tensors, rows=_OUTPUTS, cols=_INPUTS)
     assert coded is not None
-    return partial(multiply, coded), lambda x: linear(x, quantizer.decode(encoded, dtype)), (codes, scales)
+    return (
+        partial(multiply, coded),
+        lambda x: linear(x, quantizer.decode(encoded, dtype)),
+        (*tensors.values(),),
+    )
 
 
 def multiply(matrix: Matrix, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixtura.kernels.coded import stored_matrix
 from mixtura.kernels.compiled import is_plain, native, options
 from mixtura.kernels.crossing import ALWAYS_FEW, few_rows, multiply
-from mixtura.kernels.matrices import KeptMatrix, Matrix, coded_matrix, dense_matrix
+from mixtura.kernels.matrices import KeptMatrix, Matrix, dense_matrix
 from mixtura.kernels.records import ROUTER_NAMES
 from mixtura.kernels.saving import refuse_save
 from mixtura.methods import create
@@ -133,13 +134,12 @@ class PackedLinear(nn.Module):
 
     def matrix(self) -> Matrix | None:
         """The weight as the kernels read it; None where they cannot."""
-        codes, scales = self.codes, self.scales
-        cols, bits = self.in_features, self.bits
-        group = cols if bits == 8 else min(self.group_size, cols)
+        tensors = {"codes": self.codes, "scales": self.scales}
+        rows, cols, bits, group_size = self.out_features, self.in_features, self.bits, self.group_size
         return self._kept.get(
-            (codes, scales),
-            (cols, bits, group),
-            lambda: coded_matrix(codes, scales, cols=cols, bits=bits, group=group),
+            (self.codes, self.scales),
+            (cols, bits, group_size),
+            lambda: stored_matrix(_quantizer(bits, group_size), tensors, rows=rows, cols=cols),
         )
 
     def extra_repr(self) -> str:
