@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,9 +24,17 @@ from mixtura.methods.quantizers import Encoded
 from mixtura.types import Quantize
 
 _METAS, _FACTS = "metas", "facts"
-_BIAS = "bias."
+_BIAS = "bias"
 # Both matrices of one expert as one quantizer stores them.
 Encodings = Mapping[MatrixName, Encoded]
+
+
+@final
+class RoundedExpert(NamedTuple):
+    """One expert as it was rounded."""
+
+    encodings: Encodings
+    biases: Mapping[MatrixName, Tensor]
 
 
 @final
@@ -53,7 +61,7 @@ class RoundedExperts:
             for matrix in MATRICES
             for part, tensor in encodings[matrix].tensors.items()
         }
-        tensors |= {f"{_BIAS}{matrix}": bias.contiguous() for matrix, bias in biases.items()}
+        tensors |= {f"{_BIAS}.{matrix}": bias.contiguous() for matrix, bias in biases.items()}
         metas = {matrix: encodings[matrix].meta for matrix in MATRICES}
         path = self._path(action)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +74,22 @@ class RoundedExperts:
         found: dict[str, Any] = self._metadata(action)[_FACTS]
         return found
 
-    def read(self, action: Quantize) -> Encodings | None:
-        """An expert as an action stores it; None where that is not here.
+    def read(self, action: Quantize) -> RoundedExpert:
+        """An expert as an action stores it, which must be here.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        metas = self._metadata(action)[_METAS]
+        files = TensorFiles(read_header(self._path(action)))
+        biases = _parts(files, _BIAS)
+        return RoundedExpert(
+            {matrix: Encoded(_parts(files, matrix), metas[matrix]) for matrix in MATRICES},
+            {matrix: biases[matrix] for matrix in MATRICES if matrix in biases},
+        )
+
+    def matrix(self, action: Quantize, matrix: MatrixName) -> Encoded | None:
+        """One matrix of an expert as an action stores it; None where the expert is not here.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -75,24 +97,7 @@ class RoundedExperts:
         if not self.has(action):
             return None
         metas = self._metadata(action)[_METAS]
-        files = TensorFiles(read_header(self._path(action)))
-        return {
-            matrix: Encoded(
-                {
-                    name.removeprefix(f"{matrix}."): files.read(name)
-                    for name in files.entries
-                    if name.startswith(f"{matrix}.")
-                },
-                metas[matrix],
-            )
-            for matrix in MATRICES
-        }
-
-    def biases(self, action: Quantize) -> dict[MatrixName, Tensor]:
-        """The biases of an expert."""
-        files = TensorFiles(read_header(self._path(action)))
-        names: dict[MatrixName, str] = {matrix: f"{_BIAS}{matrix}" for matrix in MATRICES}
-        return {matrix: files.read(name) for matrix, name in names.items() if name in files.entries}
+        return Encoded(_parts(TensorFiles(read_header(self._path(action))), matrix), metas[matrix])
 
     def _metadata(self, action: Quantize) -> dict[str, Any]:
         path = self._path(action)
@@ -106,3 +111,9 @@ class RoundedExperts:
         settings = json.dumps(action.settings, sort_keys=True)
         name = re.sub(r"[^\w.]+", "-", f"{action.quantizer} {settings}").strip("-")
         return self.directory / f"{action.layer}" / f"{action.expert}-{name}.safetensors"
+
+
+def _parts(files: TensorFiles, owner: str) -> dict[str, Tensor]:
+    """Tensors of a file whose names begin so, by the rest of the name."""
+    names = (name for name in files.entries if name.startswith(f"{owner}."))
+    return {name.removeprefix(f"{owner}."): files.read(name) for name in names}

@@ -20,7 +20,7 @@ from mixtura.checkpoints.packed import MatrixName
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.palette import STORED, quantizer_of
 from mixtura.fitting.quality import score_chunk
-from mixtura.fitting.rounding import decode_as, outputs_of
+from mixtura.fitting.rounding import decoded_matrices
 from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
 from mixtura.kernels.compiled import num_threads
@@ -70,14 +70,14 @@ def measure_pace(view: CheckpointView) -> Pace:
     num_bytes = tensors.up.nbytes + tensors.down.nbytes
     module: Any = streamed.model.get_submodule(layer.name)
     dtype = streamed.model.dtype
-    ready = ExpertTensors(*(None if t is None else t.to(dtype) for t in tensors))  # type: ignore[arg-type]
+    ready = tensors.to(dtype)
     rows = torch.randn(_ROWS, layer.shape.d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
     math = math_of(module)
     transposed = layer.layout.transposed
     with torch.no_grad():
         rounding = {option: _rounding_seconds(tensors, option, transposed=transposed) for option in STORED}
         warm = best_of(lambda: [t.clone() for t in layer.native_expert(0) if t is not None]) / num_bytes
-        multiply = best_of(lambda: outputs_of(rows, ready, math)) / (num_weights * _ROWS)
+        multiply = best_of(lambda: math.outputs(math.hidden(rows, ready), ready)) / (num_weights * _ROWS)
     cold = max(warm, 1 / disk_bytes_per_second(Path(view.files[0])))
     return Pace(
         read_s=cold if view.num_bytes > available_bytes() else warm,
@@ -171,6 +171,6 @@ def _rounding_seconds(tensors: ExpertTensors, option: int, *, transposed: bool) 
         inputs = torch.randn(_ROWS, oriented.shape[1], generator=generator)
         encodings[name] = quantizer.encode(oriented, inputs.T @ inputs)  # type: ignore[index]
     rounded = time.perf_counter()
-    decode_as(encodings, option, tensors, transposed=transposed)
+    decoded_matrices(encodings, option, tensors.up.dtype, transposed=transposed)
     # Experts are rounded side by side.
     return (rounded - start) / num_threads(), time.perf_counter() - rounded

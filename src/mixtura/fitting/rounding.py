@@ -7,7 +7,7 @@ running the model again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -27,7 +27,6 @@ from mixtura.fitting.palette import STORED, quantizer_of
 from mixtura.kernels import ExpertMath, ExpertTensors
 from mixtura.kernels.backend import math_of
 from mixtura.kernels.compiled import num_threads
-from mixtura.kernels.matmul import linear
 
 _INPUTS = "inputs-{layer}.safetensors"
 _ROUNDED = "rounded"
@@ -121,15 +120,10 @@ class Rounder:
     def decoded(self, layer: int, expert: int, option: int, dtype: torch.dtype) -> ExpertTensors:
         """An expert as it is after rounding, in the layout of its module."""
         self.ensure(layer, {expert: (option,)})
-        action = STORED[option].action(layer, expert)
-        encodings = self.kept.read(action)
-        assert encodings is not None
-        biases = {name: bias.to(dtype) for name, bias in self.kept.biases(action).items()}
-        quantizer, transposed = quantizer_of(option), self._layers[layer].layout.transposed
-        up, down = (quantizer.decode(encodings[name], dtype) for name in MATRICES)
-        if transposed:
-            up, down = up.mT, down.mT
-        return ExpertTensors(up, down, biases.get("up"), biases.get("down"))
+        kept = self.kept.read(STORED[option].action(layer, expert))
+        transposed = self._layers[layer].layout.transposed
+        up, down = decoded_matrices(kept.encodings, option, dtype, transposed=transposed)
+        return ExpertTensors(up, down, kept.biases.get("up"), kept.biases.get("down")).to(dtype)
 
     def error(self, layer: int, expert: int, option: int) -> tuple[float, float]:
         """Squared error of the expert's weighted outputs on calibration text, and their squares."""
@@ -149,7 +143,7 @@ class Rounder:
         self._seen = (layer, seen, average)
 
     @torch.no_grad()
-    def _round(self, layer: int, expert: int, options: Iterable[int]) -> None:
+    def _round(self, layer: int, expert: int, options: Sequence[int]) -> None:
         view, math = self._layers[layer], self._maths[layer]
         view.check_finite([expert])
         tensors = view.native_expert(expert)
@@ -160,19 +154,18 @@ class Rounder:
             biases["up"] = tensors.up_bias
         if tensors.down_bias is not None:
             biases["down"] = tensors.down_bias
+        up, down = ((m.mT if transposed else m).contiguous() for m in (tensors.up, tensors.down))
+        # One matrix in all ways, and then the other: what its moments are turned into is made once.
+        ups = {option: quantizer_of(option).encode(up, calibration.up_moments) for option in options}
+        downs = {option: quantizer_of(option).encode(down, calibration.down_moments) for option in options}
+        whole = _weighed(calibration.outputs, calibration.weights)
         for option in options:
-            quantizer = quantizer_of(option)
-            up, down = ((m.mT if transposed else m).contiguous() for m in (tensors.up, tensors.down))
-            encodings: Encodings = {
-                "up": quantizer.encode(up, calibration.up_moments),
-                "down": quantizer.encode(down, calibration.down_moments),
-            }
-            changed = widened(decode_as(encodings, option, tensors, transposed=transposed))
-            off = outputs_of(calibration.inputs, changed, math) - calibration.outputs
-            facts = {
-                "error": _weighed(off, calibration.weights),
-                "whole": _weighed(calibration.outputs, calibration.weights),
-            }
+            encodings: Encodings = {"up": ups[option], "down": downs[option]}
+            # As the model would hold it, and then as wide as the outputs it is compared with.
+            up, down = decoded_matrices(encodings, option, tensors.up.dtype, transposed=transposed)
+            changed = tensors._replace(up=up, down=down).to(torch.float32)
+            off = math.outputs(math.hidden(calibration.inputs, changed), changed) - calibration.outputs
+            facts = {"error": _weighed(off, calibration.weights), "whole": whole}
             self.kept.write(STORED[option].action(layer, expert), encodings, facts, biases)
 
     def _calibration(self, layer: int, expert: int, tensors: ExpertTensors) -> _Calibration:
@@ -183,13 +176,13 @@ class Rounder:
             nothing = torch.zeros(0, self._layers[layer].shape.d_model)
             return _Calibration(nothing, torch.zeros(0), nothing, None, None)
         inputs, weights = seen.rows_of(expert)
-        wide = widened(tensors)
-        hidden = hidden_of(inputs, wide, math)
+        wide = tensors.to(torch.float32)
+        hidden = math.hidden(inputs, wide)
         scaled, own = inputs * weights[:, None], hidden * weights[:, None]
         return _Calibration(
             inputs,
             weights,
-            outputs_of_hidden(hidden, wide, math),
+            math.outputs(hidden, wide),
             scaled.T @ scaled + average * _PRIOR_ROWS,
             own.T @ own if len(own) else None,
         )
@@ -217,33 +210,10 @@ def rounder_for(view: CheckpointView, journal: Journal) -> Rounder:
     return Rounder(journal, view.layers, map(math_of, modules))
 
 
-def decode_as(encodings: Encodings, option: int, like: ExpertTensors, *, transposed: bool) -> ExpertTensors:
-    """Both matrices decoded, in the layout and dtype of those they were made of."""
+def decoded_matrices(
+    encodings: Encodings, option: int, dtype: torch.dtype, *, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """Both matrices of an expert decoded, in the layout of its module."""
     quantizer = quantizer_of(option)
-    up = quantizer.decode(encodings["up"], like.up.dtype)
-    down = quantizer.decode(encodings["down"], like.down.dtype)
-    return like._replace(up=up.mT if transposed else up, down=down.mT if transposed else down)
-
-
-def widened(tensors: ExpertTensors) -> ExpertTensors:
-    """An expert in float32."""
-    return ExpertTensors(*(None if tensor is None else tensor.float() for tensor in tensors))  # type: ignore[arg-type]
-
-
-def outputs_of(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n D"]:
-    """What an expert makes of rows, before weighting."""
-    return outputs_of_hidden(hidden_of(x, tensors, math), tensors, math)
-
-
-def hidden_of(x: Float[Tensor, "n D"], tensors: ExpertTensors, math: ExpertMath) -> Float[Tensor, "n F"]:
-    """What goes into an expert's second matrix."""
-    hidden: Tensor = math.activation(linear(x, math.matrix(tensors.up), tensors.up_bias))
-    return hidden
-
-
-def outputs_of_hidden(
-    hidden: Float[Tensor, "n F"], tensors: ExpertTensors, math: ExpertMath
-) -> Float[Tensor, "n D"]:
-    """What an expert's second matrix makes of it, before weighting."""
-    outputs = linear(hidden, math.matrix(tensors.down), tensors.down_bias)
-    return outputs if math.post is None else math.post(outputs)
+    up, down = (quantizer.decode(encodings[matrix], dtype) for matrix in MATRICES)
+    return (up.mT, down.mT) if transposed else (up, down)

@@ -80,10 +80,11 @@ class Encoding(Storage):
         self, expert: int, matrix: MatrixName, weight: Float[Tensor, "R C"]
     ) -> tuple[MatrixRecord, dict[str, Tensor]]:
         """The matrix in fewer bits."""
-        known = None
+        encoded = None
         if self._rounded is not None:
-            known = self._rounded.read(replace(self._action, expert=expert))
-        encoded = self._quantizer.encode(weight) if known is None else known[matrix]
+            encoded = self._rounded.matrix(replace(self._action, expert=expert), matrix)
+        if encoded is None:
+            encoded = self._quantizer.encode(weight)
         record = _record(
             weight,
             tuple(encoded.tensors),
