@@ -9,7 +9,7 @@ import pytest
 
 from mixtura.fitting.records import Candidate, Measured, Quality
 from mixtura.fitting.report import report_html
-from mixtura.fitting.result import Fitted, Row, card_with_loss
+from mixtura.fitting.result import Fitted, Row
 from mixtura.report import Limit, Series, line_svg, table_html
 from mixtura.train.arena.plot import axis_of
 
@@ -121,18 +121,6 @@ def test_what_was_left_out_and_not_done_as_asked_is_on_the_page_and_in_the_json(
         assert remark in report_html(fitted)
     assert any("left out: even drops" in remark for remark in told["notes"])
     assert "the context is 64 tokens" in told["notes"]
-
-
-def test_the_card_says_the_measured_loss_once() -> None:
-    card = "# m\n\nMade from `s`.\n\n## Use\n\nload it\n"
-    chosen = made().after
-    written = card_with_loss(card, chosen)
-    assert card_with_loss(written, chosen) == written
-    assert written.index("## Measured loss") < written.index("## Use")
-    assert "On 321 tokens of held-out text" in written
-    assert "0.002 nats per token, 95 % interval 0.001 to 0.004" in written
-    assert "97.5 %" in written
-    assert written.replace(written[written.index("\n## Measured") : written.index("\n## Use")], "") == card
 
 
 def test_balancers_are_plotted_against_balance() -> None:

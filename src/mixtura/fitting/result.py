@@ -10,7 +10,6 @@ from typing import Any, Literal, final
 
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.records import Measured, Quality
-from mixtura.report import human_number, human_percent
 from mixtura.types import Plan
 
 BudgetKind = Literal["process", "model"]
@@ -57,32 +56,6 @@ def time_over(left_out: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     told = "; left out: " + ", ".join(left_out)
     return (f"the time was over before everything was tried{told}; --time gives the search longer",)
-
-
-_BEFORE, _LOSS = "\n## Use\n", "## Measured loss"
-
-
-def card_with_loss(card: str, row: Row) -> str:
-    """A model card that says what was lost, before how to use the model; one that says it stays as it is."""
-    if _LOSS in card:
-        return card
-    quality = row.quality
-    lines = [
-        "",
-        _LOSS,
-        "",
-        f"On {quality.num_tokens} tokens of held-out text, which the plan was chosen by:",
-        "",
-        f"- KL divergence to the source: {human_number(quality.kl)} nats per token, 95 % interval "
-        f"{human_number(quality.kl_low)} to {human_number(quality.kl_high)}",
-        f"- same most likely token: {human_percent(quality.equal_top)}",
-        f"- perplexity: {human_number(quality.perplexity[ALL])}",
-        "",
-        "`measured.json` has all of it, with how it was measured; `report.html` shows it.",
-        "",
-    ]
-    before, use, after = card.partition(_BEFORE)
-    return before + "\n".join(lines) + use + after
 
 
 @final

@@ -33,7 +33,7 @@ from mixtura.fitting.palette import OPTIONS
 from mixtura.fitting.pricing import uniform_bytes
 from mixtura.fitting.records import Measured, Prices, Quality, Request
 from mixtura.fitting.report import report_html
-from mixtura.fitting.result import Fitted, Row, Sample, card_with_loss, time_over
+from mixtura.fitting.result import Fitted, Row, Sample, time_over
 from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.rows import rows_of, samples_of
 from mixtura.fitting.search import Found, Search
@@ -44,7 +44,6 @@ from mixtura.types import Plan
 _SEQUENCE_LENGTH = 512
 _REPORT = "report.html"
 _MEASURED = "measured.json"
-_CARD = "README.md"
 _DEPTH = "depth"
 _LEAST_OPTIONS = 2
 
@@ -287,8 +286,6 @@ def _publish(fitted: Fitted, directory: Path) -> None:
     assert fitted.out is not None
     text = json.dumps(fitted.to_dict(), indent=1, sort_keys=True) + "\n"
     (directory / _MEASURED).write_text(text, encoding="utf-8")
-    card = directory / _CARD
-    card.write_text(card_with_loss(card.read_text(encoding="utf-8"), fitted.after), encoding="utf-8")
     (directory / _REPORT).write_text(report_html(fitted), encoding="utf-8")
     if fitted.out.is_dir():
         fitted.out.rmdir()
