@@ -32,6 +32,7 @@ BROKEN = [
     ("routers", "check_docstring_sections", "Shapes:", "Sizes:"),
     ("routers", "check_docstring_sections", '"paper": None', '"paper": 1'),
     ("balancers", "check_docstring_sections", "Raises:", "Refuses:"),
+    ("routers", "check_docstring_sections", "    Example:", "    Raises:\n        Nothing.\n\n    Example:"),
     ("routers", "check_doctest", "        4\n", "        5\n"),
     ("routers", "check_doctest", ">>> ", ""),
     ("routers", "check_import_is_quiet", "METHOD =", "torch.rand(1)\nMETHOD ="),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import math
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mixtura.methods.settings import settings
 
 _SECTIONS = ("Shapes", "Example")
 _SECTIONS_OF_A_PAPER = ("Differences from the paper", "Reference")
+_NOTHING = re.compile(r"(none|nothing)( of its own)?\.?", re.IGNORECASE)
 _DOCTEST_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -41,6 +43,8 @@ def check_docstring_sections(method: Subject) -> None:
     written = method.header.sections
     require(written[""].splitlines()[:1], "the class needs a docstring whose first line says what it does")
     missing = missing_sections(method.header)
+    empty = [name for name, text in written.items() if _NOTHING.fullmatch(text)]
+    require(not empty, f"the docstring has sections that say nothing: {', '.join(empty)}; leave them out")
     require(not missing, f"the docstring lacks the sections {', '.join(missing)}")
 
 

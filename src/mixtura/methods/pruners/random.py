@@ -38,9 +38,6 @@ class Random(Pruner):
 
     Differences from the paper:
         There is no paper.
-
-    Reference:
-        None.
     """
 
     def __init__(self, *, seed: int = 0) -> None:

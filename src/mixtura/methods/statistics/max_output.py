@@ -26,9 +26,6 @@ class MaxOutput(Statistic):
     Shapes:
         ``outputs [N, D]`` to ``[N]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> outputs = torch.tensor([[3.0, -4.0], [0.0, 2.0]])
         >>> MaxOutput().measure(outputs, outputs, torch.ones(2)).tolist()

@@ -26,9 +26,6 @@ class OutputNorm(Statistic):
     Shapes:
         ``outputs [N, D]`` to ``[N]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> outputs = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
         >>> OutputNorm().measure(outputs, outputs, torch.ones(2)).tolist()

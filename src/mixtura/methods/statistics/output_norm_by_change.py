@@ -28,9 +28,6 @@ class OutputNormByChange(Statistic):
     Shapes:
         ``outputs [N, D]`` and ``weights [N]`` to ``[N]``; a factor ``[T, K]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> residual, routed = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [-1.0, 1.0]])
         >>> choice = torch.tensor([[0], [1]])

@@ -27,9 +27,6 @@ class RenormalizedOutputNorm(Statistic):
     Shapes:
         ``outputs [N, D]`` and ``weights [N]`` to ``[N]``; a factor ``[T, K]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> weights = torch.tensor([[0.2, 0.2]])
         >>> tokens = LayerTokens(chosen=torch.tensor([[0, 1]]), weights=weights)

@@ -27,9 +27,6 @@ class TopLogit(Statistic):
     Shapes:
         ``[N]`` ones; a factor ``[T, K]`` of logits ``[T, E]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> logits = torch.tensor([[0.5, 3.0, -1.0]])
         >>> tokens = LayerTokens(chosen=torch.tensor([[0, 1]]), weights=torch.ones(1, 2), logits=logits)

@@ -25,9 +25,6 @@ class WeightedOutputNorm(Statistic):
     Shapes:
         ``outputs [N, D]`` and ``weights [N]`` to ``[N]``.
 
-    Raises:
-        Nothing of its own.
-
     Example:
         >>> outputs = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
         >>> WeightedOutputNorm().measure(outputs, outputs, torch.tensor([0.5, 0.25])).tolist()
