@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
@@ -39,8 +40,11 @@ class Counter:
 
 def record(num_passed: int, today: str) -> dict[str, Any]:
     """What is installed here, for the libraries that mixtura uses, and what passed with it."""
-    packages = sorted(lowest(read_project()))
-    found = {name: version(name).split("+")[0] for name in packages}
+    found = {}
+    for name in sorted(lowest(read_project())):
+        # Of what is optional, some need not be here.
+        with suppress(PackageNotFoundError):
+            found[name] = version(name).split("+")[0]
     return {"date": today, "python": platform.python_version(), "passed": num_passed, "versions": found}
 
 
