@@ -135,6 +135,13 @@ def decode(stored: Stored, dtype: torch.dtype) -> Float[Tensor, "R C"]:
     return _decode[0](stored, dtype)
 
 
+def levels_of(codes: UInt8[Tensor, "B C rate"], table: Int8[Tensor, " 256"]) -> Float[Tensor, "R C"]:
+    """The levels of all strips' rows, before they are scaled, in bfloat16, which holds them exactly."""
+    strips, cols, _ = codes.shape
+    ones = torch.ones(strips, 1, ROWS, dtype=torch.bfloat16)
+    return decode(Stored(codes, ones, strips * ROWS, cols, table), torch.bfloat16)
+
+
 def ring_of(windows: Int[Tensor, "B 64"], rate: int) -> UInt8[Tensor, "B rate"]:
     """The bits of windows that follow each other."""
     bits = torch.zeros(windows.shape[0], 8 * rate, dtype=torch.uint8)

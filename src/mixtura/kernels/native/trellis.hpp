@@ -175,16 +175,22 @@ static void decode_strip(const Matrix& m, std::int64_t strip, float* to) {
     const ChunkReader reader(m);
     const unsigned char* chunk = m.data + strip * m.row_bytes;
     const std::uint16_t* scales = m.scales + strip * m.row_scales;
-    alignas(64) std::int8_t levels[some][strip_rows];
+    alignas(64) std::int8_t levels[strip_rows];
+    alignas(64) float numbers[some][strip_rows];
+    std::int64_t group_end = m.group;
     for (std::int64_t first = 0; first < m.cols; first += some) {
         const std::int64_t num = at_most(some, m.cols - first);
-        for (std::int64_t c = 0; c < num; ++c, chunk += m.rate) reader.read(chunk, levels[c]);
+        for (std::int64_t c = 0; c < num; ++c, chunk += m.rate) {
+            if (first + c == group_end) group_end += m.group, scales += strip_rows;
+            reader.read(chunk, levels);
+            for (int v = 0; v < vectors_of_strip; ++v) {
+                const Floats scale = widen_bf16(load<Halves16>(scales + 16 * v));
+                store(numbers[c] + 16 * v, widen_levels(levels + 16 * v) * scale);
+            }
+        }
         for (std::int64_t row = 0; row < strip_rows; ++row) {
             float* out = to + row * m.cols + first;
-            for (std::int64_t c = 0; c < num; ++c) {
-                const std::int64_t group = (first + c) / m.group;
-                out[c] = static_cast<float>(levels[c][row]) * from_bf16(scales[group * strip_rows + row]);
-            }
+            for (std::int64_t c = 0; c < num; ++c) out[c] = numbers[c][row];
         }
     }
 }

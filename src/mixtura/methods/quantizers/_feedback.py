@@ -53,12 +53,12 @@ def _compensation(moments: Float[Tensor, "C C"]) -> Compensation:
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     # Backwards, so that the triangle that Cholesky's decomposition gives is the upper one.
     backwards = order.flip(0)
-    ordered = moments.float()[backwards][:, backwards]
-    ordered /= ordered.diagonal().mean()
+    ordered = moments.float().index_select(0, backwards).index_select(1, backwards)
+    unit = float(ordered.diagonal().mean())
     damping = _DAMPING
     while damping < _MOST_DAMPING:
         damped = ordered.clone()
-        damped.diagonal().add_(damping)
+        damped.diagonal().add_(damping * unit)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             upper = lower.flip(0, 1)
@@ -86,10 +86,12 @@ def round_columns(weight: Float[Tensor, "R C"], compensation: Compensation, roun
     order, factor = compensation
     originals = weight.T[order].contiguous()
     columns = originals.clone()
+    # What is handed on is a part of a code's step, of which a 256th does not matter.
+    coarse = factor.to(torch.bfloat16)
     for first in range(0, len(order), BLOCK):
         now, later = slice(first, first + BLOCK), slice(first + BLOCK, None)
         left = round_block(columns[now], originals[now], order[now], factor[now, now].contiguous())
-        columns[later].addmm_(factor[now, later].T, left)
+        columns[later] += coarse[now, later].T @ left.to(torch.bfloat16)
 
 
 def fitted_scales(
@@ -110,20 +112,19 @@ def fitted_scales(
     """
     rows, cols = weight.shape
     num_groups = scales.shape[1]
-    if moments is None:
-        wanted = levels * weight
-    else:
-        # Scales are kept in bfloat16, and the errors of these products average out.
-        half = moments.to(torch.bfloat16)
-        wanted = levels * (weight.to(torch.bfloat16) @ half).float()
-    right = _by_group(wanted, group).sum(-1)
+    wide = levels.float()
     left = torch.zeros(rows, num_groups, num_groups)
     if moments is None:
-        left.diagonal(dim1=1, dim2=2).copy_(_by_group(levels * levels, group).sum(-1))
+        wanted = wide * weight
+        left.diagonal(dim1=1, dim2=2).copy_(_by_group(wide * wide, group).sum(-1))
     else:
+        # Scales are kept in bfloat16, and the errors of these products average out.
+        half, coarse = moments.to(torch.bfloat16), levels.to(torch.bfloat16)
+        wanted = wide * (weight.to(torch.bfloat16) @ half)
         for number, first in enumerate(range(0, cols, group)):
-            part = levels[:, first : first + group].to(torch.bfloat16) @ half[first : first + group]
-            left[:, number] = _by_group(part.float() * levels, group).sum(-1)
+            part = coarse[:, first : first + group] @ half[first : first + group]
+            left[:, number] = _by_group(wide * part, group).sum(-1)
+    right = _by_group(wanted, group).sum(-1)
     size = left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     # Towards the scales there were: rows of few levels do not say more.
     ridge = 1e-4 * size * torch.eye(num_groups)

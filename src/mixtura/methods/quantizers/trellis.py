@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError, check_range
 from mixtura.methods._codebooks import codebook
-from mixtura.methods._trellis import ROWS, Columns, Stored, decode, search, windows_of
+from mixtura.methods._trellis import ROWS, Columns, Stored, decode, levels_of, search
 from mixtura.methods.quantizers import Encoded, Quantizer
 from mixtura.methods.quantizers._feedback import Compensation, fitted_scales, round_columns
 from mixtura.methods.quantizers._shared import check_finite
@@ -99,8 +99,7 @@ class Trellis(Quantizer):
         counts[-1] -= -cols % group
         scales = (scales / counts).sqrt() / size
         codes = self._search(padded, compensation, scales, group, table)
-        levels = table.float()[windows_of(codes)].transpose(1, 2).reshape(len(padded), cols)
-        scales = fitted_scales(padded, levels, moments, scales, group)
+        scales = fitted_scales(padded, levels_of(codes, table), moments, scales, group)
         stored = (scales * unit).view(-1, ROWS, scales.shape[1]).transpose(1, 2)
         tensors = {"codes": codes, "scales": stored.to(torch.bfloat16).contiguous()}
         return Encoded(tensors, {"rows": rows, "cols": cols})
