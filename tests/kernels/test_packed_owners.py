@@ -26,8 +26,11 @@ def test_routers_and_layers_whose_weight_is_read_are_left_alone(family: str, pac
     inputs = tiny_inputs(model)
     with torch.no_grad():
         found, expected = model(**inputs).logits, plain(**inputs).logits
-    # 8 bits a weight: near the plain model, far from what a broken layer would give.
-    assert (found - expected).norm() < 0.1 * expected.norm()
+    # 8 bits a weight: near the plain model, far from what a broken layer would give. A token whose choice of
+    # experts was nearly even may change it.
+    off = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert off.median() < 0.1
+    assert (off < 0.3).float().mean() > 0.9
     for layer, own in zip(open_model(model).layers, open_model(plain).layers, strict=True):
         assert torch.equal(layer.router_weight(), own.router_weight())
     balance(model, "switch_loss")
