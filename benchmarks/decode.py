@@ -40,6 +40,7 @@ from mixtura.kernels.linears import FewRowsLinear
 from mixtura.kernels.paths import paths_of
 from mixtura.kernels.rates import MemoryReader
 from mixtura.machine.releases import returned_cache, with_cache
+from mixtura.methods import create
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 NUM_TOKENS = (1, 4, 16, 64)
@@ -153,8 +154,9 @@ def packed_copy(shape: Shape, model: nn.Module, bits: int) -> tuple[nn.Module, i
         if isinstance(module, nn.Linear):
             codes, scales = random_codes(module.out_features, module.in_features, bits, generator)
             group = GROUP if bits < 8 else module.in_features
+            quantizer = create("quantizers", "round_to_nearest", bits=bits, group_size=group)
             packed = PackedLinear(
-                codes, scales, in_features=module.in_features, bits=bits, group_size=group, bias=None
+                codes, scales, quantizer=quantizer, in_features=module.in_features, bias=None
             )
             setattr(parent, name.rpartition(".")[2], packed)
             total += codes.nbytes + scales.nbytes

@@ -9,7 +9,8 @@ import torch
 from families import tiny_model
 from tiny_plans import save_source, save_uneven
 
-from mixtura.checkpoints.skeleton import build, empty_experts, open_checkpoint, read_slot, slots
+from mixtura.checkpoints.skeleton import build, empty_experts, open_checkpoint, read_slot
+from mixtura.checkpoints.slots import slots
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "jamba", "qwen3_next"])

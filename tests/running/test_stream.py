@@ -129,6 +129,37 @@ def test_a_run_beside_makes_the_logits_of_given_states(tmp_path: Path) -> None:
     assert seen == int(MASK.sum())
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])
+def test_a_change_outside_the_experts_can_be_tried_and_others_keep_the_head(
+    family: str, tmp_path: Path
+) -> None:
+    view = open_checkpoint(save_source(tmp_path / "source", family))
+    plain = Streamed(view)
+    expected = plain.model.__class__.from_pretrained(tmp_path / "source")
+    asked = set()
+
+    def half(name: str, tensor: Tensor) -> Tensor:
+        asked.add(name)
+        return tensor / 2 if tensor.ndim == 2 else tensor
+
+    with torch.no_grad():
+        changed = set()
+        for name, parameter in expected.named_parameters():
+            source = view.sources[name].names[0]
+            if parameter.ndim == 2 and view.sources[name].converter is None:
+                parameter.mul_(0.5)
+                changed.add(source)
+    states = plain.hidden(IDS, MASK)
+    wanted, whole = logits_of(expected), logits_of(plain.model)
+
+    def compare(logits: Tensor, beside: Tensor, places: Tensor) -> None:
+        torch.testing.assert_close(logits, wanted.flatten(0, 1)[places], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(beside, whole.flatten(0, 1)[places], rtol=1e-4, atol=1e-5)
+
+    Streamed(view, changed=half).run_beside(IDS, MASK, beside=states, on_both=compare)
+    assert changed <= asked
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_can_be_tried_without_writing_it(family: str, tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", family)

@@ -28,7 +28,7 @@ from mixtura.checkpoints.applying.shards import Shard, index_json, pack_shards, 
 from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
 from mixtura.checkpoints.digest import checkpoint_digest
-from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE, experts_to_json
+from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE
 from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
@@ -241,7 +241,7 @@ def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> No
     if len(shards) > 1:
         write_text(folder / INDEX_FILE, index_json(shards))
     if not made.blueprint.ordinary:
-        write_text(folder / EXPERTS_FILE, experts_to_json(made.blueprint.layers))
+        write_text(folder / EXPERTS_FILE, made.blueprint.contents.to_json())
     facts = CardFacts(
         name=made.terms.name,
         source=view.path,

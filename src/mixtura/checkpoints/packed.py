@@ -6,10 +6,13 @@ them. An ordinary checkpoint has no ``experts.json``; one of the mixtura format 
 * ``config.json`` with ``"quantization_config": {"quant_method": "mixtura", "version": 1}`` (and the
   source's own quantization under ``"source"``, which still holds for tensors outside the experts),
 * ``experts.json``: for every MoE layer the experts it kept and, where the layer is packed, how each
-  matrix of each expert is stored,
+  matrix of each expert is stored; and how matrices outside the experts are stored that are in fewer bits,
 * tensors ``{layer}.{e}.up.{part}``, ``{layer}.{e}.down.{part}``, ``{layer}.{e}.up_bias`` and
   ``{layer}.{e}.down_bias``, where ``layer`` is the module path of the experts, ``e`` counts after
-  any drop, and a matrix is ``[out features, in features]`` in the row order of its module.
+  any drop, and a matrix is ``[out features, in features]`` in the row order of its module,
+* tensors ``{tensor}.{part}`` in the place of a matrix outside the experts that is in fewer bits.
+
+The version is 2 where there are such matrices, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from mixtura.methods import create
 from mixtura.methods.quantizers import Encoded, Quantizer
 
 QUANT_METHOD = "mixtura"
-FORMAT_VERSION = 1
+FORMAT_VERSION, _WITHOUT_MATRICES = 2, 1
 EXPERTS_FILE = "experts.json"
 PLAN_FILE = "plan.json"
 
@@ -318,45 +321,78 @@ def _quantizer(name: str, settings: str) -> Quantizer:
     return quantizer
 
 
-def experts_to_json(layers: tuple[LayerRecord, ...]) -> str:
-    """``experts.json`` as text, the same bytes for the same records."""
-    values = {
-        "version": FORMAT_VERSION,
-        "layers": {
-            layer.name: {
-                "index": layer.index,
-                "kept": list(layer.kept),
-                "experts": None if layer.experts is None else [_expert_to_dict(e) for e in layer.experts],
-            }
-            for layer in layers
-        },
-    }
-    return json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
+@final
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What ``experts.json`` says.
 
-
-def experts_from_json(text: str) -> tuple[LayerRecord, ...]:
-    """The records that `experts_to_json` wrote, by decoder layer.
-
-    Raises:
-        CheckpointError: the text is not an ``experts.json`` of this version.
+    Attributes:
+        layers: the MoE layers.
+        matrices: matrices outside the experts that are in fewer bits, by the name of the tensor on disk.
     """
-    try:
-        values = json.loads(text)
-        if values["version"] != FORMAT_VERSION:
+
+    layers: tuple[LayerRecord, ...]
+    matrices: Mapping[str, MatrixRecord] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Of the format: the lowest that has what is in it."""
+        return FORMAT_VERSION if self.matrices else _WITHOUT_MATRICES
+
+    def to_json(self) -> str:
+        """``experts.json`` as text, the same bytes for the same records."""
+        values: dict[str, Any] = {
+            "version": self.version,
+            "layers": {
+                layer.name: {
+                    "index": layer.index,
+                    "kept": list(layer.kept),
+                    "experts": None if layer.experts is None else [_expert_to_dict(e) for e in layer.experts],
+                }
+                for layer in self.layers
+            },
+        }
+        if self.matrices:
+            values["matrices"] = {name: record.to_dict() for name, record in self.matrices.items()}
+        return json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Contents:
+        """What `to_json` wrote, layers in order.
+
+        Raises:
+            CheckpointError: the text is not an ``experts.json`` of a version that is known.
+        """
+        try:
+            values = json.loads(text)
+            if values["version"] not in (_WITHOUT_MATRICES, FORMAT_VERSION):
+                raise CheckpointError(
+                    f"{EXPERTS_FILE} is of version {values['version']} but this mixtura reads up to "
+                    f"{FORMAT_VERSION}; use the mixtura that wrote it or write it again"
+                )
+            layers = [_layer_from_dict(name, layer) for name, layer in values["layers"].items()]
+            found = values.get("matrices", {}).items()
+            matrices = {name: MatrixRecord.from_dict(record) for name, record in found}
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{EXPERTS_FILE} is of version {values['version']} but this mixtura reads {FORMAT_VERSION}; "
-                f"use the mixtura that wrote it or write it again"
-            )
-        layers = [_layer_from_dict(name, layer) for name, layer in values["layers"].items()]
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{EXPERTS_FILE} cannot be read ({error!r}); write the model again") from None
-    return tuple(sorted(layers, key=lambda layer: layer.index))
+                f"{EXPERTS_FILE} cannot be read ({error!r}); write the model again"
+            ) from None
+        return Contents(tuple(sorted(layers, key=lambda layer: layer.index)), matrices)
 
 
-def read_experts_file(directory: Path) -> tuple[LayerRecord, ...]:
-    """The layers of a checkpoint of the mixtura format, by decoder layer.
+def matrix_part(tensor: str, part: str) -> str:
+    """On-disk name of one part of a matrix outside the experts.
+
+    >>> matrix_part("lm_head.weight", "codes")
+    'lm_head.weight.codes'
+    """
+    return f"{tensor}.{part}"
+
+
+def read_experts_file(directory: Path) -> Contents:
+    """What a checkpoint of the mixtura format says of its experts and matrices.
 
     Raises:
         CheckpointError: there is no ``experts.json`` or it cannot be read.
@@ -364,7 +400,7 @@ def read_experts_file(directory: Path) -> tuple[LayerRecord, ...]:
     path = directory / EXPERTS_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {EXPERTS_FILE}, so it is not of the mixtura format")
-    return experts_from_json(path.read_text(encoding="utf-8", errors="replace"))
+    return Contents.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _expert_to_dict(expert: ExpertRecord) -> dict[str, Any]:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from mixtura.checkpoints.matrices import forms_in, pack_skeleton, part_of
 from mixtura.checkpoints.nesting import Widths, check_named
 from mixtura.checkpoints.packed import is_packed
+from mixtura.checkpoints.slots import Slot, slots
 from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.meta import build_meta
@@ -84,6 +85,8 @@ def build(view: CheckpointView, *, dtype: torch.dtype | None = None) -> PreTrain
                 donors[key] = _on_meta(type(view.meta_model), changed, chosen)
             model.set_submodule(layer.site.block_name, donors[key].get_submodule(layer.site.block_name))
     _untie(model, view)
+    if view.matrices:
+        pack_skeleton(model, view, view.matrices, forms_in(view))
     compute_buffers(model)
     return model.eval()
 
@@ -101,61 +104,13 @@ def empty_experts(model: PreTrainedModel, layer: LayerView) -> Any:
     return experts
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One parameter or stored buffer of a model, with every name it has (tied ones have several).
-
-    ``holders`` are the modules and attribute names that hold it.
-    """
-
-    names: tuple[str, ...]
-    holders: tuple[tuple[nn.Module, str], ...]
-    empty: Tensor
-
-    def fill(self, value: Tensor) -> None:
-        """Put a tensor in its place everywhere; it is not copied where its dtype is the slot's."""
-        value = value.to(self.empty.dtype)
-        if isinstance(self.empty, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=self.empty.requires_grad)
-        self._set(value)
-
-    def clear(self) -> None:
-        """Let the tensor go; the slot is on the meta device again."""
-        self._set(self.empty)
-
-    def _set(self, value: Tensor) -> None:
-        for module, attribute in self.holders:
-            held: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-            held[attribute] = value
-
-
-def slots(model: nn.Module, within: Collection[nn.Module] | None = None) -> tuple[Slot, ...]:
-    """The slots that are still empty, in the model's order.
-
-    Args:
-        model: a skeleton.
-        within: only those held directly by one of these modules.
-    """
-    names: dict[int, list[str]] = {}
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    found: dict[int, Tensor] = {}
-    wanted = None if within is None else {id(module) for module in within}
-    for prefix, module in model.named_modules():
-        if wanted is not None and id(module) not in wanted:
-            continue
-        for attribute, tensor in _stored(module):
-            if tensor.device.type == "meta":
-                names.setdefault(id(tensor), []).append(f"{prefix}.{attribute}" if prefix else attribute)
-                holders.setdefault(id(tensor), []).append((module, attribute))
-                found[id(tensor)] = tensor
-    return tuple(Slot(tuple(names[key]), tuple(holders[key]), tensor) for key, tensor in found.items())
-
-
 def read_slot(slot: Slot, view: CheckpointView) -> Tensor | None:
     """The stored value of a slot; None where the checkpoint has none, which its family allows."""
     name = next((name for name in slot.names if name in view.sources), None)
-    return None if name is None else view.parameter(name)
+    if name is not None:
+        return view.parameter(name)
+    part = part_of(slot, view)
+    return None if part is None else view.tensor(part)
 
 
 def compute_buffers(model: PreTrainedModel, missing: Collection[Slot] = ()) -> None:
@@ -226,16 +181,6 @@ def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
             match = kept.search(name)
             if match is not None and match.lastgroup is not None and slot.empty.is_floating_point():
                 slot.empty.data = slot.empty.data.to(plan[globs[match.lastgroup]])
-
-
-def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that a module holds directly and that checkpoints store."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, buffer
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

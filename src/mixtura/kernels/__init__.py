@@ -20,7 +20,13 @@ from mixtura.kernels.compiled import Options, isas, options, using
 from mixtura.kernels.dispatch import Dispatch, Run, sort_by_expert, sum_by_token
 from mixtura.kernels.experts import ExpertMath, StackedExperts, run_experts
 from mixtura.kernels.few import ExpertMatrices, NativeLayer
-from mixtura.kernels.linears import FewRowsLinear, PackedLinear, pack_linears
+from mixtura.kernels.linears import (
+    FewRowsLinear,
+    PackedEmbedding,
+    PackedLinear,
+    pack_linears,
+    packable_modules,
+)
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix, trellis_matrix
 from mixtura.kernels.nested_linears import NestedLinear, nest_linears
 from mixtura.kernels.records import AssignmentObserver, ExpertStore, ExpertTensors
@@ -38,6 +44,7 @@ __all__ = [
     "NativeLayer",
     "NestedLinear",
     "Options",
+    "PackedEmbedding",
     "PackedLinear",
     "Run",
     "StackedExperts",
@@ -48,6 +55,7 @@ __all__ = [
     "nested_matrix",
     "options",
     "pack_linears",
+    "packable_modules",
     "quicken",
     "register_backend",
     "routed_experts",

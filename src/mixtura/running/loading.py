@@ -19,14 +19,13 @@ from mixtura.checkpoints.nesting import Widths, check_named
 from mixtura.checkpoints.packed import STORED_KINDS, LayerRecord
 from mixtura.checkpoints.skeleton import (
     CheckpointView,
-    Slot,
     build,
     compute_buffers,
     empty_experts,
     open_checkpoint,
     read_slot,
-    slots,
 )
+from mixtura.checkpoints.slots import Slot, slots
 from mixtura.checkpoints.stores import Form, PackedStore, count_stores, keep_in_state
 from mixtura.checkpoints.viewing.beside import adapter_of
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
@@ -83,7 +82,7 @@ def load(
     # Small files first: what is wrong with them is said before the weights are read.
     take_generation_config(model, view.path)
     set_attention(model, attn_implementation)
-    packed = False
+    packed = bool(view.matrices)
     for layer in view.layers:
         store = packed_store(view, layer)
         if store is not None:
@@ -96,7 +95,7 @@ def load(
     _fill_rest(model, view)
     _finish(model, view.path)
     if packed:
-        refuse_save(model, "a model with experts in fewer bits")
+        refuse_save(model, "a model with weights in fewer bits")
         count_stores(model)
     model = placed(model, device, packed=packed)
     if kind is not None:

@@ -18,15 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixtura.checkpoints.skeleton import (
-    CheckpointView,
-    Slot,
-    build,
-    compute_buffers,
-    empty_experts,
-    read_slot,
-    slots,
-)
+from mixtura.checkpoints.matrices import stored_name
+from mixtura.checkpoints.skeleton import CheckpointView, build, compute_buffers, empty_experts, read_slot
+from mixtura.checkpoints.slots import Slot, slots
 from mixtura.checkpoints.stores import DiskStore, Instead
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.droppable import check_drops
@@ -41,6 +35,7 @@ LOGITS_BYTES = 64 << 20
 OnLogits = Callable[[Tensor, Tensor], None]
 OnStates = Callable[[Tensor], None]
 OnBoth = Callable[[Tensor, Tensor, Tensor], None]
+Changed = Callable[[str, Tensor], Tensor]
 # From final states [P, D] to logits [P, V].
 Head = Callable[[Tensor], Tensor]
 
@@ -59,6 +54,8 @@ class Streamed:
             decoder layer's number, the expert's number and the dtype. None for one that runs as it is;
             others are not read.
         dropped: by decoder layer, experts that the router must never choose.
+        changed: gives what is to run in place of a tensor outside the experts, asked by its name on disk and
+            the tensor. Logits of other states that `run_beside` compares are made without.
         dtype: to compute in; by default the one that the config names.
 
     Raises:
@@ -72,10 +69,12 @@ class Streamed:
         instead: Instead | None = None,
         *,
         dropped: Mapping[int, Collection[int]] | None = None,
+        changed: Changed | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         require_alone(view.path, "a model that runs layer by layer from disk")
         self.view = view
+        self._changed = changed
         self.model = build(view, dtype=dtype)
         refuse_save(self.model, "a model that runs from disk")
         kept = check_drops(view.layers, dropped or {})
@@ -134,7 +133,7 @@ class Streamed:
             logits_bytes: bound on the logits of one chunk in float32.
         """
         chunks = self._chunks(input_ids, attention_mask, wanted, max_bytes, logits_bytes, on_states)
-        for states, head, places in chunks:
+        for states, head, _, places in chunks:
             on_logits(head(states), places)
 
     def run_beside(
@@ -148,7 +147,7 @@ class Streamed:
         max_bytes: int = DEFAULT_WORKING_BYTES,
         logits_bytes: int = LOGITS_BYTES,
     ) -> None:
-        """`run` with the logits of other states beside this model's, made by the same head.
+        """`run` with the logits of other states beside this model's, made by the head as it is stored.
 
         Args:
             input_ids: the tokens; padding belongs on the right.
@@ -162,8 +161,8 @@ class Streamed:
         """
         others = beside.flatten(0, 1)
         chunks = self._chunks(input_ids, attention_mask, wanted, max_bytes, logits_bytes // 2)
-        for states, head, places in chunks:
-            on_both(head(states), head(others[places]), places)
+        for states, head, stored_head, places in chunks:
+            on_both(head(states), stored_head(others[places]), places)
 
     def _chunks(
         self,
@@ -173,8 +172,8 @@ class Streamed:
         max_bytes: int,
         logits_bytes: int,
         on_states: OnStates | None = None,
-    ) -> Iterator[tuple[Tensor, Head, Tensor]]:
-        """Final states of wanted positions a chunk at a time, the head for them, and their places."""
+    ) -> Iterator[tuple[Tensor, Head, Head, Tensor]]:
+        """Final states of wanted positions a chunk at a time, the head, that as stored, and their places."""
         if wanted is None:
             wanted = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         vocabulary = int(self.model.config.get_text_config().vocab_size)
@@ -186,9 +185,9 @@ class Streamed:
                 on_states(outputs.last_hidden_state)
             states = outputs.last_hidden_state.flatten(0, 1)
             first = int(rows[0]) * input_ids.shape[1]
-            with self._head(outputs) as head:
+            with self._head(outputs) as (head, stored_head):
                 for part in wanted[rows].reshape(-1).nonzero().squeeze(-1).split(chunk):
-                    yield states[part], head, part + first
+                    yield states[part], head, stored_head, part + first
 
     def batches(self, num_sequences: int, length: int, *, max_bytes: int) -> Iterator[Int[Tensor, " rows"]]:
         """Row numbers of the batches in which sequences run, as large as the bound allows.
@@ -230,17 +229,18 @@ class Streamed:
         return base
 
     @contextmanager
-    def _head(self, outputs: Any) -> Iterator[Head]:
-        """The part of the model after its base: head, scaling, capping. Its weights stay for the block.
+    def _head(self, outputs: Any) -> Iterator[tuple[Head, Head]]:
+        """The part of the model after its base: head, scaling, capping; as it is to run, and as it is stored.
 
-        The model's own forward computes it, with the base standing still at states that are given.
+        Its weights stay for the block. The model's own forward computes it, with the base standing still at
+        states that are given.
         """
         base = self._base
         held = copy.copy(outputs)
         base.forward = lambda *_, **__: held
         head = self.model.get_output_embeddings()
         try:
-            with self._kept(head), torch.no_grad():
+            with self._kept(head) as own, torch.no_grad():
 
                 def apply(states: Float[Tensor, "P D"]) -> Float[Tensor, "P V"]:
                     held.last_hidden_state = states[None]
@@ -249,9 +249,34 @@ class Streamed:
                     assert isinstance(logits, Tensor)
                     return logits[0]
 
-                yield apply
+                yield apply, self._as_stored(apply, own)
         finally:
             del base.forward
+
+    def _as_stored(self, head: Head, own: Sequence[Slot]) -> Head:
+        """The head with its weights as they are stored."""
+        pairs = []
+        for slot in own if self._changed is not None else ():
+            value = read_slot(slot, self.view)
+            if value is None:
+                continue
+            changed = self._as_changed(slot, value)
+            if changed is not value:
+                slot.fill(changed)
+                pairs.append((slot, changed, value))
+        if not pairs:
+            return head
+
+        def apply(states: Float[Tensor, "P D"]) -> Float[Tensor, "P V"]:
+            for slot, _, stored in pairs:
+                slot.fill(stored)
+            try:
+                return head(states)
+            finally:
+                for slot, changed, _ in pairs:
+                    slot.fill(changed)
+
+        return apply
 
     def _attach(self) -> None:
         """Hooks on every decoder layer, and on each module outside of them that holds weights itself."""
@@ -297,18 +322,22 @@ class Streamed:
             if value is None:
                 missing.append(slot)
             else:
-                slot.fill(value)
+                slot.fill(self._as_changed(slot, value))
         if missing:
             compute_buffers(self.model, missing)
 
+    def _as_changed(self, slot: Slot, value: Tensor) -> Tensor:
+        name = None if self._changed is None else stored_name(slot, self.view)
+        return value if name is None or self._changed is None else self._changed(name, value)
+
     @contextmanager
-    def _kept(self, module: nn.Module) -> Iterator[None]:
+    def _kept(self, module: nn.Module) -> Iterator[Sequence[Slot]]:
         """Keep the weights of a module in memory over several calls."""
         own = slots(self.model, (module,))
         self._read(own)
         self._resident.add(id(module))
         try:
-            yield
+            yield own
         finally:
             self._resident.discard(id(module))
             _clear(own)

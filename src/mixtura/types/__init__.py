@@ -39,6 +39,7 @@ __all__ = [
     "LayerShape",
     "Plan",
     "Quantize",
+    "QuantizeMatrix",
     "Result",
     "RouterInput",
     "Routing",
@@ -142,6 +143,18 @@ class Quantize(Action):
 
 @final
 @dataclass(frozen=True, slots=True)
+class QuantizeMatrix(Action):
+    """Store one matrix outside the routed experts with a quantizer. ``tensor`` is its name on disk."""
+
+    kind: ClassVar[str] = "quantize_matrix"
+
+    tensor: str
+    quantizer: str
+    settings: dict[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What to do to a checkpoint, in order. The empty plan leaves it as it is.
 
@@ -164,6 +177,10 @@ class Plan:
     def quantized(self) -> dict[tuple[int, int], Quantize]:
         """The quantization of each (layer, expert) that has one; the last named holds."""
         return {(a.layer, a.expert): a for a in self.actions if isinstance(a, Quantize)}
+
+    def matrices(self) -> dict[str, QuantizeMatrix]:
+        """The quantization of each matrix outside the experts that has one; the last named holds."""
+        return {a.tensor: a for a in self.actions if isinstance(a, QuantizeMatrix)}
 
     def to_json(self) -> str:
         """The plan as JSON text, the same bytes for the same plan."""

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixtura.checkpoints.apply import apply_plan, planned_num_bytes
 from mixtura.checkpoints.digest import checkpoint_digest
-from mixtura.checkpoints.packed import experts_from_json, experts_to_json, read_expert, read_experts_file
+from mixtura.checkpoints.packed import Contents, read_expert, read_experts_file
 from mixtura.checkpoints.view import DiskView, open_model
 from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
 from mixtura.types import Action, Drop, Plan, Quantize
@@ -131,11 +131,12 @@ def test_quantized_experts_are_read_back(family: str, make_source: MakeSource, t
     actions = [Quantize(first.index, e, RTN, {"bits": b}) for e, b in bits.items()]
     plan = plan_for(source, *drop_of(view, (3, 7)), *actions)
     out = apply_plan(plan, source, tmp_path / "out", progress=False)
-    layers = {layer.index: layer for layer in read_experts_file(out)}
+    layers = {layer.index: layer for layer in read_experts_file(out).layers}
     assert layers[second.index].experts is None
     packed = layers[first.index]
     assert packed.kept == (0, 1, 2, 4, 5, 6)
-    assert experts_from_json(experts_to_json(tuple(layers.values()))) == tuple(layers.values())
+    contents = read_experts_file(out)
+    assert Contents.from_json(contents.to_json()) == contents
     stored = tensors_of(out)
     assert sum(t.nbytes for t in stored.values()) == planned_num_bytes(plan, source)
     for number, expert in enumerate(packed.kept):
@@ -183,7 +184,7 @@ def test_uneven_drop_is_of_the_mixtura_format(make_source: MakeSource, tmp_path:
     assert AutoConfig.from_pretrained(out).num_experts == 8
     assert config["quantization_config"]["quant_method"] == "mixtura"
     assert config["mixtura"]["num_experts"][str(index)] == 5
-    layers = {layer.index: layer for layer in read_experts_file(out)}
+    layers = {layer.index: layer for layer in read_experts_file(out).layers}
     assert layers[index].kept == (1, 2, 3, 4, 7)
     assert all(layer.experts is None for layer in layers.values())
     stored, original = tensors_of(out), tensors_of(source)
@@ -219,7 +220,7 @@ def test_scaled_experts_that_no_action_names_are_copied_as_stored(
     stored = tensors_of(out)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["source"] == view.raw_config["quantization_config"]
-    packed = next(record for record in read_experts_file(out) if record.index == layer.index)
+    packed = next(record for record in read_experts_file(out).layers if record.index == layer.index)
     for expert in range(layer.num_experts):
         native = layer.native_expert(expert)
         read = read_expert(packed, expert, stored.__getitem__)

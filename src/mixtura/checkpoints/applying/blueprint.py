@@ -11,9 +11,10 @@ import torch
 from mixtura.checkpoints.applying.checking import check_plan
 from mixtura.checkpoints.applying.copying import CopyRows, Watch
 from mixtura.checkpoints.applying.cutting import router_units
+from mixtura.checkpoints.applying.matrices import matrix_units
 from mixtura.checkpoints.applying.packing import packed_units
 from mixtura.checkpoints.applying.shards import Unit
-from mixtura.checkpoints.packed import LayerRecord
+from mixtura.checkpoints.packed import Contents, LayerRecord
 from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.edits import renumbered
@@ -28,13 +29,13 @@ class Blueprint:
 
     Attributes:
         units: what writes its tensors, in order.
-        layers: what it holds of each MoE layer.
+        contents: what it holds of each MoE layer, and its matrices in fewer bits.
         ordinary: whether it is an ordinary checkpoint of its family, not of the mixtura format.
         left_out: the beginnings of names of layers that the model has not and that do not go along.
     """
 
     units: tuple[Unit, ...]
-    layers: tuple[LayerRecord, ...]
+    contents: Contents
     ordinary: bool
     left_out: tuple[str, ...] = ()
 
@@ -58,6 +59,8 @@ def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None)
     rank = {name: place for place, name in enumerate(order)}
     # What is written in place of a stored tensor; what is not named here is copied as it is.
     changed = router_units(view, kept)
+    packed, matrices = matrix_units(view, plan)
+    changed.update(packed)
     layers = []
     for layer in view.layers:
         own, experts = kept[layer.index], None
@@ -79,7 +82,8 @@ def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None)
         for name in order
         for unit in (changed[name] if name in changed else (CopyRows.of(view.entries[name]),))
     ]
-    return Blueprint(tuple(units), tuple(layers), not actions and even, left_out)
+    ordinary = not actions and not matrices and even
+    return Blueprint(tuple(units), Contents(tuple(layers), matrices), ordinary, left_out)
 
 
 def is_even(view: DiskView, kept: Mapping[int, tuple[int, ...]]) -> bool:

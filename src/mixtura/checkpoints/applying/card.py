@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData, metadata_load
 import mixtura
 from mixtura.report import counted, human_number, human_percent
 from mixtura.report.units import format_bytes
-from mixtura.types import Plan, Quantize
+from mixtura.types import Plan, Quantize, QuantizeMatrix
 
 _KEPT_METADATA = ("license", "license_name", "license_link", "language")
 _SNAPSHOT = re.compile(r"models--(?P<repo>.+)")
@@ -124,7 +124,8 @@ def model_card(facts: CardFacts) -> str:
         "",
         *_dropped_lines(facts.plan),
         *_left_out_lines(facts),
-        f"Every {'other ' if facts.left_out else ''}tensor outside the experts is the source's, byte for "
+        *_matrix_lines(facts.plan),
+        f"Every {_other(facts)}tensor outside the experts is the source's, byte for "
         f"byte{_except_routers(facts.plan)}. "
         "`plan.json` says what was done to each expert.",
         "",
@@ -175,7 +176,7 @@ def _counts(facts: CardFacts) -> list[tuple[str, int]]:
     return [*rows, ("kept as they were", kept), ("dropped", dropped), ("before", total)]
 
 
-def _way(action: Quantize) -> str:
+def _way(action: Quantize | QuantizeMatrix) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in sorted(action.settings.items()))
     return f"`{action.quantizer}` ({settings})" if settings else f"`{action.quantizer}`"
 
@@ -185,6 +186,17 @@ def _dropped_lines(plan: Plan) -> list[str]:
         f"- layer {layer}: {len(experts)} dropped ({', '.join(map(str, experts))})"
         for layer, experts in plan.dropped().items()
     ]
+    return [*lines, ""] if lines else []
+
+
+def _other(facts: CardFacts) -> str:
+    return "other " if facts.left_out or facts.plan.matrices() else ""
+
+
+def _matrix_lines(plan: Plan) -> list[str]:
+    """Which matrices outside the experts are in fewer bits."""
+    ways = Counter(_way(action) for action in plan.matrices().values())
+    lines = [f"- weights outside the experts: {counted(n, 'tensor')} by {way}" for way, n in ways.items()]
     return [*lines, ""] if lines else []
 
 

@@ -10,7 +10,7 @@ from mixtura.checkpoints.viewing.base import LayerView, ModelView
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.methods import create
-from mixtura.types import Drop, Plan, Quantize
+from mixtura.types import Drop, Plan, Quantize, QuantizeMatrix
 
 
 def check_source(source: Path) -> None:
@@ -41,11 +41,15 @@ def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:
                 _check_expert(view.layer(action.layer), expert)
         elif isinstance(action, Quantize):
             _check_expert(view.layer(action.layer), action.expert)
-        else:
-            raise UserError(f"a plan's action {action.kind!r} is not applied yet; there are: drop, quantize")
-    distinct = {(a.quantizer, repr(sorted(a.settings.items()))): a for a in plan.quantized().values()}
-    for action in distinct.values():
-        create("quantizers", action.quantizer, **action.settings)
+        elif not isinstance(action, QuantizeMatrix):
+            raise UserError(
+                f"a plan's action {action.kind!r} is not applied yet; there are: drop, quantize, "
+                "quantize_matrix"
+            )
+    stores: tuple[Quantize | QuantizeMatrix, ...] = (*plan.quantized().values(), *plan.matrices().values())
+    distinct = {(a.quantizer, repr(sorted(a.settings.items()))): a for a in stores}
+    for stored in distinct.values():
+        create("quantizers", stored.quantizer, **stored.settings)
     dropped = plan.dropped()
     for index, expert in plan.quantized():
         if expert in dropped.get(index, ()):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixtura.checkpoints.applying.blueprint import Blueprint, is_even
-from mixtura.checkpoints.packed import FORMAT_VERSION, QUANT_METHOD
+from mixtura.checkpoints.packed import QUANT_METHOD
 from mixtura.checkpoints.viewing.beyond import without_prediction
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY
 from mixtura.checkpoints.viewing.disk import DiskView
@@ -38,15 +38,15 @@ def config_json(view: DiskView, made: Blueprint) -> str:
         raw["dtype"] = str(compute_dtype(view.config)).removeprefix("torch.")
     if made.left_out:
         without_prediction(raw)
-    counts = {layer.index: layer.num_experts for layer in made.layers}
-    if is_even(view, {layer.index: layer.kept for layer in made.layers}):
+    counts = {layer.index: layer.num_experts for layer in made.contents.layers}
+    if is_even(view, {layer.index: layer.kept for layer in made.contents.layers}):
         for layer in view.layers:
             if counts[layer.index] != layer.num_experts:
                 _set_count(raw, view.config, view.count_fields[layer.stack], counts[layer.index])
     else:
         raw[UNEVEN_KEY] = {"num_experts": {str(index): count for index, count in sorted(counts.items())}}
     if not made.ordinary:
-        own: dict[str, Any] = {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION}
+        own: dict[str, Any] = {"quant_method": QUANT_METHOD, "version": made.contents.version}
         if raw.get("quantization_config") is not None:
             own["source"] = raw["quantization_config"]
         raw["quantization_config"] = own

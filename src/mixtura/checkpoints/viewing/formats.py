@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NoReturn, final
@@ -35,7 +35,8 @@ class StoredTensor:
     """A logical tensor of a checkpoint: one entry, or the two of a scaled format.
 
     ``shape`` is that of the decoded tensor. ``parts`` are the names on disk. ``unread`` says what the
-    format is where it cannot be decoded, which matters only if the model needs the tensor.
+    format is where it cannot be decoded, which matters only if the model needs the tensor. ``decode`` makes
+    the tensor of its parts, where these are in mixtura's own format.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StoredTensor:
     kind: str
     num_bytes: int
     unread: str | None = None
+    decode: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
 def stored_tensors(entries: Mapping[str, TensorEntry]) -> dict[str, StoredTensor]:
@@ -180,6 +182,9 @@ class Decoder:
         """The tensor, or a slice of its first axis; nothing else is read from disk."""
         if tensor.kind == "fp8":
             return self._read_fp8(tensor, rows)
+        if tensor.decode is not None:
+            whole = tensor.decode({part: self._files.read(part) for part in tensor.parts})
+            return whole if rows is None else whole[rows]
         parts = [self._files.read(part, rows) for part in tensor.parts]
         return decode_mxfp4(parts[0], parts[1], self._dtype) if tensor.kind == "mxfp4" else parts[0]
 

@@ -15,14 +15,19 @@ from mixtura.checkpoints.nesting import Widths, check_named, layer_at
 from mixtura.checkpoints.packed import (
     EXPERTS_FILE,
     QUANT_METHOD,
+    Contents,
     LayerRecord,
+    MatrixRecord,
     PackedExpert,
+    PackedMatrix,
+    matrix_part,
     read_expert,
     read_experts_file,
 )
 from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
 from mixtura.checkpoints.viewing.disk import DiskLayer
+from mixtura.checkpoints.viewing.formats import StoredTensor
 from mixtura.checkpoints.viewing.headers import TensorFiles
 from mixtura.checkpoints.viewing.mapping import Source
 from mixtura.checkpoints.viewing.meta import build_from_config
@@ -98,11 +103,17 @@ class PackedView(StoredView):
         opened = open_files(path, restore=_restored)
         opened.config.name_or_path = str(opened.path)
         meta = build_from_config(opened.config)
-        records = {record.name: record for record in read_experts_file(opened.path)}
-        packed = _packed_names(opened, records)
-        check_named(tuple(records.values()), bits)
-        self.records = {name: layer_at(record, bits) for name, record in records.items()}
-        super().__init__(opened, meta, {n: entry for n, entry in opened.entries.items() if n not in packed})
+        contents = read_experts_file(opened.path)
+        packed = _packed_names(opened, contents)
+        check_named(contents.layers, bits)
+        self.records = {record.name: layer_at(record, bits) for record in contents.layers}
+        self.matrices = contents.matrices
+        super().__init__(
+            opened,
+            meta,
+            {n: entry for n, entry in opened.entries.items() if n not in packed},
+            {name: _stored_matrix(opened, name, record) for name, record in contents.matrices.items()},
+        )
         self._check_present()
         self.layers  # noqa: B018  # finding the layers checks their shapes: say so on opening
 
@@ -152,12 +163,12 @@ class PackedView(StoredView):
         check_present(self.path, self._meta, sources, self.stored, {*axes, *inside})
 
 
-def _packed_names(opened: OpenedFiles, records: Mapping[str, LayerRecord]) -> set[str]:
-    """On-disk names of everything in packed layers. Raises `CheckpointError` where one is missing."""
-    names: set[str] = set()
-    for record in records.values():
-        for number, expert in enumerate(record.experts or ()):
-            names.update(expert.tensor_names(record.name, number))
+def _packed_names(opened: OpenedFiles, contents: Contents) -> set[str]:
+    """On-disk names of all that is in fewer bits. Raises `CheckpointError` where one is missing."""
+    names = {matrix_part(name, part) for name, record in contents.matrices.items() for part in record.parts}
+    for layer in contents.layers:
+        for number, expert in enumerate(layer.experts or ()):
+            names.update(expert.tensor_names(layer.name, number))
     missing = sorted(names - opened.entries.keys())
     if missing:
         raise CheckpointError(
@@ -165,6 +176,19 @@ def _packed_names(opened: OpenedFiles, records: Mapping[str, LayerRecord]) -> se
             f"{missing[0]}; a weight file is missing, write the model again"
         )
     return names
+
+
+def _stored_matrix(opened: OpenedFiles, name: str, record: MatrixRecord) -> StoredTensor:
+    """A matrix outside the experts as one tensor, decoded when it is read."""
+    parts = {matrix_part(name, part): part for part in record.parts}
+
+    def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+        found = {part: tensors[stored] for stored, part in parts.items()}
+        return PackedMatrix(record, found).dense(record.torch_dtype)
+
+    num_bytes = sum(opened.entries[part].num_bytes for part in parts)
+    kind = str(record.quantizer)
+    return StoredTensor(name, tuple(parts), (record.rows, record.cols), kind, num_bytes, decode=decode)
 
 
 def _restored(raw: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mixtura.checkpoints.packed import MatrixRecord
 from mixtura.checkpoints.viewing.base import ModelView
-from mixtura.checkpoints.viewing.formats import stored_tensors
+from mixtura.checkpoints.viewing.formats import StoredTensor, stored_tensors
 from mixtura.checkpoints.viewing.headers import TensorEntry, TensorFiles
 from mixtura.checkpoints.viewing.mapping import add_tied, map_sources
 from mixtura.checkpoints.viewing.opening import OpenedFiles, no_collection
@@ -27,9 +28,16 @@ class StoredView(ModelView, ABC):
         opened: its files.
         meta: the model on the meta device.
         entries: the tensors that transformers' conversion rules apply to: all but those of packed experts.
+        packed: tensors that are in mixtura's own format, by the name that they have in the model's.
     """
 
-    def __init__(self, opened: OpenedFiles, meta: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+    def __init__(
+        self,
+        opened: OpenedFiles,
+        meta: nn.Module,
+        entries: Mapping[str, TensorEntry],
+        packed: Mapping[str, StoredTensor] | None = None,
+    ) -> None:
         self.path: Path = opened.path
         self.files: tuple[Path, ...] = opened.files
         self.raw_config = opened.raw_config
@@ -37,11 +45,14 @@ class StoredView(ModelView, ABC):
         self._config = opened.config
         self._meta = meta
         with no_collection():
-            self.stored = stored_tensors(entries)
+            self.stored = {**stored_tensors(entries), **(packed or {})}
             self.sources, self.unused_names = map_sources(meta, self.stored)
         add_tied(self.sources, meta)
         self._files = TensorFiles(opened.entries)
         self._shapes, self._reader = make_reader(opened, meta, self.stored, self.sources, self._files)
+
+    # How matrices outside the experts are stored that are in fewer bits, by their names on disk.
+    matrices: Mapping[str, MatrixRecord] = {}
 
     @property
     def config(self) -> Any:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import final
 
 import torch
+from transformers import PreTrainedModel
 
 from mixtura.checkpoints.packed import STORED_KINDS as SCALED_KINDS
-from mixtura.checkpoints.skeleton import CheckpointView, build, empty_experts, open_checkpoint, slots
+from mixtura.checkpoints.skeleton import CheckpointView, build, empty_experts, open_checkpoint
+from mixtura.checkpoints.slots import slots
 from mixtura.checkpoints.stores import packed_num_bytes
 from mixtura.checkpoints.viewing.disk import DiskLayer
 from mixtura.checkpoints.viewing.packed import PackedLayer
@@ -56,7 +58,12 @@ class MemoryAccount:
 
 
 def account(
-    model: CheckpointView | str | Path, context: int, *, batch: int = 1, as_packed: bool = False
+    model: CheckpointView | str | Path,
+    context: int,
+    *,
+    batch: int = 1,
+    as_packed: bool = False,
+    skeleton: PreTrainedModel | None = None,
 ) -> MemoryAccount:
     """Account for generating from a checkpoint with `running.generation`, without reading its weights.
 
@@ -69,6 +76,8 @@ def account(
         batch: sequences that are generated together.
         as_packed: count the working memory of experts that are decoded when they are used, although
             the checkpoint does not store them so yet.
+        skeleton: the model as it is to be, without weights, where that is another than the checkpoint's; it
+            can no longer be used for anything else.
 
     Raises:
         SettingError: ``context`` or ``batch`` is less than 1.
@@ -77,7 +86,7 @@ def account(
     if context < 1 or batch < 1:
         raise SettingError(f"context and batch must be at least 1, got {context} and {batch}")
     view = open_checkpoint(model) if isinstance(model, str | Path) else model
-    skeleton = build(view)
+    skeleton = build(view) if skeleton is None else skeleton
     experts, kinds = 0, {}
     for layer in view.layers:
         kind = _kind(view, layer)
