@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,9 @@ from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import choice_bytes, drop_evenly, mixed, smallest, uniform
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, WAYS
 from mixtura.fitting.records import Candidate, Experts, Measured, Prices, Quality
+from mixtura.fitting.rest import Rest
 from mixtura.fitting.search import OutOfTimeError, Search
-from mixtura.types import Drop, Quantize
+from mixtura.types import Drop, Quantize, QuantizeMatrix
 
 LAYERS, EXPERTS = 4, 8
 BITS = [way.bits for way in WAYS]
@@ -72,6 +75,38 @@ def test_beats_the_uniform_plan_within_the_budget(share: float) -> None:
         assert found.chosen.quality.kl < 0.9 * found.uniform.quality.kl
 
 
+@pytest.mark.parametrize(("loss", "is_packed"), [(1e-6, True), (1e9, False)])
+def test_the_rest_takes_8_bits_where_that_loses_less(loss: float, is_packed: bool) -> None:
+    prices, budget, saved = made_prices(), 16_000, 4_000
+
+    def measure(candidate: Candidate) -> Measured:
+        one = measured(prices, candidate)
+        more = loss if candidate.packs_rest else 0.0
+        return replace(one, quality=replace(one.quality, kl=one.quality.kl + more))
+
+    found = Search(prices, prices.load.astype(float), budget, measure, rest_saves_bytes=saved).run()
+    chosen = found.chosen.candidate
+    assert chosen.packs_rest == is_packed
+    assert found.chosen.expert_bytes <= budget + (saved if is_packed else 0)
+    assert not found.uniform.candidate.packs_rest
+    assert (found.chosen.expert_bytes > budget) == is_packed
+
+
+def test_what_no_width_fits_has_the_rest_in_8_bits_before_experts_are_dropped() -> None:
+    prices = made_prices()
+    least = choice_bytes(prices, uniform(prices, prices.stored[-1]).choice)
+    search = Search(
+        prices,
+        prices.load.astype(float),
+        least - 100,
+        lambda candidate: measured(prices, candidate),
+        rest_saves_bytes=200,
+    )
+    plain = search.run().uniform.candidate
+    assert plain.packs_rest
+    assert set(plain.choice) == {prices.stored[-1]}
+
+
 def test_is_the_same_every_time() -> None:
     prices = made_prices()
     first, second = run(prices, 20_000)[0], run(prices, 20_000)[0]
@@ -116,8 +151,14 @@ def test_a_candidate_becomes_the_plan_it_stands_for() -> None:
     prices = made_prices()
     choice = list(uniform(prices, KEEP).choice)
     choice[3], choice[9] = DROP, OPTIONS.index("4 bit")
-    plan = Candidate("x", tuple(choice)).plan(prices.experts, "sha256:1")
-    assert plan.actions == (Drop(0, (3,)), Quantize(1, 1, "trellis", {"bits": 4}))
+    experts = (Drop(0, (3,)), Quantize(1, 1, "trellis", {"bits": 4}))
+    rest = Rest(("lm_head.weight",), 10, 10.0)
+    plan = Candidate("x", tuple(choice)).plan(prices.experts, rest, "sha256:1")
+    assert plan.actions == experts
+    packed = Candidate("x", tuple(choice), packs_rest=True)
+    matrix = QuantizeMatrix("lm_head.weight", "round_to_nearest", {"bits": 8})
+    assert packed.plan(prices.experts, rest, "sha256:1").actions == (*experts, matrix)
+    assert packed.key != Candidate("x", tuple(choice)).key
 
 
 def test_a_measurement_survives_json() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -16,6 +16,7 @@ from mixtura.fitting.candidates import choice_bytes, smallest
 from mixtura.fitting.palette import OPTIONS
 from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import DEFAULT_CONTEXT, Prices, Request
+from mixtura.fitting.rest import Rest, rest_of
 from mixtura.fitting.result import BudgetKind
 from mixtura.fitting.runtime import known_runtime_bytes
 from mixtura.report.units import format_bytes
@@ -38,6 +39,7 @@ class Allowance:
         fixed_bytes: the account without routed experts, once those are decoded when they are used.
         active_bytes: bytes a token reads of the unchanged model.
         dense_active_bytes: those of them outside the routed experts.
+        rest: what is outside the routed experts and could take 8 bits.
         smallest_bytes: the account of the smallest model that still runs.
         notes: what was not done as asked, a sentence each.
     """
@@ -52,6 +54,7 @@ class Allowance:
     active_bytes: float
     dense_active_bytes: float
     smallest_bytes: int
+    rest: Rest = field(default_factory=Rest)
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,7 +83,8 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
     taken = account(view, context)
     packed = account(view, context, as_packed=True)
     fixed = packed.total_bytes - packed.expert_bytes
-    least = fixed + _smallest_expert_bytes(view)
+    rest = rest_of(view, context, packed)
+    least = fixed - rest.saved_bytes + _smallest_expert_bytes(view)
     bare = known_runtime_bytes() if runtime is None else runtime
     kind: BudgetKind = "model"
     if request.memory_bytes is not None:
@@ -113,6 +117,7 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
         active_bytes=float(summary.bytes_per_token),
         dense_active_bytes=float(summary.bytes_per_token - routed),
         smallest_bytes=least,
+        rest=rest,
         notes=notes,
     )
 

@@ -22,6 +22,7 @@ from mixtura.fitting.journal import Journal
 from mixtura.fitting.palette import DROP, KEEP
 from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summarise
 from mixtura.fitting.records import Candidate, Measured, Prices, Quality
+from mixtura.fitting.rest import Rest
 from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.kernels import ExpertTensors
@@ -46,6 +47,7 @@ class Judge:
         journal: where the reference and the measurements are kept.
         rounder: gives experts in fewer bits.
         clock: looked at between layers, but for the first candidate.
+        rest: what candidates may store in 8 bits besides experts.
         notify: told what is being measured.
     """
 
@@ -59,6 +61,7 @@ class Judge:
         clock: Clock,
         seed: int,
         notify: Notify,
+        rest: Rest | None = None,
     ) -> None:
         self.view = view
         self._held_out = held_out
@@ -67,6 +70,7 @@ class Judge:
         self._clock = clock
         self._seed = seed
         self._notify = notify
+        self._rest = rest or Rest()
         self._has_been_asked = False
         self._pass_s = 0.0
         self._states = self._reference()
@@ -88,7 +92,7 @@ class Judge:
             fixed_bytes: account of a model without its routed experts.
             dense_active_bytes: bytes a token reads outside the routed experts.
         """
-        self._sizes = _Sizes(prices, fixed_bytes, dense_active_bytes)
+        self._sizes = _Sizes(prices, fixed_bytes, dense_active_bytes, self._rest)
 
     def measure(self, candidate: Candidate) -> Measured:
         """A candidate's loss and what it takes.
@@ -150,7 +154,8 @@ class Judge:
         for (layer, number), option in options.items():
             if option == DROP:
                 dropped.setdefault(layer, []).append(number)
-        return Streamed(self.view, instead, dropped=dropped)
+        changed = self._rest.changed if candidate.packs_rest else None
+        return Streamed(self.view, instead, dropped=dropped, changed=changed)
 
     def _judge(self, candidate: Candidate, clock: Clock | None) -> Quality:
         started = time.monotonic()
@@ -235,19 +240,21 @@ def _own_scores(streamed: Streamed, text: HeldOut) -> tuple[Scores, Tensor]:
 class _Sizes:
     """What a candidate takes, from the sizes of its experts."""
 
-    def __init__(self, prices: Prices, fixed_bytes: int, dense_active_bytes: float) -> None:
+    def __init__(self, prices: Prices, fixed_bytes: int, dense_active_bytes: float, rest: Rest) -> None:
         self.prices = prices
+        self._rest = rest
         self._dense = dense_active_bytes
         self._fixed = fixed_bytes
 
     def account(self, candidate: Candidate) -> int:
-        return self._fixed + choice_bytes(self.prices, candidate.choice)
+        saved = self._rest.saved_bytes if candidate.packs_rest else 0
+        return self._fixed - saved + choice_bytes(self.prices, candidate.choice)
 
     def active(self, candidate: Candidate) -> float:
         """Bytes a token reads on average: dense weights, and each layer's experts by their load."""
         chosen = np.asarray(candidate.choice)
         sizes = self.prices.num_bytes[np.arange(len(chosen)), chosen]
-        total = self._dense
+        total = self._dense - (self._rest.saved_active_bytes if candidate.packs_rest else 0.0)
         for layer, top_k in self.prices.experts.top_k.items():
             here = self.prices.experts.of_layer(layer) & (chosen != DROP)
             load: Float[ndarray, " M"] = self.prices.load[here].astype(float) + 1e-9

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from mixtura.fitting.palette import DROP, KEEP, STORED
+from mixtura.fitting.rest import Rest
 from mixtura.types import Action, Drop, Plan
 
 DEFAULT_CONTEXT = 4096
@@ -89,17 +90,22 @@ class Prices:
 @final
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to make the model smaller: an option for every expert, and why it was tried."""
+    """One way to make the model smaller: an option for every expert, and why it was tried.
+
+    ``packs_rest``: whether what is outside the experts takes 8 bits, too.
+    """
 
     label: str
     choice: tuple[int, ...]
+    packs_rest: bool = False
 
     @property
     def key(self) -> str:
         """Names the choice, whatever it is called."""
-        return hashlib.sha256(bytes(self.choice)).hexdigest()[:16]
+        rest = b"rest" if self.packs_rest else b""
+        return hashlib.sha256(bytes(self.choice) + rest).hexdigest()[:16]
 
-    def plan(self, experts: Experts, source_digest: str) -> Plan:
+    def plan(self, experts: Experts, rest: Rest, source_digest: str) -> Plan:
         """The plan that makes it."""
         chosen = np.asarray(self.choice)
         actions: list[Action] = []
@@ -110,6 +116,8 @@ class Candidate:
         for layer, number, option in zip(experts.layers, experts.numbers, chosen, strict=True):
             if KEEP < option < DROP:
                 actions.append(STORED[int(option)].action(int(layer), int(number)))
+        if self.packs_rest:
+            actions.extend(rest.actions)
         return Plan(source_digest, tuple(actions))
 
 
@@ -154,6 +162,7 @@ class Measured:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Measured:
         """Read what `to_dict` wrote."""
-        candidate = Candidate(values["candidate"]["label"], tuple(values["candidate"]["choice"]))
+        fields = values["candidate"]
+        candidate = Candidate(**{**fields, "choice": tuple(fields["choice"])})
         rest = {k: v for k, v in values.items() if k not in ("candidate", "quality")}
         return Measured(candidate=candidate, quality=Quality(**values["quality"]), **rest)

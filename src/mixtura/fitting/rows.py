@@ -64,7 +64,7 @@ def _verify_uniform(fit: Ongoing, found: Found, prices: Prices, digest: str) -> 
     directory = model_directory(fit, uniform)
     if not directory.is_dir():
         fit.notify("writing the plain plan beside it")
-        plan = uniform.candidate.plan(prices.experts, digest)
+        plan = uniform.candidate.plan(prices.experts, fit.allowance.rest, digest)
         round_for(fit, plan)
         apply_plan(plan, fit.view.path, directory, rounded=fit.rounder.kept)
     verified = _verify(fit, directory, "uniform", uniform.candidate.key)
@@ -96,12 +96,14 @@ def _row(
     verified: Verified,
     quality: Quality,
 ) -> Row:
-    account = fit.allowance.account
+    account, weights = fit.allowance.account, fit.allowance.account.weights_bytes
+    if measured is not None:
+        weights -= account.expert_bytes - measured.expert_bytes
+        weights -= fit.allowance.rest.saved_bytes if measured.candidate.packs_rest else 0
     return Row(
         name=name,
         label=label,
-        weights_bytes=verified.weights_bytes
-        or account.weights_bytes - (0 if measured is None else account.expert_bytes - measured.expert_bytes),
+        weights_bytes=verified.weights_bytes or weights,
         accounted_bytes=verified.accounted_bytes
         or (account.total_bytes if measured is None else measured.account_bytes),
         active_bytes=fit.allowance.active_bytes if measured is None else measured.active_bytes,

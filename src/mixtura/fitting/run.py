@@ -128,7 +128,8 @@ def _measured_in_time(fit: Ongoing) -> Ongoing:
     """
     fit.notes += fit.allowance.notes
     known = fit.journal.notes().get(_DEPTH)
-    near = options_near(uniform_bytes(fit.view), fit.allowance.expert_budget_bytes)
+    allowed = fit.allowance
+    near = options_near(uniform_bytes(fit.view), allowed.expert_budget_bytes, allowed.rest.saved_bytes)
     if known is None:
         fit.notify("timing a layer of this model on this machine")
         work = Work(fit.view, measure_pace(fit.view))
@@ -169,17 +170,24 @@ def _run(fit: Ongoing) -> Fitted:
         clock=fit.clock,
         seed=fit.request.seed,
         notify=fit.notify,
+        rest=fit.allowance.rest,
     )
     judge.price_with(prices, fit.allowance.fixed_bytes, fit.allowance.dense_active_bytes)
     original = judge.original()
     # With what the budget leaves for the experts.
-    found = Search(prices, seen.importance, fit.allowance.expert_budget_bytes, judge.measure).run()
+    found = Search(
+        prices,
+        seen.importance,
+        fit.allowance.expert_budget_bytes,
+        judge.measure,
+        rest_saves_bytes=fit.allowance.rest.saved_bytes,
+    ).run()
     fit.timed("search", since)
     if fit.request.max_kl is not None and found.chosen.quality.kl > fit.request.max_kl:
         raise BudgetError(_too_much_loss(found, fit))
     since = time.monotonic()
     digest = checkpoint_digest(fit.view.path)
-    plan = found.chosen.candidate.plan(prices.experts, digest)
+    plan = found.chosen.candidate.plan(prices.experts, fit.allowance.rest, digest)
     directory = written(fit, plan, found.chosen)
     fit.timed("write", since)
     since = time.monotonic()
@@ -210,7 +218,7 @@ def _published(
         rows=rows,
         tried=found.tried,
         choice_map=_choice_map(prices, found.chosen),
-        untouched=_untouched(fit.view),
+        untouched=_untouched(fit.view, plan),
         samples=samples,
         left_out=found.left_out,
         notes=tuple(fit.notes),
@@ -247,15 +255,15 @@ def _choice_map(prices: Prices, chosen: Measured) -> dict[int, tuple[str, ...]]:
     }
 
 
-def _untouched(view: CheckpointView) -> tuple[str, ...]:
-    """Tensors outside the routed experts; routers lose rows only where experts are dropped."""
+def _untouched(view: CheckpointView, plan: Plan) -> tuple[str, ...]:
+    """Tensors that stay as they are; routers lose rows only where experts are dropped."""
     experts = {
         name
         for layer in view.layers
         for e in range(layer.num_experts)
         for name in layer.expert_tensor_names(e)
     }
-    return tuple(name for name in view.tensor_names if name not in experts)
+    return tuple(name for name in view.tensor_names if name not in experts | plan.matrices().keys())
 
 
 def _unchanged(request: Request, view: CheckpointView, allowed: Allowance) -> Fitted:

@@ -1,7 +1,8 @@
 """The search: proxies order the candidates, measured KL decides.
 
 First the plain plan is measured, which is the baseline, and a mixture that takes an error to cost the
-same in every layer: where the time is short, that is all. Then come the other uniform widths, the ends
+same in every layer; the same with 8 bits for what is outside the experts, and more for these: where the time
+is short, that is all. Then come the other uniform widths, the ends
 of the trade-off curve, and each block of layers alone made small, which shows how much KL an error in
 that block costs. With those prices each expert is given an option; the mixtures, even drops and their
 combinations are measured, and the best mixture is improved by moving bytes between blocks while that
@@ -11,7 +12,7 @@ helps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -22,6 +23,7 @@ from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import blocks, choice_bytes, drop_evenly, mixed, uniform
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS
 from mixtura.fitting.records import Candidate, Measured, Prices
+from mixtura.fitting.rest import NAME
 
 _STEP = 1.6
 _ROUNDS = 1
@@ -62,6 +64,7 @@ class Search:
         importance: how much each expert matters, for even drops.
         budget_bytes: what the experts may take together.
         measure: measures a candidate, or raises `OutOfTimeError`.
+        rest_saves_bytes: what experts may take besides where the rest of the model takes 8 bits.
     """
 
     def __init__(
@@ -70,12 +73,16 @@ class Search:
         importance: Float[ndarray, " M"],
         budget_bytes: int,
         measure: Callable[[Candidate], Measured],
+        rest_saves_bytes: int = 0,
     ) -> None:
         self.prices = prices
         self.importance = importance
         self.budget_bytes = budget_bytes
         self._measure = measure
         self._tried: dict[str, Measured] = {}
+        self._rest_saves_bytes = rest_saves_bytes
+        # Whether candidates store the rest of the model in 8 bits, too.
+        self._packs_rest = False
         # Predicted KL per unit of error, by expert, and how much worse drops are: measured on the way.
         self._scale = np.ones(len(prices.errors))
         self._dropping = 1.0
@@ -102,6 +109,7 @@ class Search:
         """What is tried after the baseline, the most promising for its time first."""
         return [
             ("a mixture of widths", self._blocks_alike),
+            ("8 bits outside the experts", self._with_rest),
             ("every uniform width", self._uniform_widths),
             ("what each block of layers costs, and mixtures by it", self._mixed_by_block),
             ("mixtures with drops", self._with_drops),
@@ -110,15 +118,40 @@ class Search:
         ]
 
     def baseline(self) -> Candidate:
-        """The plain plan: the largest one width for all that fits; two bits and even drops otherwise."""
-        for option in self.prices.stored:
-            candidate = uniform(self.prices, option)
-            if choice_bytes(self.prices, candidate.choice) <= self.budget_bytes:
-                return candidate
-        return drop_evenly(self.prices, self.importance, self.prices.stored[-1], self.budget_bytes)
+        """The plain plan: the largest one width for all that fits, what is outside as it is.
+
+        Where none does, that has 8 bits, too, and at last experts are dropped evenly.
+        """
+        for packs_rest in (False, True) if self._rest_saves_bytes else (False,):
+            self._packs_rest = packs_rest
+            for option in self.prices.stored:
+                candidate = uniform(self.prices, option)
+                if choice_bytes(self.prices, candidate.choice) <= self._room_bytes:
+                    return self._dressed(candidate)
+        fewest = drop_evenly(self.prices, self.importance, self.prices.stored[-1], self._room_bytes)
+        return self._dressed(fewest)
+
+    @property
+    def _room_bytes(self) -> int:
+        """What experts may take."""
+        return self.budget_bytes + (self._rest_saves_bytes if self._packs_rest else 0)
+
+    def _dressed(self, candidate: Candidate) -> Candidate:
+        """A candidate for the experts with what is to be done to the rest."""
+        if not self._packs_rest:
+            return candidate
+        return replace(candidate, label=f"{candidate.label}, the rest at {NAME}", packs_rest=True)
 
     def _blocks_alike(self) -> None:
         self._try_mixed(self._scale, "mixed widths, blocks alike")
+
+    def _with_rest(self) -> None:
+        """Whether the rest of the model in 8 bits, and more bytes for experts, lose less."""
+        if self._packs_rest or not self._rest_saves_bytes:
+            return
+        before, self._packs_rest = self._best().quality.kl, True
+        measured = self._try_mixed(self._scale, "mixed widths, blocks alike")
+        self._packs_rest = measured is not None and measured.quality.kl < before
 
     def _uniform_widths(self) -> None:
         for option in self.prices.stored:
@@ -169,9 +202,10 @@ class Search:
     def _even_drops(self) -> None:
         """Even drops alone, and with fewer bits for those that stay."""
         for option in (KEEP, *self.prices.stored[:-1]):
-            if self._bytes(option) > self.budget_bytes:
+            if self._bytes(option) > self._room_bytes:
                 try:
-                    self._try(drop_evenly(self.prices, self.importance, option, self.budget_bytes))
+                    even = drop_evenly(self.prices, self.importance, option, self._room_bytes)
+                    self._try(self._dressed(even))
                 except BudgetError:
                     continue
         for share in (8, 4):
@@ -182,10 +216,10 @@ class Search:
 
     def _try_mixed(self, scale: Float[ndarray, " M"], label: str, **rules: object) -> Measured | None:
         try:
-            candidate = mixed(self.prices, scale, self.budget_bytes, label, **rules)  # type: ignore[arg-type]
+            candidate = mixed(self.prices, scale, self._room_bytes, label, **rules)  # type: ignore[arg-type]
         except BudgetError:
             return None
-        return self._try(candidate)
+        return self._try(self._dressed(candidate))
 
     def _improve(self) -> None:
         """Move bytes between blocks while the measured KL falls."""
@@ -208,7 +242,12 @@ class Search:
         return DROP not in self._best().candidate.choice
 
     def _best(self) -> Measured:
-        fitting = [m for m in self._tried.values() if m.expert_bytes <= self.budget_bytes]
+        saved = self._rest_saves_bytes
+        fitting = [
+            m
+            for m in self._tried.values()
+            if m.expert_bytes <= self.budget_bytes + (saved if m.candidate.packs_rest else 0)
+        ]
         return min(fitting, key=lambda m: (m.quality.kl, m.expert_bytes))
 
     def _try(self, candidate: Candidate) -> Measured:
