@@ -1,4 +1,4 @@
-"""How a checkpoint of the mixtura format names and describes the experts it stores in fewer bits.
+"""How a checkpoint of the mixtura format names and describes what it stores in fewer bits.
 
 `mixtura.checkpoints.apply` writes by these records; `mixtura.load` and `mixtura.running.stream` read by
 them. An ordinary checkpoint has no ``experts.json``; one of the mixtura format has, beside the tensors:
@@ -11,8 +11,6 @@ them. An ordinary checkpoint has no ``experts.json``; one of the mixtura format 
   ``{layer}.{e}.down_bias``, where ``layer`` is the module path of the experts, ``e`` counts after
   any drop, and a matrix is ``[out features, in features]`` in the row order of its module,
 * tensors ``{tensor}.{part}`` in the place of a matrix outside the experts that is in fewer bits.
-
-The version is 2 where there are such matrices, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.checkpoints.viewing.formats import decode_fp8, decode_mxfp4
-from mixtura.errors import CheckpointError, UserError
+from mixtura.errors import CheckpointError
 from mixtura.kernels import (
     ExpertMatrices,
     ExpertTensors,
@@ -41,7 +39,6 @@ from mixtura.methods import create
 from mixtura.methods.quantizers import Encoded, Quantizer
 
 QUANT_METHOD = "mixtura"
-FORMAT_VERSION, _WITHOUT_MATRICES = 2, 1
 EXPERTS_FILE = "experts.json"
 PLAN_FILE = "plan.json"
 
@@ -321,67 +318,6 @@ def _quantizer(name: str, settings: str) -> Quantizer:
     return quantizer
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What ``experts.json`` says.
-
-    Attributes:
-        layers: the MoE layers.
-        matrices: matrices outside the experts that are in fewer bits, by the name of the tensor on disk.
-    """
-
-    layers: tuple[LayerRecord, ...]
-    matrices: Mapping[str, MatrixRecord] = field(default_factory=dict)
-
-    @property
-    def version(self) -> int:
-        """Of the format: the lowest that has what is in it."""
-        return FORMAT_VERSION if self.matrices else _WITHOUT_MATRICES
-
-    def to_json(self) -> str:
-        """``experts.json`` as text, the same bytes for the same records."""
-        values: dict[str, Any] = {
-            "version": self.version,
-            "layers": {
-                layer.name: {
-                    "index": layer.index,
-                    "kept": list(layer.kept),
-                    "experts": None if layer.experts is None else [_expert_to_dict(e) for e in layer.experts],
-                }
-                for layer in self.layers
-            },
-        }
-        if self.matrices:
-            values["matrices"] = {name: record.to_dict() for name, record in self.matrices.items()}
-        return json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> Contents:
-        """What `to_json` wrote, layers in order.
-
-        Raises:
-            CheckpointError: the text is not an ``experts.json`` of a version that is known.
-        """
-        try:
-            values = json.loads(text)
-            if values["version"] not in (_WITHOUT_MATRICES, FORMAT_VERSION):
-                raise CheckpointError(
-                    f"{EXPERTS_FILE} is of version {values['version']} but this mixtura reads up to "
-                    f"{FORMAT_VERSION}; use the mixtura that wrote it or write it again"
-                )
-            layers = [_layer_from_dict(name, layer) for name, layer in values["layers"].items()]
-            found = values.get("matrices", {}).items()
-            matrices = {name: MatrixRecord.from_dict(record) for name, record in found}
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{EXPERTS_FILE} cannot be read ({error!r}); write the model again"
-            ) from None
-        return Contents(tuple(sorted(layers, key=lambda layer: layer.index)), matrices)
-
-
 def matrix_part(tensor: str, part: str) -> str:
     """On-disk name of one part of a matrix outside the experts.
 
@@ -389,34 +325,3 @@ def matrix_part(tensor: str, part: str) -> str:
     'lm_head.weight.codes'
     """
     return f"{tensor}.{part}"
-
-
-def read_experts_file(directory: Path) -> Contents:
-    """What a checkpoint of the mixtura format says of its experts and matrices.
-
-    Raises:
-        CheckpointError: there is no ``experts.json`` or it cannot be read.
-    """
-    path = directory / EXPERTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no {EXPERTS_FILE}, so it is not of the mixtura format")
-    return Contents.from_json(path.read_text(encoding="utf-8", errors="replace"))
-
-
-def _expert_to_dict(expert: ExpertRecord) -> dict[str, Any]:
-    return {"up": expert.up.to_dict(), "down": expert.down.to_dict(), "has_bias": expert.has_bias}
-
-
-def _layer_from_dict(name: str, values: Mapping[str, Any]) -> LayerRecord:
-    experts = values["experts"]
-    read = None
-    if experts is not None:
-        read = tuple(
-            ExpertRecord(
-                MatrixRecord.from_dict(expert["up"]),
-                MatrixRecord.from_dict(expert["down"]),
-                bool(expert["has_bias"]),
-            )
-            for expert in experts
-        )
-    return LayerRecord(int(values["index"]), name, tuple(values["kept"]), read)

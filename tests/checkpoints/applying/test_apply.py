@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixtura.checkpoints.apply import apply_plan, planned_num_bytes
+from mixtura.checkpoints.contents import Contents, read_experts_file
 from mixtura.checkpoints.digest import checkpoint_digest
-from mixtura.checkpoints.packed import Contents, read_expert, read_experts_file
+from mixtura.checkpoints.packed import read_expert
 from mixtura.checkpoints.view import DiskView, open_model
 from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
 from mixtura.types import Action, Drop, Plan, Quantize

@@ -14,7 +14,8 @@ from mixtura.checkpoints.applying.cutting import router_units
 from mixtura.checkpoints.applying.matrices import matrix_units
 from mixtura.checkpoints.applying.packing import packed_units
 from mixtura.checkpoints.applying.shards import Unit
-from mixtura.checkpoints.packed import Contents, LayerRecord
+from mixtura.checkpoints.contents import Contents
+from mixtura.checkpoints.packed import LayerRecord
 from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.edits import renumbered

@@ -11,18 +11,17 @@ from typing import Any, final
 
 from torch import Tensor
 
+from mixtura.checkpoints.contents import Contents, read_experts_file
 from mixtura.checkpoints.nesting import Widths, check_named, layer_at
 from mixtura.checkpoints.packed import (
     EXPERTS_FILE,
     QUANT_METHOD,
-    Contents,
     LayerRecord,
     MatrixRecord,
     PackedExpert,
     PackedMatrix,
     matrix_part,
     read_expert,
-    read_experts_file,
 )
 from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.checkpoints.viewing.checks import UNEVEN_KEY, check_present, checked_site
