@@ -106,7 +106,7 @@ sanitize: $(VENV)/.ready
 	MIXTURA_SANITIZED=$$(echo build/sanitize/_native*.so) \
 	$(BIN)/python -m pytest -q -p sanitized \
 	  tests/kernels/test_native_products.py tests/kernels/test_native_experts.py tests/kernels/test_native_nested.py \
-	  tests/kernels/test_step_layers.py tests/kernels/test_step_stack.py
+	  tests/kernels/test_native_trellis.py tests/kernels/test_step_layers.py tests/kernels/test_step_stack.py
 
 # Debian: apt install g++-aarch64-linux-gnu qemu-user. On such a machine itself: make aarch64 AARCH64= EMULATOR=
 AARCH64 ?= aarch64-linux-gnu-

@@ -36,6 +36,7 @@ struct Made {
     std::vector<float> floats;
     std::vector<std::uint16_t> halves, scales;
     std::vector<unsigned char> codes;
+    std::vector<std::int8_t> table;
     std::vector<double> numbers;  // row by row
 };
 
@@ -62,6 +63,36 @@ int code_of(const Made& made, std::int64_t row, std::int64_t c) {
     return upper << 4 | field(m.lower[1 + c % 2] + row * m.row_bytes, c / 2, 4);
 }
 
+// Rings of bits, 64 rows of a column in each, of which a weight's window is the eight bits that end at its own.
+void fill_trellis(Made& made, std::int64_t group, int rate) {
+    constexpr std::int64_t strip = 64;
+    std::normal_distribution<float> normal;
+    Matrix& m = made.matrix;
+    m.group = std::min(group, m.cols), m.rate = rate;
+    const std::int64_t strips = (m.rows + strip - 1) / strip, groups = (m.cols + m.group - 1) / m.group;
+    m.row_bytes = m.cols * rate, m.row_scales = groups * strip;
+    made.codes.resize(static_cast<std::size_t>(strips * m.row_bytes));
+    for (auto& code : made.codes) code = static_cast<unsigned char>(engine());
+    for (int i = 0; i < 256; ++i) made.table.push_back(static_cast<std::int8_t>(engine()));
+    for (std::int64_t i = 0; i < strips * m.row_scales; ++i) {
+        made.scales.push_back(bf16_bits(0.01f + std::fabs(normal(engine))));
+    }
+    m.data = made.codes.data(), m.scales = made.scales.data(), m.table = made.table.data();
+    for (std::int64_t r = 0; r < m.rows; ++r) {
+        for (std::int64_t c = 0; c < m.cols; ++c) {
+            const unsigned char* ring = m.data + r / strip * m.row_bytes + c * rate;
+            int window = 0;
+            for (int b = 0; b < 8; ++b) {
+                const std::int64_t bit = ((r % strip + 1) * rate / 8 - 8 + b + 8 * rate) % (8 * rate);
+                window |= (ring[bit / 8] >> (bit % 8) & 1) << b;
+            }
+            const auto at = static_cast<std::size_t>(r / strip * m.row_scales + c / m.group * strip + r % strip);
+            made.numbers[static_cast<std::size_t>(r * m.cols + c)] =
+                made.table[static_cast<std::size_t>(window)] * double{bf16_value(made.scales[at])};
+        }
+    }
+}
+
 void fill(Made& made, Format format, std::int64_t rows, std::int64_t cols, std::int64_t group) {
     std::normal_distribution<float> normal;
     Matrix& m = made.matrix;
@@ -78,6 +109,10 @@ void fill(Made& made, Format format, std::int64_t rows, std::int64_t cols, std::
                       : reinterpret_cast<unsigned char*>(made.halves.data());
         m.row_bytes = cols * (wide ? 4 : 2);
         return;
+    }
+    if (format == Format::trellis) {
+        constexpr int rates[] = {8, 12, 16, 20, 24, 28, 32, 40, 48};
+        return fill_trellis(made, group, rates[(cols + group) % 9]);
     }
     const bool nested = format == Format::n8 || format == Format::n4;
     m.group = std::min(format == Format::q8 ? cols : group, cols);
