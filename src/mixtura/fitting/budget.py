@@ -62,6 +62,11 @@ class Allowance:
         """What the budget leaves for routed experts in fewer bits."""
         return self.model_budget_bytes - self.fixed_bytes
 
+    @property
+    def most_expert_bytes(self) -> int:
+        """The same where what is outside the experts takes 8 bits."""
+        return self.expert_budget_bytes + self.rest.saved_bytes
+
 
 def allowance(request: Request, view: CheckpointView, runtime: int | None = None) -> Allowance:
     """Account for the unchanged model and take the runtime off the budget.

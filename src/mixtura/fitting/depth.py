@@ -38,8 +38,6 @@ _LESS = (
     (512, 512, 2, 2),
 )
 _FEWEST_SEQUENCES = 2
-# Ways of storing that a mixture for a budget is made of.
-_MIXED = 2
 _LEAST_WIDTH = 128
 _MOST_ROUNDED_BYTES = 256 << 20
 
@@ -174,17 +172,13 @@ def choose_depth(work: Work, texts: Texts, time_s: float, near: Sequence[int] = 
     return depth
 
 
-def options_near(sizes: Mapping[int, int], budget_bytes: int, more_bytes: int = 0) -> tuple[int, ...]:
+def options_near(sizes: Mapping[int, int], budget_bytes: int) -> tuple[int, ...]:
     """Ways of storing all experts, those first that a mixture for a budget is made of.
 
     Args:
         sizes: bytes of all experts by option.
         budget_bytes: what they may take together.
-        more_bytes: what they may take besides, once the rest of the model is made smaller.
     """
-    if more_bytes:
-        both = (options_near(sizes, budget_bytes), options_near(sizes, budget_bytes + more_bytes))
-        return tuple(dict.fromkeys((*both[0][:_MIXED], *both[1][:_MIXED], *both[0])))
     fitting = [option for option in sorted(sizes) if sizes[option] <= budget_bytes]
     larger = [option for option in sorted(sizes, reverse=True) if sizes[option] > budget_bytes]
     first = [*fitting[:1], *larger[:1]]

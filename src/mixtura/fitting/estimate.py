@@ -105,7 +105,7 @@ def estimate_fit(request: Request) -> Estimate:
     written = min(allowed.model_budget_bytes, summary.num_bytes) * 2
     judged, seen = positions(texts.held_out), positions(texts.calibration)
     trying = _searching_s(work, texts, num_candidates)
-    near = options_near(uniform_bytes(view), allowed.expert_budget_bytes, allowed.rest.saved_bytes)
+    near = options_near(uniform_bytes(view), allowed.most_expert_bytes)
     depth = choose_depth(work, texts, request.time_s, near)
     kept = (judged + seen * len(view.layers)) * summary.layers[0].d_model * 2
     return Estimate(

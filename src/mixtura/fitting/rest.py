@@ -40,7 +40,7 @@ class Rest:
         """Storing them so, as part of a plan."""
         return tuple(QuantizeMatrix(name, _WAY.quantizer, dict(_WAY.settings)) for name in self.names)
 
-    def changed(self, name: str, weight: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
+    def changed(self, name: str, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """A tensor as it is after that; the same one where it is not among them."""
         return rounded(weight, quantizer_of(_OPTION)) if name in self.names else weight
 

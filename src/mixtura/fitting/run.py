@@ -128,8 +128,7 @@ def _measured_in_time(fit: Ongoing) -> Ongoing:
     """
     fit.notes += fit.allowance.notes
     known = fit.journal.notes().get(_DEPTH)
-    allowed = fit.allowance
-    near = options_near(uniform_bytes(fit.view), allowed.expert_budget_bytes, allowed.rest.saved_bytes)
+    near = options_near(uniform_bytes(fit.view), fit.allowance.most_expert_bytes)
     if known is None:
         fit.notify("timing a layer of this model on this machine")
         work = Work(fit.view, measure_pace(fit.view))

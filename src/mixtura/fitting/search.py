@@ -1,9 +1,9 @@
 """The search: proxies order the candidates, measured KL decides.
 
 First the plain plan is measured, which is the baseline, and a mixture that takes an error to cost the
-same in every layer; the same with 8 bits for what is outside the experts, and more for these: where the time
-is short, that is all. Then come the other uniform widths, the ends
-of the trade-off curve, and each block of layers alone made small, which shows how much KL an error in
+same in every layer: where the time is short, that is all. What is outside the experts takes 8 bits in these
+where experts then get a larger width; the other way round is tried next. Then come the other uniform
+widths, the ends of the trade-off curve, and each block of layers alone made small, which shows how much KL an error in
 that block costs. With those prices each expert is given an option; the mixtures, even drops and their
 combinations are measured, and the best mixture is improved by moving bytes between blocks while that
 helps.
@@ -109,7 +109,7 @@ class Search:
         """What is tried after the baseline, the most promising for its time first."""
         return [
             ("a mixture of widths", self._blocks_alike),
-            ("8 bits outside the experts", self._with_rest),
+            ("the rest as it is, or in 8 bits", self._other_rest),
             ("every uniform width", self._uniform_widths),
             ("what each block of layers costs, and mixtures by it", self._mixed_by_block),
             ("mixtures with drops", self._with_drops),
@@ -118,13 +118,13 @@ class Search:
         ]
 
     def baseline(self) -> Candidate:
-        """The plain plan: the largest one width for all that fits, what is outside as it is.
+        """The plain plan: the largest one width for all that fits, two bits and even drops otherwise.
 
-        Where none does, that has 8 bits, too, and at last experts are dropped evenly.
+        What is outside the experts takes 8 bits where that lets these have a larger width.
         """
-        for packs_rest in (False, True) if self._rest_saves_bytes else (False,):
-            self._packs_rest = packs_rest
-            for option in self.prices.stored:
+        for option in self.prices.stored:
+            for packs_rest in (False, True) if self._rest_saves_bytes else (False,):
+                self._packs_rest = packs_rest
                 candidate = uniform(self.prices, option)
                 if choice_bytes(self.prices, candidate.choice) <= self._room_bytes:
                     return self._dressed(candidate)
@@ -145,13 +145,15 @@ class Search:
     def _blocks_alike(self) -> None:
         self._try_mixed(self._scale, "mixed widths, blocks alike")
 
-    def _with_rest(self) -> None:
-        """Whether the rest of the model in 8 bits, and more bytes for experts, lose less."""
-        if self._packs_rest or not self._rest_saves_bytes:
+    def _other_rest(self) -> None:
+        """Whether it is better the other way: the rest as it is, or in 8 bits and more bytes for experts."""
+        if not self._rest_saves_bytes:
             return
-        before, self._packs_rest = self._best().quality.kl, True
+        before = self._best().quality.kl
+        self._packs_rest = not self._packs_rest
         measured = self._try_mixed(self._scale, "mixed widths, blocks alike")
-        self._packs_rest = measured is not None and measured.quality.kl < before
+        if measured is None or measured.quality.kl >= before:
+            self._packs_rest = not self._packs_rest
 
     def _uniform_widths(self) -> None:
         for option in self.prices.stored:
