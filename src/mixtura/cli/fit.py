@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +22,14 @@ def fit(
         None, help="Directory or hub id (name@revision); without it, the specimen.", show_default=False
     ),
     memory: str | None = typer.Option(
-        None, help="Budget of the whole process, such as 24GiB: Python and PyTorch, weights, cache, buffers."
+        None,
+        help="Budget of the whole process, such as 24GiB: Python and PyTorch, weights, cache, buffers. "
+        "Several with commas between make several sizes.",
     ),
     model_memory: str | None = typer.Option(
-        None, help="Budget of weights, cache and buffers alone, such as 24MB. Default: half of the weights."
+        None,
+        help="Budget of weights, cache and buffers alone, such as 24MB, or several. Default: half of the "
+        "weights.",
     ),
     context: int = typer.Option(4096, min=1, help="Tokens of context the cache must hold."),
     text: Path | None = typer.Option(
@@ -38,7 +45,8 @@ def fit(
 ) -> None:
     """Make a model fit a memory budget with the least measured loss, and show the loss.
 
-    Without a budget: half of the model's weights. An interrupted fit continues when asked for again, also
+    Without a budget: half of the model's weights. Several budgets share all that does not depend on them,
+    and their results are called NAME-BUDGET. An interrupted fit continues when asked for again, also
     with another budget or another --max-kl.
 
     Example: `mixtura fit ./OLMoE-1B-7B --memory 8GiB --context 2048 --out OLMoE-8GiB`
@@ -48,7 +56,7 @@ def fit(
     # Before PyTorch is first used: a fit streams a large model through little memory.
     settle(_MMAP_BYTES)
     from mixtura.errors import SettingError
-    from mixtura.fitting import Request
+    from mixtura.fitting import Request, several
     from mixtura.report.units import parse_bytes, parse_seconds
     from mixtura.running.resolve import resolve_model
 
@@ -59,15 +67,27 @@ def fit(
         model=resolved.path,
         name=resolved.name,
         out=out or Path(f"{resolved.name.rsplit('/', 1)[-1]}-fit"),
-        memory_bytes=parse_bytes(memory) if memory else None,
-        model_memory_bytes=parse_bytes(model_memory) if model_memory else None,
         context=context,
         text=text,
         max_kl=max_kl,
         time_s=parse_seconds(time),
         seed=seed,
     )
-    _estimate(request, as_json) if estimate else _fit(request, as_json)
+    sizes = [size.strip() for size in (memory or model_memory or "").split(",")]
+    budgets = [request]
+    if sizes != [""]:
+        numbers = [parse_bytes(size) for size in sizes]
+        budgets = (
+            [replace(request, memory_bytes=number) for number in numbers]
+            if memory
+            else [replace(request, model_memory_bytes=number) for number in numbers]
+        )
+    if len(budgets) == 1:
+        _estimate(budgets[0], as_json) if estimate else _fit(budgets[0], as_json)
+    elif estimate:
+        raise SettingError(f"--estimate takes one budget, got {', '.join(sizes)}; ask for each by itself")
+    else:
+        _fit_several(several(request, sizes, budgets), as_json)
 
 
 def _estimate(request: Request, as_json: bool) -> None:
@@ -82,12 +102,40 @@ def _estimate(request: Request, as_json: bool) -> None:
 def _fit(request: Request, as_json: bool) -> None:
     """Fit, saying what is being done, and print the result."""
     from mixtura.fitting import fit
-    from mixtura.fitting.ongoing import work_directory
     from mixtura.fitting.printing import narrated, print_fitted
 
+    with _told_how_to_go_on(request), narrated() as notify:
+        fitted = fit(request, notify)
+    typer.echo(json.dumps(fitted.to_dict(), indent=1)) if as_json else print_fitted(fitted)
+
+
+def _fit_several(requests: list[Request], as_json: bool) -> None:
+    """Fit to several budgets, and print each result as it comes and all of them at the end."""
+    from mixtura.fitting import fit_several
+    from mixtura.fitting.printing import narrated, print_fitted, print_sizes
+
+    made = []
+    with _told_how_to_go_on(requests[0]), narrated() as notify:
+        for request, fitted in zip(requests, fit_several(requests, notify), strict=True):
+            if fitted is None:
+                notify(f"{request.out} is there already, from before the interruption")
+                continue
+            made.append(fitted)
+            if not as_json:
+                print_fitted(fitted)
+    if as_json:
+        typer.echo(json.dumps([fitted.to_dict() for fitted in made], indent=1))
+    else:
+        print_sizes(made)
+
+
+@contextmanager
+def _told_how_to_go_on(request: Request) -> Iterator[None]:
+    """Say after Ctrl-C what is kept, and where."""
+    from mixtura.fitting.ongoing import work_directory
+
     try:
-        with narrated() as notify:
-            fitted = fit(request, notify)
+        yield
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted; nothing was written by halves: the same command goes on from what lies in "
@@ -95,4 +143,3 @@ def _fit(request: Request, as_json: bool) -> None:
             err=True,
         )
         raise
-    typer.echo(json.dumps(fitted.to_dict(), indent=1)) if as_json else print_fitted(fitted)

@@ -6,5 +6,6 @@ from mixtura.fitting.estimate import Estimate, estimate_fit
 from mixtura.fitting.records import Request
 from mixtura.fitting.result import Fitted
 from mixtura.fitting.run import fit
+from mixtura.fitting.several import fit_several, several
 
-__all__ = ["Estimate", "Fitted", "Request", "estimate_fit", "fit"]
+__all__ = ["Estimate", "Fitted", "Request", "estimate_fit", "fit", "fit_several", "several"]

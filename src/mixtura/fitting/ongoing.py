@@ -47,7 +47,7 @@ class Ongoing:
 
 def work_directory(request: Request) -> Path:
     """The directory of a fit's journal, beside its result."""
-    return request.out.with_name(request.out.name + ".work")
+    return request.work or request.out.with_name(request.out.name + ".work")
 
 
 def model_directory(fit: Ongoing, measured: Measured) -> Path:

@@ -12,7 +12,7 @@ from rich.text import Text
 from mixtura.fitting.estimate import Estimate
 from mixtura.fitting.report import domain_rows, table_rows
 from mixtura.fitting.result import Fitted
-from mixtura.report import counted, human_number
+from mixtura.report import counted, human_number, human_percent
 from mixtura.report.screen import screen, show_table
 from mixtura.report.units import format_bytes, format_seconds
 
@@ -68,6 +68,23 @@ def print_fitted(fitted: Fitted) -> None:
     console.print(f"model   {fitted.out}", soft_wrap=True)
     console.print(f"report  {fitted.out}/report.html", soft_wrap=True)
     console.print(f'try     mixtura generate {fitted.out} "..."', soft_wrap=True)
+
+
+def print_sizes(several: Iterable[Fitted]) -> None:
+    """The sizes that were made of one model, side by side."""
+    rows = [
+        [
+            str(fitted.out or "unchanged"),
+            format_bytes(fitted.budget_bytes),
+            format_bytes(fitted.after.weights_bytes),
+            human_number(fitted.after.quality.kl),
+            human_percent(fitted.after.quality.equal_top),
+        ]
+        for fitted in several
+    ]
+    headers = ["model", "budget", "weights", "KL, nats", "same top token"]
+    if rows:
+        print_table(screen(), "Sizes", headers, rows)
 
 
 def _print_remarks(console: Console, remarks: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ class Request:
     Exactly one of ``memory_bytes`` (the whole process) and ``model_memory_bytes`` (weights, cache
     and working buffers) may be given; without either the budget is half of the model's weights, or the
     least that a plan can keep. ``time_s`` is for observing and searching; writing and checking come after.
+    ``work`` is where measurements are kept meanwhile: beside ``out``, where nothing else is said.
     """
 
     model: Path
@@ -41,6 +42,7 @@ class Request:
     calibration_tokens: int = 8192
     held_out_tokens: int = 8192
     seed: int = 0
+    work: Path | None = None
 
 
 @final

@@ -48,7 +48,7 @@ _DEPTH = "depth"
 _LEAST_OPTIONS = 2
 
 
-def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
+def fit(request: Request, notify: Notify = lambda _: None, *, keep_work: bool = False) -> Fitted:
     """Make a model fit a memory budget with the least measured loss.
 
     An interrupted fit goes on where it stopped when it is asked for again with the same settings.
@@ -56,6 +56,7 @@ def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
     Args:
         request: the model, the budget and the rest of what the user asked for.
         notify: told in a few words what is being done.
+        keep_work: leave what was measured, for another budget.
 
     Raises:
         UserError: the model, text, budget or output cannot be worked with; says why and what can.
@@ -77,7 +78,8 @@ def fit(request: Request, notify: Notify = lambda _: None) -> Fitted:
         rounder = rounder_for(view, journal)
         ongoing = Ongoing(request, view, tokenizer, allowed, texts, journal, rounder, notify, clock)
         fitted = _run(_measured_in_time(ongoing))
-    shutil.rmtree(work_directory(request))
+    if not keep_work:
+        shutil.rmtree(work_directory(request))
     return fitted
 
 

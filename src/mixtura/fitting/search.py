@@ -3,10 +3,10 @@
 First the plain plan is measured, which is the baseline, and a mixture that takes an error to cost the
 same in every layer: where the time is short, that is all. What is outside the experts takes 8 bits in these
 where experts then get a larger width; the other way round is tried next. Then come the other uniform
-widths, the ends of the trade-off curve, and each block of layers alone made small, which shows how much KL an error in
-that block costs. With those prices each expert is given an option; the mixtures, even drops and their
-combinations are measured, and the best mixture is improved by moving bytes between blocks while that
-helps.
+widths, the ends of the trade-off curve, and each block of layers alone made small, which shows how much
+KL an error in that block costs. With those prices each expert is given an option; the mixtures, even drops
+and their combinations are measured, and the best mixture is improved by moving bytes between blocks while
+that helps.
 """
 
 from __future__ import annotations
