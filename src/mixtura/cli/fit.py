@@ -57,7 +57,7 @@ def fit(
     settle(_MMAP_BYTES)
     from mixtura.errors import SettingError
     from mixtura.fitting import Request, several
-    from mixtura.report.units import parse_bytes, parse_seconds
+    from mixtura.report.units import parse_seconds
     from mixtura.running.resolve import resolve_model
 
     if memory is not None and model_memory is not None:
@@ -74,20 +74,25 @@ def fit(
         seed=seed,
     )
     sizes = [size.strip() for size in (memory or model_memory or "").split(",")]
-    budgets = [request]
-    if sizes != [""]:
-        numbers = [parse_bytes(size) for size in sizes]
-        budgets = (
-            [replace(request, memory_bytes=number) for number in numbers]
-            if memory
-            else [replace(request, model_memory_bytes=number) for number in numbers]
-        )
+    budgets = _budgets(request, sizes, of_process=memory is not None)
     if len(budgets) == 1:
         _estimate(budgets[0], as_json) if estimate else _fit(budgets[0], as_json)
     elif estimate:
         raise SettingError(f"--estimate takes one budget, got {', '.join(sizes)}; ask for each by itself")
     else:
         _fit_several(several(request, sizes, budgets), as_json)
+
+
+def _budgets(request: Request, sizes: list[str], *, of_process: bool) -> list[Request]:
+    """The request with each of the budgets; as it is where there is none."""
+    from mixtura.report.units import parse_bytes
+
+    if sizes == [""]:
+        return [request]
+    numbers = [parse_bytes(size) for size in sizes]
+    if of_process:
+        return [replace(request, memory_bytes=number) for number in numbers]
+    return [replace(request, model_memory_bytes=number) for number in numbers]
 
 
 def _estimate(request: Request, as_json: bool) -> None:
