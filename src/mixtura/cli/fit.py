@@ -56,7 +56,7 @@ def fit(
     # Before PyTorch is first used: a fit streams a large model through little memory.
     settle(_MMAP_BYTES)
     from mixtura.errors import SettingError
-    from mixtura.fitting import Request, several
+    from mixtura.fitting import Request
     from mixtura.report.units import parse_seconds
     from mixtura.running.resolve import resolve_model
 
@@ -73,14 +73,22 @@ def fit(
         time_s=parse_seconds(time),
         seed=seed,
     )
-    sizes = [size.strip() for size in (memory or model_memory or "").split(",")]
-    budgets = _budgets(request, sizes, of_process=memory is not None)
-    if len(budgets) == 1:
-        _estimate(budgets[0], as_json) if estimate else _fit(budgets[0], as_json)
+    _one_or_several(request, memory or model_memory or "", memory is not None, estimate, as_json)
+
+
+def _one_or_several(request: Request, budgets: str, of_process: bool, estimate: bool, as_json: bool) -> None:
+    """What is asked for a budget, or for each of several with commas between."""
+    from mixtura.errors import SettingError
+    from mixtura.fitting import several
+
+    sizes = [size.strip() for size in budgets.split(",")]
+    requests = _budgets(request, sizes, of_process=of_process)
+    if len(requests) == 1:
+        _estimate(requests[0], as_json) if estimate else _fit(requests[0], as_json)
     elif estimate:
         raise SettingError(f"--estimate takes one budget, got {', '.join(sizes)}; ask for each by itself")
     else:
-        _fit_several(several(request, sizes, budgets), as_json)
+        _fit_several(several(request, sizes, requests), as_json)
 
 
 def _budgets(request: Request, sizes: list[str], *, of_process: bool) -> list[Request]:
