@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mixtura.errors import SettingError
 
+if TYPE_CHECKING:
+    from mixtura.fitting.compressing.records import Choices
+
 _MMAP_BYTES = 16 << 20
+
+_MERGE = "Store groups of experts as one by this merger; needs --keep."
+_SET = (
+    "A setting of a method, as prune.renormalize=true or quantize.group_size=32; may be repeated. "
+    "`mixtura show METHOD` lists them."
+)
+_SERVABLE = "Leave only numbers of experts that vLLM's fused routers take."
+_TEXT = (
+    "Text to calibrate on and to judge by: a file or directory of UTF-8 text or JSONL. Default: text that "
+    "comes with mixtura."
+)
+_FORMAT = "mixtura: a directory, ordinary wherever it can be. gguf: a file."
 
 
 def compress(
@@ -19,32 +34,17 @@ def compress(
     ),
     out: Path = typer.Option(..., help="New directory for the result, or the new file of --format gguf."),
     prune: str | None = typer.Option(None, help="Drop experts by this pruner; needs --keep."),
-    merge: str | None = typer.Option(
-        None, help="Store groups of experts as one by this merger; needs --keep."
-    ),
+    merge: str | None = typer.Option(None, help=_MERGE),
     keep: float | None = typer.Option(None, help="Share of each layer's experts to leave, such as 0.5."),
     quantize: str | None = typer.Option(None, help="Round the experts that are left by this quantizer."),
     bits: float | None = typer.Option(None, help="Bits of a weight, for --quantize."),
-    settings: list[str] = typer.Option(
-        [],
-        "--set",
-        help="A setting of a method, as prune.renormalize=true or quantize.group_size=32; may be repeated. "
-        "`mixtura show METHOD` lists them.",
-    ),
-    servable: bool = typer.Option(
-        False, "--servable", help="Leave only numbers of experts that vLLM's fused routers take."
-    ),
-    text: Path | None = typer.Option(
-        None,
-        help="Text to calibrate on and to judge by: a file or directory of UTF-8 text or JSONL. Default: "
-        "text that comes with mixtura.",
-    ),
+    settings: list[str] = typer.Option([], "--set", help=_SET),
+    servable: bool = typer.Option(False, "--servable", help=_SERVABLE),
+    text: Path | None = typer.Option(None, help=_TEXT),
     tokens: int = typer.Option(16_384, min=1, help="Tokens of calibration text at most."),
     length: int = typer.Option(512, min=2, help="Tokens of a sequence at most."),
     measure: bool = typer.Option(True, help="Measure the loss on held-out text."),
-    to_format: str = typer.Option(
-        "mixtura", "--format", help="mixtura: a directory, ordinary wherever it can be. gguf: a file."
-    ),
+    to_format: str = typer.Option("mixtura", "--format", help=_FORMAT),
     types: list[str] = typer.Option([], "--type", help="Types of a GGUF file; see `mixtura export`."),
     yes: bool = typer.Option(False, "--yes", help="Download from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
@@ -64,28 +64,12 @@ def compress(
     from mixtura.fitting.compressing.records import Choices
     from mixtura.running.resolve import resolve_model
 
-    given = _parsed(settings)
+    given: dict[str, Any] = {"settings": _parsed(settings), "types": tuple(types), "to_format": to_format}
+    given |= {"prune": prune, "merge": merge, "keep": keep, "servable": servable}
+    given |= {"quantize": quantize, "bits": bits, "measure": measure, "seed": seed}
+    given |= {"text": text, "tokens": tokens, "length": length}
     resolved = resolve_model(model, assume_yes=yes)
-    choices = Choices(
-        model=resolved.path,
-        name=resolved.name,
-        out=out,
-        prune=prune,
-        merge=merge,
-        keep=keep,
-        quantize=quantize,
-        bits=bits,
-        settings=given,
-        servable=servable,
-        text=text,
-        tokens=tokens,
-        length=length,
-        measure=measure,
-        seed=seed,
-        to_format=to_format,
-        types=tuple(types),
-    )
-    _run(choices, as_json)
+    _run(Choices(model=resolved.path, name=resolved.name, out=out, **given), as_json)
 
 
 def _parsed(settings: list[str]) -> dict[str, dict[str, Any]]:
@@ -104,7 +88,7 @@ def _parsed(settings: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _run(choices: Any, as_json: bool) -> None:
+def _run(choices: Choices, as_json: bool) -> None:
     """Compress, saying what is being done, and print the result."""
     from mixtura.fitting.compressing.checking import work_directory
     from mixtura.fitting.compressing.printing import print_compressed

@@ -152,6 +152,38 @@ def test_measured_loss_is_that_of_the_written_model(source: Path, text: Path, tm
     assert all(0 < one.error < 1 for one in made.rounding)
 
 
+@pytest.mark.parametrize("merge", ["m_smoe", "hc_smoe", "average"])
+def test_merging_is_applying_the_mergers_plan(merge: str, source: Path, text: Path, tmp_path: Path) -> None:
+    made = compress(source, tmp_path / "out", merge=merge, keep=0.5, text=text, tokens=256, length=64)
+    assert made.bytes_after == bytes_of(made.out)
+    assert not made.dropped
+    for groups in made.merged.values():
+        assert 8 - sum(len(group) - 1 for group in groups) == 4
+    # Every expert may still be chosen, and half of their bytes are gone.
+    assert all(layer.num_experts == 8 for layer in open_checkpoint(made.out).layers)
+    experts = sum(8 * layer.expert_num_bytes for layer in open_checkpoint(source).layers)
+    assert made.bytes_before - made.bytes_after == experts // 2
+    assert made.quality is not None
+    assert 0 < made.quality.kl < 5
+
+
+def test_merged_experts_are_rounded_by_the_tokens_of_all_members(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    made = compress(
+        source, tmp_path / "out", merge="m_smoe", keep=0.5, quantize="round_to_nearest", bits=8,
+        text=text, tokens=256, length=64,
+    )  # fmt: skip
+    alone = compress(source, tmp_path / "merged", merge="m_smoe", keep=0.5, text=text, tokens=256, length=64)
+    assert made.merged == alone.merged
+    assert made.quality is not None
+    assert alone.quality is not None
+    assert made.quality.kl == pytest.approx(alone.quality.kl, rel=0.2)
+    assert {one.num_experts for one in made.rounding} == {4}
+    for one in made.rounding:
+        assert one.error < 1e-3
+
+
 def test_experts_that_few_tokens_reach_are_named(source: Path, text: Path, tmp_path: Path) -> None:
     done = run_mixtura(
         "compress", str(source), "--quantize", "gptq", "--bits", "4", "--text", str(text), "--tokens", "24",

@@ -32,6 +32,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"quantize": "gptq", "types": ["q4_k"]}, "--format gguf as well"),
     ({"quantize": "gptq", "length": 1}, "--length at least 2"),
     ({"quantize": "gptq", "servable": True}, "--servable"),
+    ({"merge": "m_smoe", "keep": 0.5, "servable": True}, "--servable rounds what --prune leaves"),
+    ({"merge": "m_smoe", "keep": 0.1}, "leaves 0 experts of 8, and routing needs at least 1"),
+    ({"merge": "m_smoe", "keep": 0.5, "to_format": "gguf"}, "no GGUF file can say"),
+    ({"merge": "msmoe", "keep": 0.5}, "did you mean 'm_smoe'"),
     ({"prune": "reap", "merge": "average", "keep": 0.5}, "contradict each other"),
 ]
 

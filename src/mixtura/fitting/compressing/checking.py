@@ -74,8 +74,8 @@ def _check_choices(choices: Choices) -> None:
         raise SettingError(f"{reducers[0]} needs --keep, the share of the experts that is to be left, as 0.5")
     if not reducers and choices.keep is not None:
         raise SettingError("--keep says how many experts --prune or --merge leave; give one of these as well")
-    if not reducers and choices.servable:
-        raise SettingError("--servable rounds what --prune or --merge leave; give one of these as well")
+    if choices.prune is None and choices.servable:
+        raise SettingError("--servable rounds what --prune leaves; give --prune METHOD as well")
     if choices.keep is not None and not 0 < choices.keep < 1:
         raise SettingError(
             f"--keep is the share of the experts that stays, above 0 and below 1, got {choices.keep:g}"
@@ -106,6 +106,11 @@ def _check_format(choices: Choices) -> None:
         raise SettingError(
             "--quantize stores experts in mixtura's own format, which llama.cpp does not read; for a GGUF "
             "file leave it out and give llama.cpp's types with --type, such as --type q4_k"
+        )
+    if choices.to_format == "gguf" and choices.merge is not None:
+        raise SettingError(
+            "--merge keeps a row of the router for every expert, which no GGUF file can say; leave --format "
+            "out, or use --prune"
         )
     if choices.types and choices.to_format != "gguf":
         raise SettingError("--type is for a GGUF file; give --format gguf as well")

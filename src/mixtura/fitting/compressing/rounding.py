@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixtura.checkpoints.applying.merging import merged_expert
 from mixtura.checkpoints.packed import MATRICES, MatrixName
 from mixtura.checkpoints.rounded import Encodings, RoundedExperts
 from mixtura.checkpoints.view import LayerView
@@ -22,7 +23,7 @@ from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
 from mixtura.kernels.compiled import num_threads
 from mixtura.methods import create
-from mixtura.types import Plan, Quantize
+from mixtura.types import Merge, Plan, Quantize
 
 
 @final
@@ -47,12 +48,20 @@ class Shrunk:
 
     def stored(self, layer: LayerView) -> dict[int, tuple[int, ...]]:
         """The experts of a layer that are stored, and the numbers under which the router chooses each."""
+        merges = self._merges(layer)
         gone = set(self.dropped.get(layer.index, ()))
-        return {expert: (expert,) for expert in range(layer.num_experts) if expert not in gone}
+        gone |= {expert for merge in merges.values() for expert in merge.experts[1:]}
+        alone = [expert for expert in range(layer.num_experts) if expert not in gone]
+        return {expert: merges[expert].experts if expert in merges else (expert,) for expert in alone}
 
     def tensors(self, layer: LayerView, expert: int) -> ExpertTensors:
         """The matrices of a stored expert, before they are rounded."""
-        return layer.native_expert(expert)
+        merge = self._merges(layer).get(expert)
+        return layer.native_expert(expert) if merge is None else merged_expert(layer, merge)
+
+    def _merges(self, layer: LayerView) -> dict[int, Merge]:
+        """Groups that became one, by the expert that they are stored as."""
+        return {merge.experts[0]: merge for merge in self.plan.merged().get(layer.index, ())}
 
     def action(self, layer: int, expert: int) -> Quantize:
         """Rounding one stored expert, as part of a plan."""

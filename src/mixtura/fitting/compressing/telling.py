@@ -34,8 +34,7 @@ def few_by_trace(trace: Trace, plan: Plan) -> dict[int, dict[int, int]]:
 
 def merged_groups(plan: Plan) -> dict[int, tuple[tuple[int, ...], ...]]:
     """By decoder layer, the groups of experts that became one."""
-    del plan
-    return {}
+    return {layer: tuple(merge.experts for merge in merges) for layer, merges in plan.merged().items()}
 
 
 def notes_of(choices: Choices, view: CheckpointView, plan: Plan) -> tuple[str, ...]:
@@ -54,6 +53,11 @@ def _notes(choices: Choices, view: CheckpointView, plan: Plan) -> Iterator[str]:
                 f"{told} of {counted(most, 'expert')} stay in a layer, not {choices.keep:.0%}: groups of a "
                 f"router keep the same number each, and --servable takes some numbers only"
             )
+    if plan.merged():
+        yield (
+            "the router still chooses among all experts, those of a group being one: so what was merged is "
+            "exact, and the result runs in mixtura alone"
+        )
     beyond = view.layers_beyond if isinstance(view, DiskView) else ()
     if beyond:
         yield f"layers that transformers does not build were not calibrated: {counted_names(beyond)}"
