@@ -40,6 +40,7 @@ _PUBLIC = {
     "export": "mixtura.modeling.family",
     "export_gguf": "mixtura.running.gguf",
     "fit": "mixtura.fitting",
+    "compress": "mixtura.fitting.compressing",
     "register_backend": "mixtura.kernels",
     "set_router": "mixtura.rerouting",
     "load_router": "mixtura.rerouting",

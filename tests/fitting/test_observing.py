@@ -52,12 +52,12 @@ def test_importance_is_the_statistic_that_observing_takes(
     view: CheckpointView, texts: Texts, tmp_path: Path
 ) -> None:
     found = run(view, texts, tmp_path / "work")
-    from mixtura.fitting.observing import _together
+    from mixtura.fitting.texts import as_batch
 
     streamed = Streamed(view)
     trace = observe(
         streamed.model,
-        _together(texts.calibration),
+        as_batch(texts.calibration),
         statistics=("weighted_output_norm",),
         layers=view.layers,
         batch_tokens=1 << 20,

@@ -37,7 +37,7 @@ from mixtura.errors import MixturaError, OutputError, SettingError, UserError
 from mixtura.report.screen import screen
 from mixtura.types import Plan
 
-__all__ = ["apply_plan", "check_plan", "planned_num_bytes"]
+__all__ = ["apply_plan", "card_text", "check_plan", "planned_num_bytes"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -121,6 +121,46 @@ def planned_num_bytes(plan: Plan, source: Path) -> int:
         UserError: the plan does not fit the model.
     """
     return blueprint(DiskView(source), plan).num_bytes
+
+
+def card_text(
+    plan: Plan,
+    source: Path,
+    *,
+    source_name: str,
+    name: str,
+    rounded: RoundedExperts | None = None,
+    measured: MeasuredLoss | None = None,
+) -> str:
+    """The model card that `apply_plan` writes, for a loss that was measured on what it wrote.
+
+    Args:
+        plan: what was done.
+        source: the checkpoint it was done to.
+        source_name: what the card calls the source.
+        name: what it calls the result.
+        rounded: as for `apply_plan`.
+        measured: the loss.
+    """
+    view = DiskView(source)
+    return model_card(_facts(view, plan, blueprint(view, plan, rounded), (source_name, name), measured))
+
+
+def _facts(
+    view: DiskView, plan: Plan, made: Blueprint, names: tuple[str, str], measured: MeasuredLoss | None
+) -> CardFacts:
+    return CardFacts(
+        name=names[1],
+        source=view.path,
+        source_name=names[0],
+        plan=plan,
+        num_experts={layer.index: layer.num_experts for layer in view.layers},
+        num_bytes_before=view.num_bytes,
+        num_bytes_after=made.num_bytes,
+        ordinary=made.ordinary,
+        left_out=made.left_out,
+        measured=measured,
+    )
 
 
 @final
@@ -242,18 +282,8 @@ def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> No
         write_text(folder / INDEX_FILE, index_json(shards))
     if not made.blueprint.ordinary:
         write_text(folder / EXPERTS_FILE, made.blueprint.contents.to_json())
-    facts = CardFacts(
-        name=made.terms.name,
-        source=view.path,
-        source_name=made.terms.source_name,
-        plan=plan,
-        num_experts={layer.index: layer.num_experts for layer in view.layers},
-        num_bytes_before=view.num_bytes,
-        num_bytes_after=made.blueprint.num_bytes,
-        ordinary=made.blueprint.ordinary,
-        left_out=made.blueprint.left_out,
-        measured=made.measured,
-    )
+    names = (made.terms.source_name, made.terms.name)
+    facts = _facts(view, plan, made.blueprint, names, made.measured)
     write_text(folder / "README.md", model_card(facts))
     _check_opens(folder, ordinary=made.blueprint.ordinary)
 

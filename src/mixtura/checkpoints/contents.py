@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from mixtura.checkpoints.packed import EXPERTS_FILE, ExpertRecord, LayerRecord, MatrixRecord
+from mixtura.checkpoints.packed import EXPERTS_FILE, MATRICES, ExpertRecord, LayerRecord, MatrixRecord
 from mixtura.errors import CheckpointError, UserError
 
 _FORMAT_VERSION, _WITHOUT_MATRICES = 2, 1
@@ -43,7 +43,8 @@ class Contents:
                 layer.name: {
                     "index": layer.index,
                     "kept": list(layer.kept),
-                    "experts": None if layer.experts is None else [_expert_to_dict(e) for e in layer.experts],
+                    "experts": None if layer.experts is None else [e.to_dict() for e in layer.experts],
+                    **({} if layer.shared is None else {"shared": list(layer.shared)}),
                 }
                 for layer in self.layers
             },
@@ -90,20 +91,14 @@ def read_experts_file(directory: Path) -> Contents:
     return Contents.from_json(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def _expert_to_dict(expert: ExpertRecord) -> dict[str, Any]:
-    return {"up": expert.up.to_dict(), "down": expert.down.to_dict(), "has_bias": expert.has_bias}
-
-
 def _layer_from_dict(name: str, values: Mapping[str, Any]) -> LayerRecord:
     experts = values["experts"]
-    read = None
-    if experts is not None:
-        read = tuple(
-            ExpertRecord(
-                MatrixRecord.from_dict(expert["up"]),
-                MatrixRecord.from_dict(expert["down"]),
-                bool(expert["has_bias"]),
-            )
-            for expert in experts
-        )
-    return LayerRecord(int(values["index"]), name, tuple(values["kept"]), read)
+    read = None if experts is None else tuple(map(_expert_from_dict, experts))
+    shared = values.get("shared")
+    shared = None if shared is None else tuple(shared)
+    return LayerRecord(int(values["index"]), name, tuple(values["kept"]), read, shared)
+
+
+def _expert_from_dict(expert: Mapping[str, Any]) -> ExpertRecord:
+    up, down = (MatrixRecord.from_dict(expert[matrix]) for matrix in MATRICES)
+    return ExpertRecord(up, down, bool(expert["has_bias"]))

@@ -6,7 +6,9 @@ them. An ordinary checkpoint has no ``experts.json``; one of the mixtura format 
 * ``config.json`` with ``"quantization_config": {"quant_method": "mixtura", "version": 1}`` (and the
   source's own quantization under ``"source"``, which still holds for tensors outside the experts),
 * ``experts.json``: for every MoE layer the experts it kept and, where the layer is packed, how each
-  matrix of each expert is stored; and how matrices outside the experts are stored that are in fewer bits,
+  matrix of each expert is stored; where experts were merged, ``shared`` names for each expert the one
+  whose tensors it has, so that the router still chooses among all of them; and how matrices outside the
+  experts are stored that are in fewer bits,
 * tensors ``{layer}.{e}.up.{part}``, ``{layer}.{e}.down.{part}``, ``{layer}.{e}.up_bias`` and
   ``{layer}.{e}.down_bias``, where ``layer`` is the module path of the experts, ``e`` counts after
   any drop, and a matrix is ``[out features, in features]`` in the row order of its module,
@@ -125,6 +127,10 @@ class ExpertRecord:
     down: MatrixRecord
     has_bias: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {"up": self.up.to_dict(), "down": self.down.to_dict(), "has_bias": self.has_bias}
+
     def matrix(self, name: MatrixName) -> MatrixRecord:
         """The record of ``up`` or ``down``."""
         return self.up if name == "up" else self.down
@@ -152,17 +158,34 @@ class LayerRecord:
         kept: the source's numbers of the experts that are left, ascending.
         experts: one record per expert left, or None where the layer's experts are stored under the
             source's own names and in its own way (renumbered or sliced where some were dropped).
+        shared: where experts were merged, for each expert the number of the one whose tensors it has; a
+            router still chooses them apart. None where each has its own.
     """
 
     index: int
     name: str
     kept: tuple[int, ...]
     experts: tuple[ExpertRecord, ...] | None = None
+    shared: tuple[int, ...] | None = None
 
     @property
     def num_experts(self) -> int:
-        """Experts left in this layer."""
+        """Experts that are left in this layer for its router to choose from."""
         return len(self.kept)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The experts that have tensors of their own."""
+        return tuple(range(self.num_experts)) if self.shared is None else tuple(sorted(set(self.shared)))
+
+    def place(self, expert: int) -> int:
+        """The expert whose tensors it has."""
+        return expert if self.shared is None else self.shared[expert]
+
+    def tensor_names(self, expert: int) -> tuple[str, ...]:
+        """On-disk names of an expert's tensors, in a packed layer."""
+        assert self.experts is not None
+        return self.experts[expert].tensor_names(self.name, self.place(expert))
 
 
 @final
@@ -280,7 +303,7 @@ def read_expert(layer: LayerRecord, expert: int, read_tensor: Callable[[str], Te
     """One expert of a packed layer as stored.
 
     Args:
-        layer: a layer whose ``experts`` is not None.
+        layer: one that is packed.
         expert: its number after any drop.
         read_tensor: gives the tensor of an on-disk name, such as `DiskView.tensor`.
     """
@@ -288,16 +311,13 @@ def read_expert(layer: LayerRecord, expert: int, read_tensor: Callable[[str], Te
         raise CheckpointError(
             f"{layer.name} is stored in the source's own way; read it through mixtura.checkpoints.view"
         )
-    record = layer.experts[expert]
-    packed = {}
+    record, place, packed = layer.experts[expert], layer.place(expert), {}
     for matrix in MATRICES:
         described = record.matrix(matrix)
-        tensors = {part: read_tensor(part_name(layer.name, expert, matrix, part)) for part in described.parts}
+        tensors = {part: read_tensor(part_name(layer.name, place, matrix, part)) for part in described.parts}
         packed[matrix] = PackedMatrix(described, tensors)
-    biases: list[Tensor | None] = [None, None]
-    if record.has_bias:
-        biases = [read_tensor(bias_name(layer.name, expert, matrix)) for matrix in MATRICES]
-    return PackedExpert(packed["up"], packed["down"], *biases)
+    names = [bias_name(layer.name, place, matrix) for matrix in MATRICES] if record.has_bias else []
+    return PackedExpert(packed["up"], packed["down"], *map(read_tensor, names))
 
 
 def is_packed(directory: Path) -> bool:
@@ -306,7 +326,7 @@ def is_packed(directory: Path) -> bool:
 
 
 def quantizer_of(record: MatrixRecord) -> Quantizer:
-    """The quantizer that wrote a matrix, by its name and settings."""
+    """The quantizer that wrote a matrix."""
     return _quantizer(str(record.quantizer), json.dumps(dict(record.settings), sort_keys=True))
 
 

@@ -99,7 +99,7 @@ class PackedStore:
     def read_bytes(self) -> tuple[int, ...]:
         """Bytes that running each expert reads."""
         assert self._read.experts is not None
-        named = (e.tensor_names(self._read.name, number) for number, e in enumerate(self._read.experts))
+        named = (self._read.tensor_names(number) for number in range(self.num_experts))
         return tuple(sum(self._places[name][1].num_bytes for name in names) for names in named)
 
     def at(self, widths: Widths | None) -> PackedStore:
@@ -136,7 +136,7 @@ class PackedStore:
 
     def _expert_matrices(self, expert: int) -> ExpertMatrices | None:
         assert self._read.experts is not None
-        key = expert, self._read.experts[expert].up.parts
+        key = self._read.place(expert), self._read.experts[expert].up.parts
         if key not in self._matrices:
             self._matrices[key] = read_expert(self._read, expert, self.tensor).matrices()
         return self._matrices[key]
@@ -144,16 +144,17 @@ class PackedStore:
     @property
     def num_parameters(self) -> int:
         """Numbers that the experts stand for, however few bits each has."""
-        matrices = [matrix for expert in self.records for matrix in (expert.up, expert.down)]
+        stored = [self.records[number] for number in self._layer.stored]
+        matrices = [matrix for expert in stored for matrix in (expert.up, expert.down)]
         # Biases have as many entries as their matrix has rows.
-        biases = sum(expert.up.rows + expert.down.rows for expert in self.records if expert.has_bias)
+        biases = sum(expert.up.rows + expert.down.rows for expert in stored if expert.has_bias)
         return sum(matrix.rows * matrix.cols for matrix in matrices) + biases
 
     @property
     def state(self) -> dict[str, Tensor]:
         """All that the store holds, as one tensor of bytes, and a digest of how the experts lie in it."""
         forms = [(name, start, str(form.dtype), form.shape) for name, (start, form) in self._places.items()]
-        digest = sha256(repr((forms, self._layer.experts)).encode()).digest()
+        digest = sha256(repr((forms, self._layer.experts, self._layer.shared)).encode()).digest()
         return {"packed": self._memory, "packed_as": torch.frombuffer(bytearray(digest), dtype=torch.uint8)}
 
     def tensor(self, name: str) -> Tensor:

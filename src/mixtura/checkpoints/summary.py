@@ -152,7 +152,8 @@ def _stored_as(view: CheckpointView) -> dict[str, int]:
     for layer in view.layers:
         if not isinstance(layer, PackedLayer) or layer.record.experts is None:
             continue
-        for number, expert in enumerate(layer.record.experts):
+        for number in layer.record.stored:
+            expert = layer.record.experts[number]
             for matrix in MATRICES:
                 record = expert.matrix(matrix)
                 names = [part_name(layer.name, number, matrix, part) for part in record.parts]

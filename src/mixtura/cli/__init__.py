@@ -21,6 +21,7 @@ from mixtura.machine.waiting import wait_asleep
 # (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
 COMMANDS = (
     "fit",
+    "compress",
     "inspect",
     "doctor",
     "observe",
@@ -60,7 +61,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
         epilog=EPILOG,
-        help="Mixture-of-Experts models from end to end: inspect, observe, fit to memory, run. "
+        help="Mixture-of-Experts models from end to end: inspect, observe, fit to memory, compress, run. "
         "Without a MODEL every command uses the specimen, a small trained model that comes with mixtura.",
     )
 

@@ -1,4 +1,4 @@
-"""`mixtura arena`: train the same small model with every method of a kind, or prune one with every pruner."""
+"""`mixtura arena`: train one small model with every method of a kind, or shrink one by every method."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from mixtura.fitting.arena.standings import Standing as Pruned
     from mixtura.train.arena.standings import Standing
 
-_PRUNERS = "pruners"
+_SHRINKING = ("pruners", "mergers")
 
 
 def arena(
-    kind: str = typer.Argument(help="routers, balancers, mixers or pruners."),
+    kind: str = typer.Argument(help="routers, balancers, mixers, pruners or mergers."),
     only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
     seeds: int = typer.Option(3, min=1, help="Trainings of each method; of pruners, texts to prune by."),
     tokens: int | None = typer.Option(
@@ -40,7 +40,8 @@ def arena(
     """Train the same small model with every method of a kind, on the same text, and compare.
 
     Of pruners: keep three quarters, a half and a quarter of a model's experts by every criterion, and
-    measure what is left. Runs that are done are kept: the same command goes on where it was stopped.
+    measure what is left; of mergers the same, experts being averaged. Runs that are done are kept: the same
+    command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """
@@ -51,8 +52,8 @@ def arena(
     check_folder(runs)
     from mixtura.train.arena.entries import KINDS
 
-    if kind not in (*KINDS, _PRUNERS):
-        raise UnknownNameError("kind in the arena", kind, (*KINDS, _PRUNERS))
+    if kind not in (*KINDS, *_SHRINKING):
+        raise UnknownNameError("kind in the arena", kind, (*KINDS, *_SHRINKING))
     import torch
 
     if threads is not None:
@@ -61,14 +62,14 @@ def arena(
     if tokens is not None:
         shared["num_tokens"] = tokens
     try:
-        table: list[Any] = _prune(model, shared) if kind == _PRUNERS else _train(kind, model, shared)
+        table: list[Any] = _shrink(kind, model, shared) if kind in _SHRINKING else _train(kind, model, shared)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the runs in {runs}", err=True)
         raise
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
         return
-    _print_pruned(table) if kind == _PRUNERS else _print(table)
+    _print_pruned(table) if kind in _SHRINKING else _print(table)
     typer.echo(f"the page is {out / kind}.md", err=True)
 
 
@@ -80,12 +81,12 @@ def _train(kind: str, model: Path | None, shared: dict[str, Any]) -> list[Standi
     return hold(Contest(kind=kind, scale=scale, **shared), _notify)
 
 
-def _prune(model: Path | None, shared: dict[str, Any]) -> list[Pruned]:
+def _shrink(kind: str, model: Path | None, shared: dict[str, Any]) -> list[Pruned]:
     from mixtura.fitting.arena.run import Contest, hold
 
     if model is not None and not model.is_dir():
-        raise UserError(f"--model of the arena of pruners takes the directory of a checkpoint, got {model}")
-    return hold(Contest(model=model, **shared), _notify)
+        raise UserError(f"--model of the arena of {kind} takes the directory of a checkpoint, got {model}")
+    return hold(Contest(kind=kind, model=model, **shared), _notify)
 
 
 def _notify(line: str) -> None:

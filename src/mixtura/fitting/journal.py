@@ -71,8 +71,19 @@ class Journal:
 
 
 @contextmanager
-def open_journal(directory: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
-    """Begin or continue a fit's journal; only one process at a time may.
+def open_journal(
+    directory: Path,
+    settings: Mapping[str, Any],
+    what: str = "fit",
+    may_differ: str = " (the budget and --max-kl may differ)",
+) -> Iterator[Journal]:
+    """Begin or continue a journal of a fit or of other work; only one process at a time may.
+
+    Args:
+        directory: where it is kept.
+        settings: what must be the same for it to be continued.
+        what: the work, in a word.
+        may_differ: which settings need not be the same, in brackets.
 
     Raises:
         OutputError: it cannot be written, another process is using it, or it was begun with other
@@ -93,7 +104,7 @@ def open_journal(directory: Path, settings: Mapping[str, Any]) -> Iterator[Journ
             f"another mixtura is writing to {directory}; wait for it or choose another --out"
         ) from None
     try:
-        _check_settings(directory, settings)
+        _check_settings(directory, settings, what, may_differ)
         yield Journal(directory)
     except (OSError, SafetensorError) as error:
         if _NO_SPACE not in str(error):
@@ -106,7 +117,7 @@ def open_journal(directory: Path, settings: Mapping[str, Any]) -> Iterator[Journ
         lock.close()
 
 
-def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(directory: Path, settings: Mapping[str, Any], what: str, may_differ: str) -> None:
     path = directory / _SETTINGS
     wanted = json.loads(json.dumps(dict(settings)))
     if not path.is_file():
@@ -119,7 +130,6 @@ def _check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     if differing:
         told = "; ".join(f"{key} was {begun.get(key)}, is now {wanted.get(key)}" for key in differing)
         raise OutputError(
-            f"{directory} holds a fit begun with other settings ({told}); repeat the first settings to "
-            f"continue it (the budget and --max-kl may differ), delete that directory to start over, or "
-            f"choose another --out"
+            f"{directory} holds a {what} begun with other settings ({told}); repeat the first settings to "
+            f"continue it{may_differ}, delete that directory to start over, or choose another --out"
         )

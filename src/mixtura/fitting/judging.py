@@ -20,10 +20,11 @@ from mixtura.fitting.clock import Clock, Notify, Progress, watched
 from mixtura.fitting.depth import keeps_rounded
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.palette import DROP, KEEP
-from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summarise
+from mixtura.fitting.quality import HeldOut, summarise
 from mixtura.fitting.records import Candidate, Measured, Prices, Quality
 from mixtura.fitting.rest import Rest
 from mixtura.fitting.rounding import Rounder
+from mixtura.fitting.scoring import own_scores, scores_beside
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.kernels import ExpertTensors
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
@@ -162,7 +163,7 @@ class Judge:
         streamed = self._streamed(candidate)
         with watched(streamed, self._progress(streamed, candidate.label), clock):
             scored = [
-                (self._scores(streamed, text, states), text)
+                (scores_beside(streamed, text, states), text)
                 for text, states in zip(self._held_out, self._states, strict=True)
             ]
         # What a candidate took is what the next one will take, about.
@@ -176,18 +177,6 @@ class Judge:
             len(list(streamed.batches(*shape, max_bytes=DEFAULT_WORKING_BYTES))) for shape in shapes
         )
         return Progress(what, num_batches * len(self.view.layers), self._notify)
-
-    def _scores(self, streamed: Streamed, text: HeldOut, states: Float[Tensor, "S T D"]) -> Scores:
-        targets = text.input_ids.roll(-1, 1).reshape(-1)
-        chunks: list[Scores] = []
-
-        def on_both(logits: Tensor, reference: Tensor, positions: Tensor) -> None:
-            chunks.append(score_chunk(reference, logits, targets[positions]))
-
-        streamed.run_beside(
-            text.input_ids, text.attention_mask, beside=states, on_both=on_both, wanted=text.predicted
-        )
-        return join(chunks)
 
     def _reference(self) -> list[Tensor]:
         """The original's final states on the held-out text, from the journal if it has them."""
@@ -207,7 +196,7 @@ class Judge:
         scored = []
         with watched(streamed, self._progress(streamed, what), None):
             for number, text in enumerate(self._held_out):
-                scores, states[str(number)] = _own_scores(streamed, text)
+                scores, states[str(number)] = own_scores(streamed, text)
                 scored.append((scores, text))
 
         def save(aside: Path) -> None:
@@ -215,25 +204,6 @@ class Judge:
 
         self._journal.write(_REFERENCE, save)
         self._journal.note(_ORIGINAL, asdict(summarise(scored, time.monotonic() - started, self._seed)))
-
-
-def _own_scores(streamed: Streamed, text: HeldOut) -> tuple[Scores, Tensor]:
-    """A model beside itself, and its final states."""
-    targets = text.input_ids.roll(-1, 1).reshape(-1)
-    chunks: list[Scores] = []
-    states: list[Tensor] = []
-
-    def on_logits(logits: Tensor, positions: Tensor) -> None:
-        chunks.append(score_chunk(logits, logits, targets[positions]))
-
-    streamed.run(
-        text.input_ids,
-        text.attention_mask,
-        on_logits=on_logits,
-        wanted=text.predicted,
-        on_states=states.append,
-    )
-    return join(chunks), torch.cat(states)
 
 
 @final

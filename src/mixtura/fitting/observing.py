@@ -32,11 +32,10 @@ from mixtura.fitting.pricing import (
     load_prices,
     save_prices,
 )
-from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Prices
 from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.search import OutOfTimeError
-from mixtura.fitting.texts import Texts
+from mixtura.fitting.texts import Texts, as_batch
 from mixtura.running.observing.attach import attached
 from mixtura.running.observing.recorder import Cursor
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
@@ -74,7 +73,7 @@ def observed(
     """
     if not journal.path(_PRICES).is_file():
         observer = _Observer(view, depth, journal, rounder, clock, notify)
-        observer.run(_together(texts.calibration))
+        observer.run(as_batch(texts.calibration))
         prices, importance = collect_prices(observer.pricers), collect_importance(observer.pricers)
         unseen = sum(not pricer.num_tokens[0] for pricer in observer.pricers)
         journal.note(_UNSEEN, {"num_unseen_layers": unseen})
@@ -188,19 +187,3 @@ class _Observer:
             self.pricers[number].restore({name: file.get_tensor(name).numpy() for name in names})
         assert isinstance(outputs, Tensor)
         return outputs
-
-
-def _together(parts: tuple[HeldOut, ...]) -> TokenBatch:
-    """All sequences in one batch, so that the model is read from disk as seldom as can be."""
-    width = max(part.input_ids.shape[1] for part in parts)
-    names = tuple(dict.fromkeys(name for part in parts for name in part.domain_names))
-
-    def widened(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
-
-    return TokenBatch(
-        input_ids=torch.cat([widened(part.input_ids) for part in parts]),
-        attention_mask=torch.cat([widened(part.attention_mask) for part in parts]),
-        domains=torch.tensor([names.index(part.domain_names[d]) for part in parts for d in part.domains]),
-        domain_names=names,
-    )

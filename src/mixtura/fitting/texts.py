@@ -14,7 +14,7 @@ import torch
 
 from mixtura.data import text as data_text
 from mixtura.data.records import Document
-from mixtura.data.tokens import encode_text
+from mixtura.data.tokens import TokenBatch, encode_text
 from mixtura.errors import UserError
 from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Request
@@ -103,6 +103,22 @@ def texts_of(request: Request, context: int, tokenizer: Any, num_embeddings: int
         held_out_tokens=request.held_out_tokens,
         seed=request.seed,
         num_embeddings=num_embeddings,
+    )
+
+
+def as_batch(parts: tuple[HeldOut, ...]) -> TokenBatch:
+    """All sequences in one batch, so that the model is read from disk as seldom as can be."""
+    width = max(part.input_ids.shape[1] for part in parts)
+    names = tuple(dict.fromkeys(name for part in parts for name in part.domain_names))
+
+    def widened(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+    return TokenBatch(
+        input_ids=torch.cat([widened(part.input_ids) for part in parts]),
+        attention_mask=torch.cat([widened(part.attention_mask) for part in parts]),
+        domains=torch.tensor([names.index(part.domain_names[d]) for part in parts for d in part.domains]),
+        domain_names=names,
     )
 
 

@@ -134,7 +134,7 @@ def packed_forms(
 ) -> tuple[LayerRecord, tuple[Form, ...]] | None:
     """What `load` keeps of a layer's experts in fewer bits; None for experts stored as plain numbers."""
     if isinstance(layer, PackedLayer):
-        entries = (view.entries[n] for e in range(layer.num_experts) for n in layer.expert_tensor_names(e))
+        entries = (view.entries[n] for e in layer.record.stored for n in layer.expert_tensor_names(e))
         return layer.record, tuple(Form(entry.name, entry.dtype, entry.shape) for entry in entries)
     units = _scaled_units(view, layer)
     if not units:

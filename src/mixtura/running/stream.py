@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, final
 
@@ -240,7 +240,7 @@ class Streamed:
         base.forward = lambda *_, **__: held
         head = self.model.get_output_embeddings()
         try:
-            with self._kept(head) as own, torch.no_grad():
+            with self.kept(head) as own, torch.no_grad():
 
                 def apply(states: Float[Tensor, "P D"]) -> Float[Tensor, "P V"]:
                     held.last_hidden_state = states[None]
@@ -287,11 +287,11 @@ class Streamed:
         for module in self.model.modules():
             if id(module) not in inside and slots(module, (module,)):
                 self._hook(module, (module,))
-        for layer in self.view.layers:
-            experts = self._dropped.get(layer.index)
-            if experts:
-                block = self.model.get_submodule(layer.site.block_name)
-                _mask_when_called(block, MemoryLayer(layer.site, self.model), experts)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The decoder layers, in order."""
+        return tuple(self._blocks)
 
     @cached_property
     def _blocks(self) -> dict[nn.Module, tuple[nn.Module, ...]]:
@@ -301,15 +301,15 @@ class Streamed:
         return {block: tuple(block.modules()) for block in found}
 
     def _hook(self, module: nn.Module, members: tuple[nn.Module, ...]) -> None:
-        own = slots(self.model, members)
+        own, here = slots(self.model, members), ExitStack()
 
         def enter(*_: Any) -> None:
             if id(module) not in self._resident:
-                self._read(own)
+                here.enter_context(self._present(members, own))
 
         def leave(*_: Any) -> None:
             if id(module) not in self._resident:
-                _clear(own)
+                here.close()
 
         module.register_forward_pre_hook(enter)
         # Also after an error or Ctrl-C in the layer, so that its weights do not stay behind.
@@ -331,29 +331,30 @@ class Streamed:
         return value if name is None or self._changed is None else self._changed(name, value)
 
     @contextmanager
-    def _kept(self, module: nn.Module) -> Iterator[Sequence[Slot]]:
-        """Keep the weights of a module in memory over several calls."""
-        own = slots(self.model, (module,))
-        self._read(own)
-        self._resident.add(id(module))
-        try:
-            yield own
-        finally:
-            self._resident.discard(id(module))
-            _clear(own)
+    def kept(self, module: nn.Module) -> Iterator[Sequence[Slot]]:
+        """Keep the weights of a decoder layer, or of a module outside of them, over several calls."""
+        members = self._blocks.get(module, (module,))
+        own = slots(self.model, members)
+        with self._present(members, own):
+            self._resident.add(id(module))
+            try:
+                yield own
+            finally:
+                self._resident.discard(id(module))
+
+    @contextmanager
+    def _present(self, members: Sequence[nn.Module], own: Sequence[Slot]) -> Iterator[None]:
+        """Have the weights of some modules in memory, and the experts that are dropped there masked."""
+        with ExitStack() as stack:
+            stack.callback(_clear, own)
+            self._read(own)
+            for layer in self.view.layers:
+                experts = self._dropped[layer.index]
+                if experts and self.model.get_submodule(layer.site.block_name) in members:
+                    stack.enter_context(masked_layer(MemoryLayer(layer.site, self.model), experts))
+            yield
 
 
 def _clear(own: Sequence[Slot]) -> None:
     for slot in own:
         slot.clear()
-
-
-def _mask_when_called(block: nn.Module, layer: MemoryLayer, experts: Sequence[int]) -> None:
-    """Mask experts inside each call of a block, when the weights of its router are there."""
-    forward = block.forward
-
-    def masked_forward(*args: Any, **kwargs: Any) -> Any:
-        with masked_layer(layer, experts):
-            return forward(*args, **kwargs)
-
-    block.forward = masked_forward

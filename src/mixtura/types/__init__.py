@@ -37,6 +37,7 @@ __all__ = [
     "Drop",
     "ExpertsHandle",
     "LayerShape",
+    "Merge",
     "Plan",
     "Quantize",
     "QuantizeMatrix",
@@ -155,6 +156,30 @@ class QuantizeMatrix(Action):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Merge(Action):
+    """Store experts of a decoder layer as one, their weighted average; each keeps its row of the router.
+
+    So a token that chooses several of them gets that one expert with the sum of their weights. Numbers count
+    before any drop.
+
+    Attributes:
+        layer: number of the decoder layer.
+        experts: the group. The first gives the order of hidden features, and a `Quantize` names it.
+        shares: weight of each in the average; they sum to one.
+        aligned: whether the hidden features of the others are first put into the order in which they are
+            most like those of the first.
+    """
+
+    kind: ClassVar[str] = "merge"
+
+    layer: int
+    experts: tuple[int, ...]
+    shares: tuple[float, ...]
+    aligned: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What to do to a checkpoint, in order. The empty plan leaves it as it is.
 
@@ -173,6 +198,14 @@ class Plan:
             if isinstance(action, Drop):
                 gone.setdefault(action.layer, set()).update(action.experts)
         return {layer: tuple(sorted(experts)) for layer, experts in sorted(gone.items()) if experts}
+
+    def merged(self) -> dict[int, tuple[Merge, ...]]:
+        """Groups of experts that become one, by layer; layers that have none are absent."""
+        found: dict[int, list[Merge]] = {}
+        for action in self.actions:
+            if isinstance(action, Merge):
+                found.setdefault(action.layer, []).append(action)
+        return {layer: tuple(groups) for layer, groups in sorted(found.items())}
 
     def quantized(self) -> dict[tuple[int, int], Quantize]:
         """The quantization of each (layer, expert) that has one; the last named holds."""

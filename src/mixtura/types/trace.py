@@ -17,6 +17,11 @@ from mixtura.errors import UnknownNameError, UserError, suggest
 from mixtura.types import LayerShape
 
 _VERSION = "1"
+# What may be kept of every expert beside its statistics, one row each.
+FEATURES = {
+    "mean_output": "the mean of the expert's outputs, before they are weighted, over its tokens",
+    "logit_products": "the products of its router logit and every expert's, added up over all tokens",
+}
 
 
 @final
@@ -35,6 +40,7 @@ class LayerTrace:
         weight_sums: sum of routing weights per domain and expert.
         statistics: by name, the statistic per domain and expert, already reduced (a mean over the
             expert's assignments in that domain, or a maximum; 0 where there were none).
+        features: by a name of `FEATURES`, a row of numbers for every expert, of all domains together.
         coactivation: how often two experts were chosen for the same token.
         transitions: how often expert i here was followed by expert j in the next MoE layer, for the
             same token; `None` in the last layer.
@@ -50,6 +56,7 @@ class LayerTrace:
     counts: Int[Tensor, "M E"]
     weight_sums: Float[Tensor, "M E"]
     statistics: Mapping[str, Float[Tensor, "M E"]] = field(default_factory=dict)
+    features: Mapping[str, Float[Tensor, "E _"]] = field(default_factory=dict)
     coactivation: Int[Tensor, "E E"] | None = None
     transitions: Int[Tensor, "E E2"] | None = None
     choices: Int[Tensor, "T K"] | None = None
@@ -75,6 +82,19 @@ class LayerTrace:
         if name.startswith("max_"):
             return values.amax(0)
         return (values * self.counts).sum(0) / self.counts.sum(0).clamp(min=1)
+
+    def feature(self, name: str) -> Float[Tensor, "E _"]:
+        """A row of numbers for every expert.
+
+        Raises:
+            UserError: the pass did not record it, or only one domain's part of the trace is left.
+        """
+        if name not in self.features:
+            raise UserError(
+                f"this trace has no feature {name!r}; {suggest(name, self.features)}; observe again asking "
+                "for it, on the text of all domains that are to count"
+            )
+        return self.features[name]
 
     def total(self, name: str) -> Float[Tensor, "M E"]:
         """A statistic added up over each expert's assignments, by domain; not for a maximum.
@@ -119,7 +139,7 @@ class Trace:
     def of(self, domain: str) -> Trace:
         """The part that one domain's text made, to plan for that domain alone.
 
-        Co-activation, transitions and choices are not kept by domain, and are absent.
+        Features, co-activation, transitions and choices are not kept by domain, and are absent.
 
         Raises:
             UnknownNameError: the trace has no such domain.
@@ -134,6 +154,7 @@ class Trace:
                 counts=layer.counts[only],
                 weight_sums=layer.weight_sums[only],
                 statistics={name: values[only] for name, values in layer.statistics.items()},
+                features={},
                 coactivation=None,
                 transitions=None,
                 choices=None,
@@ -206,6 +227,7 @@ def _tensors_of(layer: LayerTrace) -> dict[str, Tensor]:
     named = {"counts": layer.counts, "weight_sums": layer.weight_sums}
     named.update({name: tensor for name, tensor in optional if tensor is not None})
     named.update({f"statistic.{name}": tensor for name, tensor in layer.statistics.items()})
+    named.update({f"feature.{name}": tensor for name, tensor in layer.features.items()})
     return named
 
 
@@ -222,6 +244,7 @@ def _layer_from(number: int, values: Mapping[str, Any], tensors: Mapping[str, Te
         counts=own["counts"],
         weight_sums=own["weight_sums"],
         statistics={n.removeprefix("statistic."): t for n, t in own.items() if n.startswith("statistic.")},
+        features={n.removeprefix("feature."): t for n, t in own.items() if n.startswith("feature.")},
         coactivation=own.get("coactivation"),
         transitions=own.get("transitions"),
         choices=own.get("choices"),

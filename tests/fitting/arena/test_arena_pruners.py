@@ -51,9 +51,9 @@ def test_an_entry_plans_as_its_pruner_does_with_its_settings() -> None:
     trace = sample_trace(num_experts=16)
     for entry in entries():
         if not entry.protects and entry.reads_text:
-            pruner = create("pruners", entry.pruner, **entry.settings)
+            pruner = create("pruners", entry.method, **entry.settings)
             assert entry.plan(trace, 8, seed=5) == pruner.plan(trace, Budget(num_experts=8))
-    drawn = Entry(name="random", pruner="random")
+    drawn = Entry(name="random", method="random")
     assert drawn.plan(trace, 8, seed=1) == create("pruners", "random", seed=1).plan(
         trace, Budget(num_experts=8)
     )
@@ -64,7 +64,7 @@ def test_protected_super_experts_stay() -> None:
     trace = sample_trace(num_experts=16)
     trace.layers[0].statistics["max_output"][0, 3] = 1e4
     trace.layers[0].statistics["weighted_output_norm"][:, 3] = 0.0
-    plain, protected = Entry(name="a", pruner="reap"), Entry(name="b", pruner="reap", protects=True)
+    plain, protected = Entry(name="a", method="reap"), Entry(name="b", method="reap", protects=True)
     assert 3 in plain.plan(trace, 8, 0).dropped()[0]
     assert 3 not in protected.plan(trace, 8, 0).dropped()[0]
     assert set(protected.statistics) == {*plain.statistics, "max_output"}

@@ -50,7 +50,7 @@ def sample_trace(
     top_groups: int = 1,
     num_tokens: int = 240,
 ) -> Trace:
-    """A trace of made-up text in two domains, with every statistic there is.
+    """A trace of made-up text in two domains, with every statistic and feature there is.
 
     Experts differ in how often they are chosen; counts, co-activation, transitions and choices are
     of the same made-up tokens. An expert takes 1000 bytes.
@@ -78,6 +78,7 @@ def sample_trace(
                 counts=counts,
                 weight_sums=counts * (0.2 + 0.6 * drawn),
                 statistics={name: _statistic(name, seed + index, counts) for name in names("statistics")},
+                features=_features(seed + index, counts),
                 coactivation=_pairs(choices, choices, num_experts).fill_diagonal_(0),
                 transitions=None if following is None else _pairs(choices, following, num_experts),
                 choices=choices,
@@ -106,7 +107,10 @@ def relabelled(trace: Trace, orders: Sequence[Int[Tensor, " E"]]) -> Trace:
             "counts": layer.counts[:, order],
             "weight_sums": layer.weight_sums[:, order],
             "statistics": {name: values[:, order] for name, values in layer.statistics.items()},
+            "features": {name: values[order] for name, values in layer.features.items()},
         }
+        if "logit_products" in layer.features:
+            changed["features"]["logit_products"] = layer.features["logit_products"][order][:, order]
         if layer.coactivation is not None:
             changed["coactivation"] = layer.coactivation[order][:, order]
         if layer.transitions is not None:
@@ -125,6 +129,18 @@ def _pairs(here: Int[Tensor, "T K"], there: Int[Tensor, "T K"], num_experts: int
     """How often a token chose expert i here and expert j there."""
     both = here[:, :, None] * num_experts + there[:, None, :]
     return torch.bincount(both.flatten(), minlength=num_experts**2).view(num_experts, num_experts)
+
+
+def _features(seed: int, counts: Int[Tensor, "M E"]) -> dict[str, Float[Tensor, "E _"]]:
+    """Made-up mean outputs and products of logits."""
+    generator = torch.Generator().manual_seed(crc32(b"features") + seed)
+    num_experts = counts.shape[1]
+    outputs = torch.randn(num_experts, 16, generator=generator, dtype=torch.float64)
+    logits = torch.randn(50, num_experts, generator=generator, dtype=torch.float64)
+    return {
+        "mean_output": outputs * (counts.sum(0) > 0)[:, None],
+        "logit_products": logits.T @ logits,
+    }
 
 
 def _statistic(name: str, seed: int, counts: Int[Tensor, "M E"]) -> Float[Tensor, "M E"]:

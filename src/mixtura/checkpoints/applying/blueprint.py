@@ -20,7 +20,7 @@ from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.edits import renumbered
 from mixtura.errors import UnsupportedModelError, UserError
-from mixtura.types import Plan, Quantize
+from mixtura.types import Merge, Plan, Quantize
 
 
 @final
@@ -64,15 +64,18 @@ def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None)
     changed.update(packed)
     layers = []
     for layer in view.layers:
-        own, experts = kept[layer.index], None
+        own, experts, shared = kept[layer.index], None, None
         if layer.index in actions:
-            made = packed_units(view, layer, own, actions[layer.index], rounded)
-            experts = tuple(unit.record for unit in made)
+            merges = plan.merged().get(layer.index, ())
+            made = packed_units(view, layer, own, actions[layer.index], rounded, merges)
+            shared = _shared(own, merges)
+            records = {unit.number: unit.record for unit in made}
+            experts = tuple(records[place] for place in shared or range(len(own)))
             names = sorted(_expert_names(layer), key=rank.__getitem__)
             changed.update({**dict.fromkeys((*names, *view.beside_experts(layer)), ()), names[0]: made})
         else:
             changed.update({**_own_units(view, layer, own), **_fused_units(view, layer, own)})
-        layers.append(LayerRecord(layer.index, layer.name, own, experts))
+        layers.append(LayerRecord(layer.index, layer.name, own, experts, shared))
     even = is_even(view, kept)
     fewer = any(len(kept[layer.index]) < layer.num_experts for layer in view.layers)
     # With one number in the config for all layers, those that nothing is known of cannot keep the old one.
@@ -87,6 +90,14 @@ def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None)
     return Blueprint(tuple(units), Contents(tuple(layers), matrices), ordinary, left_out)
 
 
+def _shared(kept: tuple[int, ...], merges: Sequence[Merge]) -> tuple[int, ...] | None:
+    """For each expert that is kept, by its new number, the one whose tensors it has; None without merges."""
+    if not merges:
+        return None
+    first = {expert: merge.experts[0] for merge in merges for expert in merge.experts}
+    return tuple(kept.index(first.get(expert, expert)) for expert in kept)
+
+
 def is_even(view: DiskView, kept: Mapping[int, tuple[int, ...]]) -> bool:
     """Whether the config can say how many experts each layer has: one number for each of its fields."""
     counts: dict[tuple[str, ...], set[int]] = {}
@@ -98,7 +109,7 @@ def is_even(view: DiskView, kept: Mapping[int, tuple[int, ...]]) -> bool:
 def _actions_by_layer(
     view: DiskView, plan: Plan, kept: Mapping[int, tuple[int, ...]]
 ) -> dict[int, dict[int, Quantize]]:
-    """How the experts of each layer that is packed are quantized, by expert.
+    """How the experts of each layer that is packed are quantized, by expert; merged ones are packed, too.
 
     Layers whose experts share one list of names on disk (text and images) are packed together.
 
@@ -110,6 +121,8 @@ def _actions_by_layer(
     actions: dict[int, dict[int, Quantize]] = {}
     for (index, expert), action in plan.quantized().items():
         actions.setdefault(index, {})[expert] = action
+    for index in plan.merged():
+        actions.setdefault(index, {})
     sharing: dict[tuple[str, ...], list[int]] = {}
     tied = set()
     for layer in view.layers:
@@ -131,7 +144,8 @@ def _actions_by_layer(
         if any(index in actions for index in together):
             if names in tied:
                 raise UnsupportedModelError(
-                    f"layers {listed} share their experts, which are then not quantized; drop some instead"
+                    f"layers {listed} share their experts, which are then neither merged nor quantized; drop "
+                    f"some instead"
                 )
             for index in together:
                 actions.setdefault(index, {})

@@ -123,6 +123,7 @@ def model_card(facts: CardFacts) -> str:
         *(f"| {what} | {number} |" for what, number in _counts(facts)),
         "",
         *_dropped_lines(facts.plan),
+        *_merged_lines(facts.plan),
         *_left_out_lines(facts),
         *_matrix_lines(facts.plan),
         f"Every {_other(facts)}tensor outside the experts is the source's, byte for "
@@ -172,8 +173,21 @@ def _counts(facts: CardFacts) -> list[tuple[str, int]]:
     dropped = sum(len(experts) for experts in facts.plan.dropped().values())
     ways = Counter(_way(action) for action in facts.plan.quantized().values())
     rows = sorted(ways.items(), key=lambda item: (-item[1], item[0]))
-    kept = total - dropped - sum(ways.values())
-    return [*rows, ("kept as they were", kept), ("dropped", dropped), ("before", total)]
+    merges = [merge for groups in facts.plan.merged().values() for merge in groups]
+    merged = sum(len(merge.experts) for merge in merges)
+    rounded = set(facts.plan.quantized())
+    averages = sum((merge.layer, merge.experts[0]) in rounded for merge in merges)
+    kept = total - dropped - merged - (sum(ways.values()) - averages)
+    groups = [(f"merged into {len(merges)}", merged)] if merges else []
+    return [*rows, *groups, ("kept as they were", kept), ("dropped", dropped), ("before", total)]
+
+
+def _merged_lines(plan: Plan) -> list[str]:
+    lines = [
+        f"- layer {layer}: merged {', '.join('+'.join(map(str, merge.experts)) for merge in merges)}"
+        for layer, merges in plan.merged().items()
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _way(action: Quantize | QuantizeMatrix) -> str:

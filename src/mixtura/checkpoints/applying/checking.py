@@ -10,7 +10,10 @@ from mixtura.checkpoints.viewing.base import LayerView, ModelView
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.methods import create
-from mixtura.types import Drop, Plan, Quantize, QuantizeMatrix
+from mixtura.types import Drop, Merge, Plan, Quantize, QuantizeMatrix
+
+# Of shares that were written as decimal numbers.
+_SUM_TOLERANCE = 1e-6
 
 
 def check_source(source: Path) -> None:
@@ -41,9 +44,11 @@ def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:
                 _check_expert(view.layer(action.layer), expert)
         elif isinstance(action, Quantize):
             _check_expert(view.layer(action.layer), action.expert)
+        elif isinstance(action, Merge):
+            _check_merge(view.layer(action.layer), action)
         elif not isinstance(action, QuantizeMatrix):
             raise UserError(
-                f"a plan's action {action.kind!r} is not applied yet; there are: drop, quantize, "
+                f"a plan's action {action.kind!r} is not applied yet; there are: drop, merge, quantize, "
                 "quantize_matrix"
             )
     stores: tuple[Quantize | QuantizeMatrix, ...] = (*plan.quantized().values(), *plan.matrices().values())
@@ -56,6 +61,7 @@ def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:
             raise UserError(
                 f"the plan both drops and quantizes expert {expert} of layer {index}; do one of them"
             )
+    _check_merges(plan)
     kept = {}
     for layer in view.layers:
         gone = set(dropped.get(layer.index, ()))
@@ -71,6 +77,43 @@ def _check_expert(layer: LayerView, expert: int) -> None:
             f"the plan names expert {expert} of layer {layer.index}, which has 0 to {layer.num_experts - 1}; "
             f"is it a plan for another model?"
         )
+
+
+def _check_merge(layer: LayerView, merge: Merge) -> None:
+    """Raise `UserError` where a group cannot be averaged."""
+    for expert in merge.experts:
+        _check_expert(layer, expert)
+    if len(merge.experts) < 2 or len(set(merge.experts)) < len(merge.experts):
+        raise UserError(
+            f"a merge in layer {merge.layer} names the experts {merge.experts}; give two or more, each once"
+        )
+    if len(merge.shares) != len(merge.experts) or abs(sum(merge.shares) - 1) > _SUM_TOLERANCE:
+        raise UserError(
+            f"a merge in layer {merge.layer} has the shares {merge.shares}; give one for each of its "
+            f"{len(merge.experts)} experts, which sum to one"
+        )
+    if not all(share >= 0 for share in merge.shares):
+        raise UserError(f"a merge in layer {merge.layer} has a share below 0: {merge.shares}")
+
+
+def _check_merges(plan: Plan) -> None:
+    """Raise `UserError` where an expert is merged and something else, too."""
+    dropped, quantized = plan.dropped(), plan.quantized()
+    for index, merges in plan.merged().items():
+        members = Counter(expert for merge in merges for expert in merge.experts)
+        first = {merge.experts[0] for merge in merges}
+        for expert, times in members.items():
+            if times > 1:
+                raise UserError(f"the plan merges expert {expert} of layer {index} twice; do so once")
+            if expert in dropped.get(index, ()):
+                raise UserError(
+                    f"the plan both drops and merges expert {expert} of layer {index}; do one of them"
+                )
+            if expert not in first and (index, expert) in quantized:
+                raise UserError(
+                    f"the plan quantizes expert {expert} of layer {index}, which is stored as the first of "
+                    f"its group; quantize that one"
+                )
 
 
 def _check_drop(layer: LayerView, kept: tuple[int, ...]) -> None:

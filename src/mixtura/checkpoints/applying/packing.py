@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.checkpoints.applying.copying import Watch, damaged, read_range
+from mixtura.checkpoints.applying.merging import merged_expert
 from mixtura.checkpoints.applying.shards import OutputTensor, Sink, Unit
 from mixtura.checkpoints.packed import (
     DENSE_PART,
@@ -34,7 +35,7 @@ from mixtura.checkpoints.viewing.quantization import fp8_block
 from mixtura.errors import UserError
 from mixtura.methods import create
 from mixtura.methods.quantizers import Quantizer
-from mixtura.types import Quantize
+from mixtura.types import Merge, Quantize
 
 
 class Storage(ABC):
@@ -163,6 +164,7 @@ class PackExpert(Unit):
     storage: Storage
     record: ExpertRecord
     outputs: tuple[OutputTensor, ...]
+    merge: Merge | None = None
 
     @property
     def tensors(self) -> tuple[OutputTensor, ...]:
@@ -171,7 +173,7 @@ class PackExpert(Unit):
 
     def write(self, sink: Sink) -> None:
         """Read the expert, encode it, write it."""
-        record, tensors = expert_tensors(self.layer, self.expert, self.number, self.storage)
+        record, tensors = expert_tensors(self.layer, self.expert, self.number, self.storage, self.merge)
         forms = {OutputTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         if record != self.record or forms != set(self.outputs):
             raise UserError(
@@ -189,8 +191,9 @@ def packed_units(
     kept: tuple[int, ...],
     actions: Mapping[int, Quantize],
     rounded: RoundedExperts | None = None,
+    merges: Sequence[Merge] = (),
 ) -> list[PackExpert]:
-    """One unit for each expert of a packed layer that is kept.
+    """One unit for each expert of a packed layer that is kept and stored; of merged ones, for the first.
 
     One expert is read here for each way of storing, to learn what it takes.
 
@@ -200,32 +203,45 @@ def packed_units(
         kept: the source's numbers of the experts that stay, ascending.
         actions: how experts are quantized, by the source's number; the others stay as they are.
         rounded: experts that need not be rounded any more.
+        merges: groups of the layer's experts that become one.
     """
+    first = {merge.experts[0]: merge for merge in merges}
+    others = {expert for merge in merges for expert in merge.experts[1:]}
     storages: dict[str, Storage] = {}
     samples: dict[str, tuple[ExpertRecord, dict[str, Tensor]]] = {}
     units = []
     for number, expert in enumerate(kept):
+        if expert in others:
+            continue
         action = actions.get(expert)
         key = "" if action is None else action.quantizer + json.dumps(action.settings, sort_keys=True)
+        if action is None and expert in first:
+            key = "average"
         if key not in storages:
-            storages[key] = _unchanged(view, layer, kept[0]) if action is None else Encoding(action, rounded)
+            storages[key] = Dense() if key == "average" else _storage(view, layer, kept[0], action, rounded)
             samples[key] = expert_tensors(layer, kept[0], 0, storages[key])
         record, sample = samples[key]
         names = zip(record.tensor_names(layer.name, 0), record.tensor_names(layer.name, number), strict=True)
         outputs = tuple(OutputTensor(new, sample[old].dtype, tuple(sample[old].shape)) for old, new in names)
-        units.append(PackExpert(layer, expert, number, storages[key], record, outputs))
+        units.append(PackExpert(layer, expert, number, storages[key], record, outputs, first.get(expert)))
     return units
 
 
+def _storage(
+    view: DiskView, layer: DiskLayer, sample: int, action: Quantize | None, rounded: RoundedExperts | None
+) -> Storage:
+    return _unchanged(view, layer, sample) if action is None else Encoding(action, rounded)
+
+
 def expert_tensors(
-    layer: DiskLayer, expert: int, number: int, storage: Storage
+    layer: DiskLayer, expert: int, number: int, storage: Storage, merge: Merge | None = None
 ) -> tuple[ExpertRecord, dict[str, Tensor]]:
     """The record of an expert stored in some way, and its tensors under their names on disk.
 
     Raises:
         CheckpointError: it holds NaN or infinity.
     """
-    native = layer.native_expert(expert)
+    native = layer.native_expert(expert) if merge is None else merged_expert(layer, merge)
     records, tensors = {}, {}
     for matrix, weight in zip(MATRICES, (native.up, native.down), strict=True):
         if not bool(torch.isfinite(weight).all()):

@@ -70,10 +70,9 @@ class PackedLayer(LayerView):
         return read_expert(self.record, expert, self._files.read)
 
     def expert_tensor_names(self, expert: int) -> tuple[str, ...]:
-        """The names on disk that hold this expert alone."""
+        """The names on disk that hold this expert, alone or with those that it was merged with."""
         self._check_expert(expert)
-        assert self.record.experts is not None
-        return self.record.experts[expert].tensor_names(self.name, expert)
+        return self.record.tensor_names(expert)
 
     def fused_tensor_names(self) -> tuple[str, ...]:
         """The names on disk that hold all experts of the layer: none."""
@@ -82,7 +81,7 @@ class PackedLayer(LayerView):
     @property
     def expert_num_bytes(self) -> int:
         """Bytes one expert takes on disk, the mean over the layer."""
-        names = (name for expert in range(self.num_experts) for name in self.expert_tensor_names(expert))
+        names = (name for expert in self.record.stored for name in self.expert_tensor_names(expert))
         return sum(self._files.entries[name].num_bytes for name in names) // max(self.num_experts, 1)
 
 
@@ -143,8 +142,10 @@ class PackedView(StoredView):
                     for name in self.sources[parameter].names:
                         sizes[self.stored[name].kind] += self.stored[name].num_bytes
                 continue
-            for number, expert in enumerate(layer.record.experts or ()):
-                kind = expert.up.quantizer or expert.up.meta.get("stored") or expert.up.dtype
+            records = layer.record.experts or ()
+            for number in layer.record.stored if records else ():
+                up = records[number].up
+                kind = up.quantizer or up.meta.get("stored") or up.dtype
                 names = layer.expert_tensor_names(number)
                 sizes[str(kind)] += sum(self.entries[name].num_bytes for name in names)
         return sizes.most_common(1)[0][0]
@@ -166,8 +167,8 @@ def _packed_names(opened: OpenedFiles, contents: Contents) -> set[str]:
     """On-disk names of all that is in fewer bits. Raises `CheckpointError` where one is missing."""
     names = {matrix_part(name, part) for name, record in contents.matrices.items() for part in record.parts}
     for layer in contents.layers:
-        for number, expert in enumerate(layer.experts or ()):
-            names.update(expert.tensor_names(layer.name, number))
+        for number in range(len(layer.experts or ())):
+            names.update(layer.tensor_names(number))
     missing = sorted(names - opened.entries.keys())
     if missing:
         raise CheckpointError(

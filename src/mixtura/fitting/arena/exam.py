@@ -1,4 +1,4 @@
-"""What is measured of a pruned model: its loss beside the original's, its answers, its own words."""
+"""What is measured of a smaller model: its loss beside the original's, its answers, its own words."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.checkpoints.applying.merging import merged_expert
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.tokenizer import load_tokenizer
-from mixtura.checkpoints.view import drop_experts
+from mixtura.checkpoints.view import MemoryView, drop_experts
 from mixtura.data.text import held_out_tasks
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.fitting.quality import ALL, HeldOut, Scores, join, score_chunk, summarise
@@ -133,7 +134,9 @@ class Exam:
         }
 
     def _pruned(self, plan: Plan) -> Any:
-        return drop_experts(copy.deepcopy(self.model), plan.dropped()) if plan.actions else self.model
+        if not plan.actions:
+            return self.model
+        return drop_experts(_tied(copy.deepcopy(self.model), plan), plan.dropped())
 
     def _references(self) -> Iterator[Float[Tensor, "P V"]]:
         """The original's logits, part by part and batch by batch, as `_predictions` gives them."""
@@ -160,6 +163,21 @@ class Exam:
         return F.pad(made, (0, sizes.prompt_tokens + sizes.new_tokens - made.shape[1]))[
             :, sizes.prompt_tokens :
         ]
+
+
+@torch.no_grad()
+def _tied(model: Any, plan: Plan) -> Any:
+    """The model with every member of a merged group replaced by what the group becomes."""
+    view = MemoryView(model)
+    for index, merges in plan.merged().items():
+        layer = view.layer(index)
+        module = model.get_submodule(layer.name)
+        for merge in merges:
+            made = merged_expert(layer, merge)
+            for name, tensor in zip(layer.layout.parameters, made, strict=False):
+                assert tensor is not None
+                getattr(module, name)[list(merge.experts)] = tensor
+    return model
 
 
 def _predictions(model: Any, part: HeldOut) -> Iterator[tuple[Float[Tensor, "P V"], Int[Tensor, " P"]]]:

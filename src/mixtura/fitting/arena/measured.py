@@ -49,15 +49,15 @@ class Case:
 
 @final
 class Measurements:
-    """What was measured of plans on one model. Plans that drop the same experts are
-    measured once.
+    """What was measured of plans on one model. Plans that do the same are measured once.
 
     Args:
         path: the checkpoint.
         folder: where all is kept.
         sizes: how much is asked of a pruned model.
         num_tokens: of each calibration text, in all domains together.
-        statistics: what to observe.
+        statistics: what to observe of every choice of an expert.
+        features: what to observe of every expert.
         notify: told what takes long.
     """
 
@@ -68,6 +68,7 @@ class Measurements:
         sizes: Sizes,
         num_tokens: int,
         statistics: Sequence[str],
+        features: Sequence[str],
         notify: Notify,
     ) -> None:
         self._path = path
@@ -75,6 +76,7 @@ class Measurements:
         self._sizes = sizes
         self._num_tokens = num_tokens
         self._statistics = tuple(sorted(set(statistics)))
+        self._features = tuple(sorted(set(features)))
         self._notify = notify
         self._traces: dict[int, Trace] = {}
         self._digests: dict[int, str] = {}
@@ -141,13 +143,16 @@ class Measurements:
         return found if found.pop("exam", None) == self._digests[seed] else None
 
     def _file(self, plan: Plan, seed: int, part: Part) -> Path:
-        name = hashlib.sha256(json.dumps(sorted(plan.dropped().items())).encode()).hexdigest()[:16]
+        done: list[Any] = sorted(plan.dropped().items())
+        done += [merge.to_dict() for merges in plan.merged().values() for merge in merges]
+        name = hashlib.sha256(json.dumps(done).encode()).hexdigest()[:16]
         return self._folder / f"{name}-{seed}-{part}.json"
 
     def _trace_name(self, seed: int) -> str:
         # A statistic that was changed is observed again.
         codes = [header("statistics", name).path.read_bytes() for name in self._statistics]
         told = [checkpoint_digest(self._path), self._num_tokens, self._sizes.length, seed, self._statistics]
+        told += self._features
         described = json.dumps([*told, *(hashlib.sha256(code).hexdigest() for code in codes)])
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
@@ -156,7 +161,7 @@ class Measurements:
         length = self._sizes.length
         text = read_text(view, None, max_tokens=self._num_tokens, max_length=length, seed=seed)
         self._notify(f"observing {text.num_tokens:,} tokens of calibration text, seed {seed}")
-        trace = observe(view.path, text, statistics=self._statistics, progress=False)
+        trace = observe(view.path, text, statistics=self._statistics, features=self._features, progress=False)
         if not trace.layers:
             raise UserError(f"{view.path} has no layers with experts to drop; give a model with experts")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The page of the arena of pruners: what was run and the tables; every measurement as JSON."""
+"""The page of the arena of pruners or mergers: what was run and the tables; every measurement as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from mixtura.fitting.arena.entries import REFERENCE, Entry, entries
+from mixtura.fitting.arena.entries import MERGERS, PRUNERS, REFERENCE, Entry, entries
 from mixtura.fitting.arena.standings import MIDDLE, Standing
 from mixtura.fitting.quality import ALL
 from mixtura.report import counted
@@ -20,12 +20,18 @@ _COLUMNS = (
     ("tasks", "task_accuracy", ".1%"),
     ("same words", "agreement", ".1%"),
 )
+_DECIDES = {
+    PRUNERS: "Every pruner decides which of the {experts} experts of each of the {layers} layers of {model} "
+    "go",
+    MERGERS: "Every merger decides which of the {experts} experts of each of the {layers} layers of {model} "
+    "are stored as one, their average, the router still choosing among all of them; pruners that leave as "
+    "many experts, so as many bytes, stand beside",
+}
 _ABOUT = (
-    "Written by `mixtura arena pruners`. Every pruner decides which of the {experts} experts of each of the "
-    "{layers} layers of {model} go ({top_k} are chosen for a token), from one pass over {tokens:,} tokens of "
-    "calibration text: code, prose and tasks, a third each. What is left is measured without any training "
-    "on other text of the three domains. {seeds}: each has calibration and held-out text of its "
-    "own, and other lots for `random`. Hardware: {hardware}. {versions}. {day}."
+    "Written by `mixtura arena {kind}`. {decides} ({top_k} are chosen for a token), from one pass over "
+    "{tokens:,} tokens of calibration text: code, prose and tasks, a third each. What is left is measured "
+    "without any training on other text of the three domains. {seeds}: each has calibration and held-out "
+    "text of its own, and other lots for `random`. Hardware: {hardware}. {versions}. {day}."
 )
 _SIZE = (
     "A model of this size trained on so little text ranks criteria for itself; run the command on yours with "
@@ -52,17 +58,20 @@ _WRONG = (
 def markdown(table: Sequence[Standing], original: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The page: what was run, a table for each share of the experts, and calibration on other domains."""
     seeds = counted(facts["num_seeds"], "seed")
-    texts = ["# The arena: pruners", _ABOUT.format(**facts, **_here(), seeds=seeds), _SIZE]
+    kind = facts["kind"]
+    decides = _DECIDES[kind].format(**facts)
+    about = _ABOUT.format(**facts, **_here(), seeds=seeds, decides=decides)
+    texts = [f"# The arena: {kind}", about, _SIZE]
     for keep in dict.fromkeys(one.keep for one in table):
         texts += [
             f"## {keep:.0%} of the experts",
-            _table([one for one in table if one.keep == keep], original),
+            _table([one for one in table if one.keep == keep], original, kind),
         ]
     texts.append(_LEGEND)
     domains = [one for one in table if one.keep == MIDDLE and one.by_domain]
     if domains:
         texts += ["## Calibrated on the wrong domain", _WRONG.format(middle=MIDDLE), _domain_table(domains)]
-    told = [line for one in entries([row.name for row in table]) if (line := _how(one))]
+    told = [line for one in entries([row.name for row in table], kind) if (line := _how(one))]
     if told:
         texts += ["## How each was set", "All others have their own defaults.", "\n".join(told)]
     return "\n\n".join(texts) + "\n"
@@ -93,9 +102,17 @@ def _here() -> dict[str, str]:
     }
 
 
-def _table(rows: Sequence[Standing], original: Mapping[str, Any]) -> str:
+def _table(rows: Sequence[Standing], original: Mapping[str, Any], kind: str) -> str:
     domains = [name for name in original["perplexity"] if name != ALL]
-    heads = ["", "pruner", "KL", "± 95%", "to frequency", "verdict", *(f"perplexity, {d}" for d in domains)]
+    heads = [
+        "",
+        kind.removesuffix("s"),
+        "KL",
+        "± 95%",
+        "to frequency",
+        "verdict",
+        *(f"perplexity, {d}" for d in domains),
+    ]
     heads += [title for title, _, _ in _COLUMNS]
     first = ["", "*all experts*", "0", "", "", "", *_perplexities(original["perplexity"], domains)]
     lines = [_line(heads), "|" + "---|" * len(heads), _line([*first, *_cells(original)])]
@@ -135,7 +152,7 @@ def _how(entry: Entry) -> str:
         return ""
     said = [f"{name} {value}" for name, value in entry.settings.items()]
     said += ["super experts protected"] if entry.protects else []
-    return f"- `{entry.name}`: `{entry.pruner}` with {', '.join(said)}"
+    return f"- `{entry.name}`: `{entry.method}` with {', '.join(said)}"
 
 
 def _shortened(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from mixtura import specimen
 from mixtura.errors import BudgetError, SettingError, check_range
-from mixtura.fitting.arena.entries import Entry, entries
+from mixtura.fitting.arena.entries import PRUNERS, Entry, entries
 from mixtura.fitting.arena.exam import Sizes
 from mixtura.fitting.arena.measured import BOTH, Case, Measurements, Notify
 from mixtura.fitting.arena.page import as_json, markdown
@@ -25,6 +25,7 @@ class Contest:
     """What is to be run.
 
     Attributes:
+        kind: pruners, or mergers beside pruners that leave as many bytes.
         only: names of entries; all where empty.
         num_seeds: each has calibration and held-out text of its own, and lots of the pruner ``random``.
         num_tokens: of each calibration text, in all domains together.
@@ -34,6 +35,7 @@ class Contest:
         out: where the page is written.
     """
 
+    kind: str = PRUNERS
     only: tuple[str, ...] = ()
     num_seeds: int = 3
     num_tokens: int = NUM_TOKENS
@@ -59,13 +61,14 @@ def hold(contest: Contest, notify: Notify) -> list[Standing]:
         CheckpointError: the model cannot be read.
         UnsupportedModelError: it is one that mixtura cannot work on.
     """
-    taking_part = entries(contest.only)
+    taking_part = entries(contest.only, contest.kind)
     measured = Measurements(
         specimen.path() if contest.model is None else contest.model,
-        contest.runs / "pruners",
+        contest.runs / contest.kind,
         contest.sizes,
         contest.num_tokens,
         [name for entry in taking_part for name in entry.statistics],
+        [name for entry in taking_part for name in entry.features],
         notify,
     )
     cases = _planned(contest, taking_part, measured, notify)
@@ -84,7 +87,9 @@ def _planned(
     planned: list[tuple[Case, Plan]] = []
     refused: dict[float, BudgetError] = {}
     for seed in range(contest.num_seeds):
-        for case in _cases(taking_part, seed, measured.trace(seed).domains):
+        # Features of experts are not kept by domain.
+        domains = measured.trace(seed).domains if contest.kind == PRUNERS else ()
+        for case in _cases(taking_part, seed, domains):
             try:
                 planned.append((case, measured.plan(case)))
             except BudgetError as error:
@@ -120,6 +125,7 @@ def _publish(contest: Contest, measured: Measurements, results: list[dict[str, A
     whole = Plan(trace.source_digest)
     original = mean_of([measured.measure(whole, seed, BOTH) for seed in range(contest.num_seeds)])
     facts = {
+        "kind": contest.kind,
         "model": "the specimen" if contest.model is None else f"`{contest.model.name}`",
         "layers": len(trace.layers),
         "experts": max(layer.shape.num_experts for layer in trace.layers),
@@ -128,9 +134,11 @@ def _publish(contest: Contest, measured: Measurements, results: list[dict[str, A
         "num_seeds": contest.num_seeds,
     }
     measured_keeps = {row["keep"] for row in results}
-    table = [one for keep in KEEPS if keep in measured_keeps for one in standings(results, keep)]
+    table = [
+        one for keep in KEEPS if keep in measured_keeps for one in standings(results, keep, contest.kind)
+    ]
     contest.out.mkdir(parents=True, exist_ok=True)
-    page = contest.out / "pruners.md"
+    page = contest.out / f"{contest.kind}.md"
     page.write_text(markdown(table, original, facts), encoding="utf-8")
     page.with_suffix(".json").write_text(as_json(results, original, facts), encoding="utf-8")
     return table

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from mixtura.fitting.arena.entries import RANDOM, REFERENCE, entries
+from mixtura.fitting.arena.entries import PRUNERS, RANDOM, REFERENCE, entries
 from mixtura.train.arena.standings import SIGNIFICANCE, chances, half_width
 
 KEEPS = (0.75, 0.5, 0.25)
@@ -49,7 +49,7 @@ class Standing:
     by_domain: Mapping[str, float]
 
 
-def standings(results: Sequence[Row], keep: float) -> list[Standing]:
+def standings(results: Sequence[Row], keep: float, kind: str = PRUNERS) -> list[Standing]:
     """Entries at one share of the experts, from the least KL to the largest."""
     plain = [row for row in results if row["keep"] == keep and row["calibration"] == "all"]
     by_name: dict[str, list[Row]] = {}
@@ -63,7 +63,7 @@ def standings(results: Sequence[Row], keep: float) -> list[Standing]:
     drawn = {name: one for name, one in logs.items() if name == RANDOM}
     found = chances({name: one for name, one in logs.items() if name not in (REFERENCE, RANDOM)})
     found |= chances(drawn)
-    baselines = {entry.name for entry in entries() if entry.baseline}
+    baselines = {entry.name for entry in entries(kind=kind) if entry.baseline}
     single = [row for row in results if row["keep"] == keep and row["calibration"] != "all"]
     made = [
         Standing(

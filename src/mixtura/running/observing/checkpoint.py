@@ -51,6 +51,7 @@ def observe_checkpoint(
     tokens: TokenBatch,
     *,
     statistics: Sequence[str] = (),
+    features: Sequence[str] = (),
     keep_choices: bool = False,
     batch_tokens: int | None = None,
     observers: Observers | None = None,
@@ -63,6 +64,7 @@ def observe_checkpoint(
         view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`.
         tokens: the text, in the model's own tokens.
         statistics: names of methods of the kind "statistics".
+        features: what else to keep of every expert, by names of `mixtura.types.trace.FEATURES`.
         keep_choices: also keep every token's experts.
         batch_tokens: tokens per forward; chosen by how it runs if not given.
         observers: makes one more observer for a layer.
@@ -73,7 +75,7 @@ def observe_checkpoint(
     Raises:
         CheckpointError: the directory is missing, incomplete or damaged.
         UnsupportedModelError: it is a model that mixtura cannot work on.
-        UnknownNameError: no such statistic.
+        UnknownNameError: no such statistic or feature.
     """
     if stream is None:
         stream = view.num_bytes > _SHARE_OF_MEMORY * available_bytes()
@@ -88,6 +90,7 @@ def observe_checkpoint(
         model,
         tokens,
         statistics=statistics,
+        features=features,
         keep_choices=keep_choices,
         batch_tokens=batch_tokens,
         progress=progress,

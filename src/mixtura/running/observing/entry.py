@@ -21,6 +21,7 @@ def observe(
     tokens: TokenBatch,
     *,
     statistics: Sequence[str] = (),
+    features: Sequence[str] = (),
     keep_choices: bool = False,
     batch_tokens: int | None = None,
     progress: bool = True,
@@ -40,6 +41,7 @@ def observe(
             in memory and streamed if not.
         tokens: the text, from `mixtura.data.tokens.encode_documents`; padding may be on any side.
         statistics: names of methods of the kind "statistics" to take of every assignment.
+        features: what else to keep of every expert, by names of `mixtura.types.trace.FEATURES`.
         keep_choices: also keep every token's experts; grows with the text.
         batch_tokens: tokens per forward, padding included; one sequence at least. By default 2048, or
             as many as working memory allows where every forward reads the model from disk.
@@ -52,7 +54,7 @@ def observe(
             default that of the directory, or of the config of a model in memory.
 
     Raises:
-        UnknownNameError: no such statistic.
+        UnknownNameError: no such statistic or feature.
         UserError: the text has no tokens.
         CheckpointError: routing weights or statistics become NaN or infinite.
         UnsupportedModelError: the model has no experts that mixtura can see.
@@ -62,6 +64,7 @@ def observe(
             open_checkpoint(Path(model)),
             tokens,
             statistics=statistics,
+            features=features,
             keep_choices=keep_choices,
             batch_tokens=batch_tokens,
             progress=progress,
@@ -71,6 +74,7 @@ def observe(
         model,
         tokens,
         statistics=statistics,
+        features=features,
         keep_choices=keep_choices,
         batch_tokens=batch_tokens,
         progress=progress,

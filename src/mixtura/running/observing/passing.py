@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -22,8 +23,8 @@ from mixtura.kernels import AssignmentObserver
 from mixtura.methods import create, header
 from mixtura.report.screen import screen
 from mixtura.running.observing.attach import Several, attached
-from mixtura.running.observing.catching import catching
-from mixtura.running.observing.recorder import Cursor, LayerRecorder, fields_read
+from mixtura.running.observing.catching import Caught, catching
+from mixtura.running.observing.recorder import Cursor, LayerRecorder, caught_for
 from mixtura.types.trace import Trace
 
 Observers = Callable[[LayerView], AssignmentObserver | None]
@@ -36,6 +37,7 @@ def observe_model(
     tokens: TokenBatch,
     *,
     statistics: Sequence[str] = (),
+    features: Sequence[str] = (),
     keep_choices: bool = False,
     batch_tokens: int | None = None,
     progress: bool = True,
@@ -49,30 +51,71 @@ def observe_model(
         layers = (model if isinstance(model, MemoryView) else open_model(module)).layers
     if tokens.num_tokens == 0:
         raise UserError("there is no text to observe: every position is padding; give at least one token")
-    # A statistic given as the path of its file is kept under its name.
-    measures = {header("statistics", name).name: create("statistics", name) for name in statistics}
-    cursor, num_domains, fields = Cursor(), len(tokens.domain_names), fields_read(measures.values())
-    batches = _packed(tokens).split(batch_tokens or DEFAULT_BATCH_TOKENS)
-    with _bar(tokens.num_tokens, progress) as advance, ExitStack() as stack:
-        recorders = [
-            LayerRecorder(
-                layer,
-                cursor,
-                num_domains,
-                measures,
-                caught=stack.enter_context(catching(module, layer, fields)),
-                keep_choices=keep_choices,
-            )
-            for layer in layers
-        ]
+    cursor = Cursor()
+    batches = packed(tokens).split(batch_tokens or DEFAULT_BATCH_TOKENS)
+    wanted = Wanted(tuple(statistics), tuple(features), keep_choices)
+    with (
+        _bar(tokens.num_tokens, progress) as advance,
+        recording(module, layers, cursor, len(tokens.domain_names), wanted) as (recorders, _),
+    ):
         ticker = _Ticker(cursor, len(recorders), advance)
         watching = {r.layer.name: Several([r, *_extra(r.layer, observers), ticker]) for r in recorders}
         # What was compiled before does not know of the observers.
         with attached(module, watching, cursor), torch.compiler.set_stance("force_eager"):
             _run(module, batches, cursor, recorders)
+    digest = memory_digest(module) if source_digest is None else source_digest
+    return trace_of(module, tokens, recorders, digest)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be recorded of every layer, beside counts and weights."""
+
+    statistics: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    keep_choices: bool = False
+
+
+@contextmanager
+def recording(
+    module: nn.Module, layers: Sequence[LayerView], cursor: Cursor, num_domains: int, wanted: Wanted
+) -> Iterator[tuple[list[LayerRecorder], list[Caught]]]:
+    """A recorder for every layer and what is caught of it while it runs; they are still to be attached.
+
+    Raises:
+        UnknownNameError: there is no such statistic or feature.
+    """
+    # A statistic given as the path of its file is kept under its name.
+    measures = {header("statistics", name).name: create("statistics", name) for name in wanted.statistics}
+    fields = caught_for(measures.values(), wanted.features)
+    with ExitStack() as stack:
+        caught = [stack.enter_context(catching(module, layer, fields)) for layer in layers]
+        yield (
+            [
+                LayerRecorder(
+                    layer,
+                    cursor,
+                    num_domains,
+                    measures,
+                    caught=one,
+                    features=wanted.features,
+                    keep_choices=wanted.keep_choices,
+                )
+                for layer, one in zip(layers, caught, strict=True)
+            ],
+            caught,
+        )
+
+
+def trace_of(
+    module: nn.Module, tokens: TokenBatch, recorders: Sequence[LayerRecorder], source_digest: str
+) -> Trace:
+    """What recorders have seen of a text, as one record."""
+    config: Any = module.config
     return Trace(
-        source_digest=memory_digest(module) if source_digest is None else source_digest,
-        model_type=str(getattr(module.config, "model_type", "")),
+        source_digest=source_digest,
+        model_type=str(getattr(config, "model_type", "")),
         domains=tokens.domain_names,
         num_tokens=_tokens_by_domain(tokens),
         layers=tuple(r.trace(_expert_num_bytes(module, r.layer)) for r in recorders),
@@ -148,7 +191,7 @@ def _tokens_by_domain(tokens: TokenBatch) -> tuple[int, ...]:
     return tuple(found.index_add_(0, tokens.domains, lengths.to(torch.int64)).tolist())
 
 
-def _packed(tokens: TokenBatch) -> TokenBatch:
+def packed(tokens: TokenBatch) -> TokenBatch:
     """The same text with all padding on the right, where causal models cannot see it."""
     filled = tokens.attention_mask.any(dim=1)
     mask, input_ids = tokens.attention_mask[filled], tokens.input_ids[filled]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mixtura.checkpoints.viewing.base import LayerView
-from mixtura.errors import CheckpointError, UnsupportedModelError
+from mixtura.errors import CheckpointError, UnknownNameError, UnsupportedModelError
 from mixtura.methods import declared_tags
 from mixtura.methods.statistics import LayerTokens, Statistic
 from mixtura.running.observing.catching import Caught
-from mixtura.types.trace import LayerTrace
+from mixtura.types.trace import FEATURES, LayerTrace
 
 _MAXIMUM_PREFIX = "max_"
 # Bounds the pairs of experts held at once when choices of two layers are counted together.
@@ -62,6 +62,7 @@ class LayerRecorder:
         num_domains: M.
         statistics: what to take of every assignment, by name.
         caught: where the layer's residual stream and logits are left for statistics that read them.
+        features: names of `mixtura.types.trace.FEATURES` to keep of every expert.
         keep_choices: also keep every token's experts.
     """
 
@@ -73,6 +74,7 @@ class LayerRecorder:
         statistics: Mapping[str, Statistic],
         *,
         caught: Caught | None = None,
+        features: Collection[str] = (),
         keep_choices: bool = False,
     ) -> None:
         self.layer = layer
@@ -86,6 +88,8 @@ class LayerRecorder:
         self._weight_sums = torch.zeros(size, dtype=torch.float64)
         start = {name: -torch.inf if _is_maximum(name) else 0.0 for name in statistics}
         self._values = {name: torch.full(size, start[name], dtype=torch.float64) for name in statistics}
+        # Of all experts: sums of their outputs, and products of every two logits.
+        self._features = {name: self._no_feature(name) for name in features}
         self._coactivation = torch.zeros((num_experts, num_experts), dtype=torch.int64)
         self._transitions: Tensor | None = None
         self._choices: list[Tensor] | None = [] if keep_choices else None
@@ -95,6 +99,10 @@ class LayerRecorder:
     @property
     def _num_experts(self) -> int:
         return self.layer.shape.num_experts
+
+    def _no_feature(self, name: str) -> Tensor:
+        widths = {"mean_output": self.layer.shape.d_model, "logit_products": self._num_experts}
+        return torch.zeros((self._num_experts, widths[name]), dtype=torch.float64)
 
     def start(
         self,
@@ -122,6 +130,10 @@ class LayerRecorder:
             self._choices.append(chosen.to(torch.int32))
         if any(self._fields.values()):
             self._tokens = self._tokens_of(hidden, index, top_k_weights)
+        if "logit_products" in self._features:
+            assert self._caught.logits is not None
+            logits = self._caught.logits.detach().cpu()[cursor.valid].double()
+            self._features["logit_products"] += logits.T @ logits
 
     def followed_by(
         self, later: LayerRecorder, chosen: Int[Tensor, "R K"], later_chosen: Int[Tensor, "R K2"]
@@ -143,7 +155,11 @@ class LayerRecorder:
         outputs: Float[Tensor, "N D"],
     ) -> None:
         """Take the statistics of one expert's rows."""
-        if not self._statistics or token_ids.numel() == 0:
+        if token_ids.numel() == 0:
+            return
+        if "mean_output" in self._features:
+            self._features["mean_output"][expert] += outputs.detach().double().sum(0).cpu()
+        if not self._statistics:
             return
         rows = inputs, outputs, weights = tuple(_widened(one.detach()) for one in (inputs, outputs, weights))
         measured = {name: statistic.measure(*rows) for name, statistic in self._statistics.items()}
@@ -167,6 +183,22 @@ class LayerRecorder:
                     values.view(-1).index_add_(0, cells, new)
         self._measured, self._tokens = [], None
         self._caught.residual = self._caught.logits = None
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What the experts' outputs have added so far, by name, for `restore`."""
+        sums = {f"statistic.{name}": values.clone() for name, values in self._values.items()}
+        if "mean_output" in self._features:
+            sums["feature.mean_output"] = self._features["mean_output"].clone()
+        return sums
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """In place of the experts' run after `start`: what a `snapshot` after that run held."""
+        for name, values in self._values.items():
+            values.copy_(snapshot[f"statistic.{name}"])
+        if "mean_output" in self._features:
+            self._features["mean_output"].copy_(snapshot["feature.mean_output"])
+        self._measured = []
+        self.finish()
 
     def _tokens_of(
         self, hidden: Float[Tensor, "T D"], index: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
@@ -213,6 +245,7 @@ class LayerRecorder:
         """Raise `CheckpointError` if the router's weights or a statistic became NaN or infinite."""
         sums = {"routing weights": self._weight_sums}
         sums |= {name: values[self._counts > 0] for name, values in self._values.items()}
+        sums |= self._features
         for name, values in sums.items():
             if not bool(torch.isfinite(values).all()):
                 raise CheckpointError(
@@ -237,10 +270,29 @@ class LayerRecorder:
             counts=counts.clone(),
             weight_sums=self._weight_sums.clone(),
             statistics=statistics,
+            features={name: self._feature(name) for name in self._features},
             coactivation=self._coactivation.clone(),
             transitions=None if self._transitions is None else self._transitions.clone(),
             choices=None if self._choices is None else torch.cat(self._choices),
         )
+
+    def _feature(self, name: str) -> Float[Tensor, "E _"]:
+        if name == "mean_output":
+            return self._features[name] / self._counts.sum(0).clamp(min=1)[:, None]
+        return self._features[name].clone()
+
+
+def caught_for(statistics: Iterable[Statistic], features: Iterable[str]) -> frozenset[str]:
+    """What has to be caught of a layer for some statistics and features.
+
+    Raises:
+        UnknownNameError: there is no such feature.
+    """
+    for name in features:
+        if name not in FEATURES:
+            raise UnknownNameError("feature of experts", name, FEATURES)
+    logits = {"logits"} if "logit_products" in features else set()
+    return fields_read(statistics) | logits
 
 
 def fields_read(statistics: Iterable[Statistic]) -> frozenset[str]:

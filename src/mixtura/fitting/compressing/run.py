@@ -1,0 +1,299 @@
+"""A compression from beginning to end: check, observe, round, write, measure, publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+import mixtura
+from mixtura.checkpoints.apply import apply_plan, card_text, planned_num_bytes
+from mixtura.checkpoints.applying.card import MeasuredLoss
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.packed import is_packed
+from mixtura.checkpoints.rounded import RoundedExperts
+from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
+from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data.tokens import TokenBatch, num_embeddings_of
+from mixtura.errors import MixturaError, UnsupportedModelError
+from mixtura.fitting.compressing.checking import (
+    Methods,
+    check_keep,
+    check_places,
+    check_room,
+    check_text,
+    make_methods,
+    work_directory,
+)
+from mixtura.fitting.compressing.measuring import Measure
+from mixtura.fitting.compressing.passing import observed, rounded
+from mixtura.fitting.compressing.records import KIND_OF, Choices, Compressed, LayerRounding
+from mixtura.fitting.compressing.rounding import Shrunk, roundings
+from mixtura.fitting.compressing.telling import (
+    FEW_TOKENS,
+    commands,
+    few_by_trace,
+    few_of,
+    merged_groups,
+    notes_of,
+)
+from mixtura.fitting.journal import Journal, open_journal
+from mixtura.fitting.quality import ALL
+from mixtura.fitting.records import Quality
+from mixtura.fitting.texts import Texts, as_batch, load_texts
+from mixtura.methods import header
+from mixtura.running.gguf import GgufExport
+from mixtura.running.observing.passing import Wanted, packed
+from mixtura.types import VLLM_ROUTER_COUNTS, Budget, Plan
+
+Notify = Callable[[str], None]
+
+_MODEL, _RESULT, _CARD = "model", "compressed.json", "README.md"
+_PUBLISHED = "published"
+
+
+@final
+@dataclass(slots=True)
+class _Work:
+    """One compression as it goes along."""
+
+    choices: Choices
+    view: CheckpointView
+    methods: Methods
+    texts: Texts
+    tokens: TokenBatch
+    kept: int | None
+    journal: Journal
+    notify: Notify
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        since = time.monotonic()
+        yield
+        self.seconds[step] = time.monotonic() - since
+
+    @property
+    def model(self) -> Path:
+        """Where the new checkpoint is written before it is published."""
+        return self.journal.path(_MODEL)
+
+
+def carry_out(choices: Choices, notify: Notify) -> Compressed:
+    """Do what was chosen; see `mixtura.compress`.
+
+    Raises:
+        UserError: it cannot be done as asked; says why and what can.
+    """
+    choices = replace(choices, name=choices.name or str(choices.model))
+    methods = make_methods(choices)
+    done = _published(choices)
+    if done is not None:
+        return done
+    check_places(choices)
+    view = open_checkpoint(choices.model)
+    kept = check_keep(choices, view)
+    if choices.to_format == "gguf":
+        # Making one finds what llama.cpp does not know, before hours of work.
+        GgufExport(choices.model, choices.types)
+    texts = _texts(choices, view)
+    tokens = packed(as_batch(texts.calibration))
+    check_text(view, tokens.num_tokens)
+    check_room(choices, view, methods, kept, tokens.input_ids.numel())
+    settings = _settings(choices, texts)
+    with open_journal(work_directory(choices), settings, "compression", "") as journal:
+        work = _Work(choices, view, methods, texts, tokens, kept, journal, notify)
+        made = _made(work)
+        _publish(work, made)
+    shutil.rmtree(work_directory(choices))
+    return made
+
+
+def _texts(choices: Choices, view: CheckpointView) -> Texts:
+    positions = getattr(view.config.get_text_config(), "max_position_embeddings", None) or choices.length
+    return load_texts(
+        choices.text,
+        load_tokenizer(view.path),
+        length=min(choices.length, positions),
+        calibration_tokens=choices.tokens,
+        held_out_tokens=choices.held_out_tokens,
+        seed=choices.seed,
+        num_embeddings=num_embeddings_of(view.config),
+    )
+
+
+def _settings(choices: Choices, texts: Texts) -> dict[str, Any]:
+    """All that decides the bytes of the result: stopped work begun with other values is not continued."""
+    plain = ("keep", "bits", "servable", "tokens", "length", "seed")
+    named = {name: getattr(choices, name) for name in plain}
+    return {
+        **named,
+        **{choice: choices.method(choice) for choice in KIND_OF},
+        "settings": {choice: dict(given) for choice, given in choices.settings.items()},
+        "model": checkpoint_digest(choices.model),
+        "text": texts.digest,
+        "measure": choices.measure,
+        "format": choices.to_format,
+        "types": list(choices.types),
+        "threads": torch.get_num_threads(),
+        "mixtura": mixtura.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _made(work: _Work) -> Compressed:
+    """The new checkpoint, written in the work directory, and what is known of it."""
+    trace = None
+    plan = Plan(checkpoint_digest(work.view.path))
+    if work.methods.reducer is not None:
+        with work.timed("observe"):
+            trace = observed(work.view, work.tokens, _wanted(work), work.journal, work.notify)
+        plan = work.methods.reducer.plan(trace, _budget(work))
+    few = {} if trace is None else few_by_trace(trace, plan)
+    kept, rounding = None, tuple[LayerRounding, ...]()
+    if work.methods.quantizer is not None:
+        shrunk = Shrunk(plan, str(work.choices.quantize), work.methods.quantizer_settings)
+        with work.timed("round"):
+            kept = rounded(work.view, shrunk, work.tokens, work.journal, work.notify)
+        rounding, loads = roundings(work.view.layers, shrunk, kept)
+        few = few_of(loads)
+        plan = shrunk.whole_plan(work.view.layers)
+    with work.timed("write"):
+        num_bytes = _write(work, plan, kept)
+    before, after = None, None
+    if work.choices.measure:
+        with work.timed("measure"):
+            before, after = _measure(work, plan, kept)
+    ordinary = not is_packed(work.model)
+    return Compressed(
+        model=work.choices.name,
+        out=work.choices.out,
+        dropped=plan.dropped(),
+        merged=merged_groups(plan),
+        rounding=rounding,
+        seldom=few,
+        few=FEW_TOKENS,
+        num_tokens=work.tokens.num_tokens,
+        bytes_before=work.view.num_bytes,
+        bytes_after=num_bytes,
+        quality=after,
+        quality_before=before,
+        ordinary=ordinary,
+        untouched=_outside_experts(work.view),
+        commands=commands(work.choices, ordinary=ordinary),
+        notes=notes_of(work.choices, work.view, plan),
+        seconds=work.seconds,
+    )
+
+
+def _wanted(work: _Work) -> Wanted:
+    """What the method that makes experts fewer reads, by its tags."""
+    choice = "prune" if work.choices.prune is not None else "merge"
+    tags = header(KIND_OF[choice], str(work.choices.method(choice))).tags
+
+    def named(family: str) -> tuple[str, ...]:
+        return tuple(tag.partition(":")[2] for tag in tags if tag.startswith(f"{family}:"))
+
+    return Wanted(named("statistic"), named("feature"))
+
+
+def _budget(work: _Work) -> Budget:
+    counts = VLLM_ROUTER_COUNTS if work.choices.servable else None
+    return Budget(num_experts=work.kept, counts=counts)
+
+
+def _write(work: _Work, plan: Plan, kept: RoundedExperts | None) -> int:
+    """Write the checkpoint unless that has been done; bytes of its tensors, which were predicted."""
+    predicted = planned_num_bytes(plan, work.view.path)
+    if not work.model.is_dir():
+        work.notify("writing the model")
+        apply_plan(
+            plan,
+            work.view.path,
+            work.model,
+            progress=False,
+            source_name=work.choices.name,
+            name=work.choices.out.name,
+            rounded=kept,
+        )
+    found = open_checkpoint(work.model).num_bytes
+    if found != predicted:
+        raise MixturaError(f"{work.model} holds {found} bytes of tensors, and {predicted} were predicted")
+    return found
+
+
+def _measure(work: _Work, plan: Plan, kept: RoundedExperts | None) -> tuple[Quality, Quality]:
+    """Loss of what was written, which its card then tells of."""
+    measure = Measure(work.texts.held_out, work.journal, work.choices.seed, work.notify)
+    before, after = measure.before(work.view), measure.after(work.model)
+    loss = MeasuredLoss(
+        kl=after.kl,
+        kl_interval=(after.kl_low, after.kl_high),
+        same_token=after.equal_top,
+        perplexity=after.perplexity[ALL],
+        num_tokens=after.num_tokens,
+        text="held-out text",
+        details=f"`{_RESULT}` has all of it.",
+    )
+    names = {"source_name": work.choices.name, "name": work.choices.out.name}
+    card = card_text(plan, work.view.path, rounded=kept, measured=loss, **names)
+    aside = work.model / f"{_CARD}.aside"
+    aside.write_text(card, encoding="utf-8")
+    os.replace(aside, work.model / _CARD)
+    return before, after
+
+
+def _outside_experts(view: CheckpointView) -> int:
+    """Bytes of tensors that hold no routed experts."""
+    inside = {
+        name
+        for layer in view.layers
+        for names in (layer.fused_tensor_names(), *map(layer.expert_tensor_names, range(layer.num_experts)))
+        for name in names
+    }
+    return sum(entry.num_bytes for name, entry in view.entries.items() if name not in inside)
+
+
+def _publish(work: _Work, made: Compressed) -> None:
+    """Put the result in its place in one step."""
+    work.journal.note(_PUBLISHED, {"choices": repr(work.choices), "result": made.to_dict()})
+    if work.choices.to_format == "gguf":
+        _export(work)
+        return
+    text = json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n"
+    (work.model / _RESULT).write_text(text, encoding="utf-8")
+    if work.choices.out.is_dir():
+        work.choices.out.rmdir()
+    os.replace(work.model, work.choices.out)
+
+
+def _export(work: _Work) -> None:
+    """The checkpoint as a GGUF file."""
+    if is_packed(work.model):
+        raise UnsupportedModelError(
+            "what these choices make has no ordinary form, which a GGUF file is made from; choose others, or "
+            "leave --format out"
+        )
+    work.notify(f"writing {work.choices.out.name}")
+    made = GgufExport(work.model, work.choices.types, name=work.choices.out.stem)
+    importance = made.importance(work.choices.text) if made.calibrates else None
+    made.write(work.choices.out, importance)
+
+
+def _published(choices: Choices) -> Compressed | None:
+    """The result of work that was stopped right after it had been put in its place."""
+    journal = Journal(work_directory(choices))
+    noted: Mapping[str, Any] | None = journal.notes().get(_PUBLISHED)
+    there = choices.out.is_file() or (choices.out / "config.json").is_file()
+    if noted is None or not there or noted["choices"] != repr(choices):
+        return None
+    shutil.rmtree(journal.directory)
+    return Compressed.from_dict(noted["result"])
