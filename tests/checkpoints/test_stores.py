@@ -11,7 +11,7 @@ from tiny_plans import save_packed, save_source
 from mixtura.checkpoints.stores import DiskStore, packed_num_bytes
 from mixtura.checkpoints.view import open_model
 from mixtura.kernels import ExpertTensors
-from mixtura.running.loading import packed_forms, packed_store
+from mixtura.running.packing import packed_forms, packed_store
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -6,10 +6,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words, tier_fields, tier_lines, wish_of
 from mixtura.cli.doctor import path_lines
 from mixtura.errors import CheckpointError, UserError
 
@@ -31,10 +32,22 @@ def generate(
     bits: int | None = typer.Option(
         None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
     ),
+    memory: str | None = typer.Option(
+        None, help="Memory the whole process may take, such as 8GiB; experts beyond it are read from disk."
+    ),
+    cache: str = typer.Option(
+        DEFAULT_CACHE, help="With --memory: which experts stay (mixtura methods caches)."
+    ),
+    prefetch: str = typer.Option(
+        NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods."
+    ),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     verbose: bool = typer.Option(
-        False, "--verbose", "-v", help="Say which path each layer took, and why not a faster one."
+        False,
+        "--verbose",
+        "-v",
+        help="Say which path each layer took and why not a faster one, and with --memory what was read.",
     ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object, when all is generated."),
 ) -> None:
@@ -43,8 +56,11 @@ def generate(
     Examples: `mixtura generate "def add(a, b):"`
 
     `mixtura generate ./OLMoE-1B-7B-fit "The capital of France is" --max-new-tokens 20`
+
+    `mixtura generate ./Qwen3-30B-A3B "Once upon a time" --memory 8GiB -v`
     """
     model, text = _arguments(model_or_prompt, prompt)
+    check_words(memory, cache, prefetch)
     # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
     from mixtura.running.memory.process import peak_resident_bytes, settle
 
@@ -58,7 +74,8 @@ def generate(
     from mixtura.running.generation import generate as generate_text
     from mixtura.running.loading import load
 
-    loaded = load(resolved.path, bits=bits)
+    context = _num_tokens(tokenizer, text, chat) + max_new_tokens if memory else 1
+    loaded = load(resolved.path, bits=bits, memory=wish_of(memory, cache, prefetch, context))
     made = generate_text(
         loaded,
         tokenizer,
@@ -71,14 +88,21 @@ def generate(
     )
     taken = _taken(loaded) if verbose else None
     if as_json:
-        more = {} if taken is None else {"layers": [asdict(path) for path in taken]}
+        more = tier_fields(loaded) | ({} if taken is None else {"layers": [asdict(path) for path in taken]})
         peak = peak_resident_bytes()
         typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
     else:
-        _say(made, taken or [])
+        _say(made, path_lines(taken) + tier_lines(loaded) if taken is not None else [])
 
 
-def _say(made: Generated, taken: list[LayerPath]) -> None:
+def _num_tokens(tokenizer: Any, text: str, chat: bool) -> int:
+    """Tokens of the prompt, which decide what the cache takes."""
+    from mixtura.running.generation import encode_prompt
+
+    return encode_prompt(tokenizer, text, chat=chat).shape[0]
+
+
+def _say(made: Generated, lines: list[str]) -> None:
     """What generating took, and which way it went, after a text that is printed already."""
     typer.echo()
     typer.echo(
@@ -86,7 +110,7 @@ def _say(made: Generated, taken: list[LayerPath]) -> None:
         f"{len(made.token_ids)} generated at {made.tokens_per_second:.1f} tokens/s",
         err=True,
     )
-    for line in path_lines(taken):
+    for line in lines:
         typer.echo(line, err=True)
 
 

@@ -18,10 +18,10 @@ from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import DEFAULT_CONTEXT, Prices, Request
 from mixtura.fitting.rest import Rest, rest_of
 from mixtura.fitting.result import BudgetKind
-from mixtura.fitting.runtime import known_runtime_bytes
 from mixtura.report.units import format_bytes
 from mixtura.running.decoding import require_generating
 from mixtura.running.memory import MemoryAccount, account
+from mixtura.running.memory.runtime import known_runtime_bytes
 
 
 @final

@@ -29,7 +29,7 @@ from mixtura.kernels.linears import (
 )
 from mixtura.kernels.matrices import Matrix, coded_matrix, dense_matrix, nested_matrix, trellis_matrix
 from mixtura.kernels.nested_linears import NestedLinear, nest_linears
-from mixtura.kernels.records import AssignmentObserver, ExpertStore, ExpertTensors
+from mixtura.kernels.records import AssignmentObserver, ExpertStore, ExpertTensors, LendingStore
 from mixtura.kernels.routed import routed_experts, run_routed
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "ExpertStore",
     "ExpertTensors",
     "FewRowsLinear",
+    "LendingStore",
     "Matrix",
     "NativeLayer",
     "NestedLinear",

@@ -23,6 +23,9 @@ from mixtura.kernels.dispatch import Run
 # write, PyTorch's products are left alone by autocast.
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 
+# An expert's weight and bias by its number.
+Lend: TypeAlias = Callable[[int], tuple[Tensor, Tensor | None]]
+
 # Elements of a weight matrix from which compiling a kernel for a new number of rows pays.
 LARGE_WEIGHT = 1 << 20
 # Rows from which oneDNN is the faster for a weight that is stored transposed.
@@ -61,12 +64,28 @@ def grouped_linear(
 ) -> Float[Tensor, "n outputs"]:
     """`linear` with the weight of each run's expert on the rows of that run, which together are all."""
     x = x.to(weights.dtype)
-    out = weights.new_empty(x.shape[0], weights.shape[1])
-    if runs:
-        multiply = kernel_for(weights[runs[0].expert])
+    return lent_linear(
+        x, lambda e: (weights[e], None if biases is None else biases[e]), weights.shape[1], runs
+    )
+
+
+def lent_linear(
+    x: Float[Tensor, "n inputs"], lend: Lend, num_outputs: int, runs: Sequence[Run]
+) -> Float[Tensor, "n outputs"]:
+    """`grouped_linear` with weights that are asked for one after the other and need not stay.
+
+    Args:
+        x: the rows of all runs.
+        lend: gives an expert's weight and bias, all alike.
+        num_outputs: rows of a weight.
+        runs: in the order in which experts are asked for.
+    """
+    out, multiply = x.new_empty(x.shape[0], num_outputs), None
     for expert, start, stop in runs:
-        bias = None if biases is None else biases[expert]
-        multiply(out[start:stop], x[start:stop], weights[expert], bias)
+        weight, bias = lend(expert)
+        if multiply is None:
+            multiply, x, out = kernel_for(weight), x.to(weight.dtype), out.to(weight.dtype)
+        multiply(out[start:stop], x[start:stop], weight, bias)
     return out
 
 

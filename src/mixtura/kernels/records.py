@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -43,6 +44,31 @@ class ExpertStore(Protocol):
 
     def get(self, expert: int, dtype: torch.dtype) -> ExpertTensors:
         """Dense tensors of one expert, ready to multiply in ``dtype``; they need not be kept."""
+        ...
+
+
+@runtime_checkable
+class LendingStore(ExpertStore, Protocol):
+    """A store that holds a few experts at a time and reads the others when they are asked for.
+
+    ``like`` has the sizes, dtype and strides of an expert of plain numbers, or is None where experts are
+    decoded when they are asked for.
+    """
+
+    like: ExpertTensors | None
+
+    def expect(self, experts: Sequence[int], num_rows: Sequence[int], x: Float[Tensor, "T D"] | None) -> None:
+        """The experts that will be asked for next, in this order, and how many of the tokens go to each.
+
+        Args:
+            experts: their numbers.
+            num_rows: tokens of each.
+            x: the tokens of a call that begins; None where one goes on.
+        """
+        ...
+
+    def lend(self, expert: int, dtype: torch.dtype) -> ExpertTensors:
+        """What `get` gives, as it is until the next expert is asked for."""
         ...
 
 

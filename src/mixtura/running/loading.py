@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from mixtura.checkpoints.applying.packing import PackExpert, expert_tensors, packed_units
 from mixtura.checkpoints.nesting import Widths, check_named
-from mixtura.checkpoints.packed import STORED_KINDS, LayerRecord
 from mixtura.checkpoints.skeleton import (
     CheckpointView,
     build,
@@ -26,9 +24,9 @@ from mixtura.checkpoints.skeleton import (
     read_slot,
 )
 from mixtura.checkpoints.slots import Slot, slots
-from mixtura.checkpoints.stores import Form, PackedStore, count_stores, keep_in_state
+from mixtura.checkpoints.stores import count_stores, keep_in_state
 from mixtura.checkpoints.viewing.beside import adapter_of
-from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
+from mixtura.checkpoints.viewing.disk import DiskLayer
 from mixtura.checkpoints.viewing.packed import PackedLayer
 from mixtura.errors import CheckpointError
 from mixtura.kernels import quicken
@@ -36,7 +34,9 @@ from mixtura.kernels.saving import refuse_save
 from mixtura.rerouting.restoring import load_router
 from mixtura.rerouting.side_files import has_side_files
 from mixtura.running.decoding import read_generation_config, take_generation_config
+from mixtura.running.packing import packed_store
 from mixtura.running.placing import add_adapter, chosen_device, placed, set_attention
+from mixtura.running.tiers.opening import Wish, add_tiers, require_whole
 
 
 def load(
@@ -46,6 +46,7 @@ def load(
     bits: Widths | None = None,
     attn_implementation: str | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    memory: int | str | Wish | None = None,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, ready to run, as transformers knows it.
 
@@ -63,14 +64,22 @@ def load(
         device_map: the one device for all of the model: ``cpu``, another as PyTorch calls it, ``auto`` for
             the accelerator if there is one; ``{"": device}`` says the same. Experts in fewer bits run on
             the CPU only, which ``auto`` then means.
+        memory: bytes that this process may take, such as ``"8GiB"``, or a `Wish` that says more. Experts that
+            do not find room in it stay on disk and are read when they are needed; what the model computes
+            is the same, to the bit.
 
     Raises:
         CheckpointError: the directory is missing, incomplete or damaged.
         UnsupportedModelError: it is a model that mixtura cannot work on.
         UserError: ``bits`` asks for what the experts do not hold.
         SettingError: there is no such device or attention, or not for this model.
+        BudgetError: ``memory`` is too little; the message says the smallest that is not.
     """
     device = chosen_device(device_map)
+    wish = memory if isinstance(memory, Wish) or memory is None else Wish(memory=memory)
+    if wish is not None:
+        wish.check()
+        require_whole(path, device, own=is_own_model(path))
     if is_own_model(path):
         check_named((), bits)
         model = load_own_model(path, dtype)
@@ -82,21 +91,7 @@ def load(
     # Small files first: what is wrong with them is said before the weights are read.
     take_generation_config(model, view.path)
     set_attention(model, attn_implementation)
-    packed = bool(view.matrices)
-    for layer in view.layers:
-        store = packed_store(view, layer)
-        if store is not None:
-            experts = empty_experts(model, layer)
-            experts.mixtura_store = store
-            keep_in_state(experts)
-            packed = True
-        else:
-            _fill_experts(model, layer, view)
-    _fill_rest(model, view)
-    _finish(model, view.path)
-    if packed:
-        refuse_save(model, "a model with weights in fewer bits")
-        count_stores(model)
+    packed = _fill(model, view, wish)
     model = placed(model, device, packed=packed)
     if kind is not None:
         add_adapter(model, view.path, kind)
@@ -104,6 +99,30 @@ def load(
     if has_side_files(path):
         load_router(model, path)
     return model
+
+
+def _fill(model: PreTrainedModel, view: CheckpointView, wish: Wish | None) -> bool:
+    """Read a skeleton's weights; returns whether some are not plain numbers in memory: for the CPU only."""
+    in_stores = wish is not None or bool(view.matrices)
+    if wish is not None:
+        add_tiers(model, view, wish)
+    for layer in view.layers if wish is None else ():
+        store = packed_store(view, layer)
+        if store is not None:
+            experts = empty_experts(model, layer)
+            experts.mixtura_store = store
+            keep_in_state(experts)
+            in_stores = True
+        else:
+            _fill_experts(model, layer, view)
+    _fill_rest(model, view)
+    _finish(model, view.path)
+    if wish is not None:
+        refuse_save(model, "a model whose experts are on disk in part")
+    elif in_stores:
+        refuse_save(model, "a model with weights in fewer bits")
+        count_stores(model)
+    return in_stores
 
 
 def is_own_model(path: str | Path) -> bool:
@@ -127,47 +146,6 @@ def load_own_model(path: str | Path, dtype: torch.dtype | None = None) -> PreTra
         path, dtype="auto" if dtype is None else dtype, local_files_only=True
     )
     return model.eval()
-
-
-def packed_forms(
-    view: CheckpointView, layer: DiskLayer | PackedLayer
-) -> tuple[LayerRecord, tuple[Form, ...]] | None:
-    """What `load` keeps of a layer's experts in fewer bits; None for experts stored as plain numbers."""
-    if isinstance(layer, PackedLayer):
-        entries = (view.entries[n] for e in layer.record.stored for n in layer.expert_tensor_names(e))
-        return layer.record, tuple(Form(entry.name, entry.dtype, entry.shape) for entry in entries)
-    units = _scaled_units(view, layer)
-    if not units:
-        return None
-    forms = (Form(out.name, out.dtype, out.shape) for unit in units for out in unit.outputs)
-    experts = tuple(unit.record for unit in units)
-    record = LayerRecord(layer.index, layer.name, tuple(range(layer.num_experts)), experts)
-    return record, tuple(forms)
-
-
-def packed_store(view: CheckpointView, layer: DiskLayer | PackedLayer) -> PackedStore | None:
-    """A layer's experts in the bits they are stored in; None for experts stored as plain numbers."""
-    described = packed_forms(view, layer)
-    if described is None:
-        return None
-    record, forms = described
-    store = PackedStore(record, forms, transposed=layer.layout.transposed)
-    if isinstance(layer, PackedLayer):
-        for form in forms:
-            store.fill({form.name: view.tensor(form.name)})
-    else:
-        for unit in _scaled_units(view, layer):
-            store.fill(expert_tensors(unit.layer, unit.expert, unit.number, unit.storage)[1])
-    return store
-
-
-def _scaled_units(view: CheckpointView, layer: DiskLayer) -> list[PackExpert]:
-    """The experts of a layer as its source's FP8 or MXFP4; none where they are plain numbers."""
-    stored = {view.stored[name].kind for p in layer.expert_parameters for name in view.sources[p].names}
-    if not stored <= set(STORED_KINDS) and not stored & set(STORED_KINDS):
-        return []
-    units = packed_units(cast(DiskView, view), layer, tuple(range(layer.num_experts)), {})
-    return units if units and "stored" in units[0].record.up.meta else []
 
 
 def _fill_experts(model: PreTrainedModel, layer: DiskLayer | PackedLayer, view: CheckpointView) -> None:

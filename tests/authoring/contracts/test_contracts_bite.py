@@ -218,7 +218,22 @@ BROKEN = [
         'encoded.tensors["scales"].mul_(1.1)\n        return (enc',
     ),
     ("quantizers", "check_bad_numbers_are_refused", "torch.isfinite(weight).all()", "True"),
-    ("caches", "check_contents_follow_the_touches", "self._arrivals.pop(0)", "key"),
+    ("caches", "check_contents_follow_the_touches", "return oldest", "return key"),
+    ("caches", "check_what_is_held_stays", "if one not in held", ""),
+    ("prefetchers", "check_guesses_are_experts_to_come", "Key(later, expert)", "Key(later, expert + 4)"),
+    ("prefetchers", "check_guesses_something", "for expert in self._last", "for expert in {} and self._last"),
+    (
+        "prefetchers",
+        "check_the_last_layer_is_no_trouble",
+        "later = sight",
+        "later = sight.num_experts[1] * sight",
+    ),
+    (
+        "prefetchers",
+        "check_unknown_gates_are_no_trouble",
+        "later = sight",
+        "sum(sight.gates(0))\n        later = sight",
+    ),
     (
         "caches",
         "check_no_room_is_refused",

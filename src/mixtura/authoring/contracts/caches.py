@@ -92,6 +92,21 @@ def check_a_repeated_expert_stays(method: Subject) -> None:
         require(all(touch.hit for touch in touches[1::2]), f"an expert is gone at once (room for {capacity})")
 
 
+def check_what_is_held_stays(method: Subject) -> None:
+    """An expert that others of the same call still need does not leave."""
+    if "oracle" in method.header.tags:
+        return
+    for capacity in (3, _CAPACITY):
+        accesses, cache = sample(method, 15), _sized(method, capacity)
+        # As many together as fit, as a layer touches them.
+        for start in range(0, len(accesses), capacity):
+            together = [*dict.fromkeys(accesses[start : start + capacity])]
+            for key in together:
+                evicted = cache.touch(*key, held=frozenset(together)).evicted
+                require(evicted not in together, f"{evicted} leaves while {key} comes in beside it")
+            require(set(together) <= set(cache.inside), "experts of one call are not inside together")
+
+
 def check_no_room_is_refused(method: Subject) -> None:
     """A capacity below 1 raises `SettingError`."""
     for capacity in (0, -1):

@@ -50,21 +50,23 @@ struct Piece {
 // One call: its assignments sorted, and the memory it uses. Whoever makes one holds the pool.
 class Call {
 public:
-    Call(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments)
-        : way_(way), assignments_(assignments), sorted_(sort_by_expert(experts, assignments)) {}
-
-    bool nothing() const { return sorted_.order.empty(); }
+    // Of `sorted`, the runs from `first` to `last`.
+    Call(const Way& way, const Assignments& assignments, const Sorted& sorted, std::size_t first, std::size_t last)
+        : way_(way), assignments_(assignments), order_(sorted.order),
+          runs_(sorted.runs.begin() + static_cast<std::ptrdiff_t>(first),
+                sorted.runs.begin() + static_cast<std::ptrdiff_t>(last)),
+          is_first_(first == 0), is_last_(last == sorted.runs.size()) {}
 
     void up_and_activate(Rows x, const Activation& activation) {
         Prepared inputs = tokens(x);
-        const Matrix& some = sorted_.runs[0].expert->up;
+        const Matrix& some = runs_[0].expert->up;
         features_ = activation.gated ? some.rows / 2 : some.rows;
         const std::int64_t rows_per_feature = activation.gated ? 2 : 1;
-        hidden_ = hidden_room().of<float>(static_cast<std::int64_t>(sorted_.order.size()) * features_);
+        hidden_ = hidden_room().of<float>(static_cast<std::int64_t>(order_.size()) * features_);
         const auto pieces = cut(features_, rows_per_feature);
         Pool::shared().loop(static_cast<std::int64_t>(pieces.size()), threads_for(way_, up_bytes_by_input()), [&](std::int64_t p) {
             const Piece& piece = pieces[static_cast<std::size_t>(p)];
-            const Expert& expert = *sorted_.runs[piece.run].expert;
+            const Expert& expert = *runs_[piece.run].expert;
             const std::int64_t rows = piece.count * rows_per_feature;
             float* gate = scratch().gate.of<float>(most_vectors * rows);
             float* up = scratch().up.of<float>(most_vectors * piece.count);
@@ -104,11 +106,11 @@ public:
 
     void up_only(Rows x, Result out) {
         Prepared inputs = tokens(x);
-        features_ = sorted_.runs[0].expert->up.rows;
+        features_ = runs_[0].expert->up.rows;
         const auto pieces = cut(features_, 1);
         Pool::shared().loop(static_cast<std::int64_t>(pieces.size()), threads_for(way_, up_bytes_by_input()), [&](std::int64_t p) {
             const Piece& piece = pieces[static_cast<std::size_t>(p)];
-            const Expert& expert = *sorted_.runs[piece.run].expert;
+            const Expert& expert = *runs_[piece.run].expert;
             float* made = scratch().gate.of<float>(most_vectors * piece.count);
             for_vectors(piece.run, inputs, [&](const unsigned char* const* x_rows, std::int64_t start, std::int64_t num) {
                 const Later next = rows_of_next(pieces, p, 1);
@@ -123,13 +125,14 @@ public:
 
     // From the rows of `hidden` by assignment, or from what `up_and_activate` left where there are none.
     void down(Rows hidden, Rows weights, Result out) {
-        const Matrix& some = sorted_.runs[0].expert->down;
+        const Matrix& some = runs_[0].expert->down;
         Prepared inputs(way_, some.cols);
         std::vector<std::size_t> kernels;
-        for (const Run& run : sorted_.runs) kernels.push_back(inputs.add(run.expert->down));
-        const auto num_rows = static_cast<std::int64_t>(sorted_.order.size());
-        inputs.reserve(prepared_room(), num_rows);
-        Pool::shared().loop(num_rows, threads_for(way_, num_rows * some.cols * number_bytes), [&](std::int64_t i) {
+        for (const Run& run : runs_) kernels.push_back(inputs.add(run.expert->down));
+        const std::int64_t begin = runs_.front().start, num_rows = runs_.back().stop - begin;
+        inputs.reserve(prepared_room(), static_cast<std::int64_t>(order_.size()));
+        Pool::shared().loop(num_rows, threads_for(way_, num_rows * some.cols * number_bytes), [&](std::int64_t r) {
+            const std::int64_t i = begin + r;
             const float* values = hidden_ + i * features_;
             if (hidden.data) {
                 float* row = scratch().row.of<float>(some.cols);
@@ -138,12 +141,15 @@ public:
             }
             inputs.prepare(i, values);
         });
+        if (weights.data && !(is_first_ && is_last_)) {
+            carried_ = carried_room().of<float>(assignments_.num_tokens * some.rows);
+        }
         std::int64_t bytes = 0, bytes_by_input = 0;
-        for (const Run& run : sorted_.runs) {
+        for (const Run& run : runs_) {
             bytes += bytes_of_row(run.expert->down) * some.rows;
             bytes_by_input += (run.stop - run.start) * bytes_of_row(run.expert->down) * some.rows;
         }
-        const auto num_runs = static_cast<std::int64_t>(sorted_.runs.size());
+        const auto num_runs = static_cast<std::int64_t>(runs_.size());
         // A piece reads each expert in turn: its share of each should be more than a glimpse.
         const std::int64_t each = std::max<std::int64_t>(1, bytes / num_runs / some.rows);
         const std::int64_t rows = rows_of_piece(some, some.rows, each, way_.threads, 1);
@@ -165,13 +171,18 @@ private:
         return room;
     }
 
-    std::int64_t assignment(std::int64_t sorted) const { return sorted_.order[static_cast<std::size_t>(sorted)]; }
+    static Room& carried_room() {
+        static Room room;
+        return room;
+    }
+
+    std::int64_t assignment(std::int64_t sorted) const { return order_[static_cast<std::size_t>(sorted)]; }
 
     // Every token, prepared for the first matrices of all experts that run.
     Prepared tokens(Rows x) {
-        const std::int64_t cols = sorted_.runs[0].expert->up.cols;
+        const std::int64_t cols = runs_[0].expert->up.cols;
         Prepared inputs(way_, cols);
-        for (const Run& run : sorted_.runs) up_kernels_.push_back(inputs.add(run.expert->up));
+        for (const Run& run : runs_) up_kernels_.push_back(inputs.add(run.expert->up));
         inputs.reserve(prepared_room(), assignments_.num_tokens);
         const std::int64_t bytes = assignments_.num_tokens * cols * number_bytes;
         Pool::shared().loop(assignments_.num_tokens, threads_for(way_, bytes), [&](std::int64_t t) {
@@ -184,7 +195,7 @@ private:
 
     std::int64_t up_bytes_by_input() const {
         std::int64_t bytes = 0;
-        for (const Run& run : sorted_.runs) {
+        for (const Run& run : runs_) {
             bytes += (run.stop - run.start) * run.expert->up.rows * bytes_of_row(run.expert->up);
         }
         return bytes;
@@ -192,9 +203,9 @@ private:
 
     std::vector<Piece> cut(std::int64_t features, std::int64_t rows_per_feature) const {
         std::vector<Piece> pieces;
-        const auto num_runs = static_cast<std::int64_t>(sorted_.runs.size());
-        for (std::size_t r = 0; r < sorted_.runs.size(); ++r) {
-            const Matrix& m = sorted_.runs[r].expert->up;
+        const auto num_runs = static_cast<std::int64_t>(runs_.size());
+        for (std::size_t r = 0; r < runs_.size(); ++r) {
+            const Matrix& m = runs_[r].expert->up;
             const std::int64_t step =
                 rows_of_piece(m, features, bytes_of_row(m) * rows_per_feature, way_.threads, num_runs);
             for (std::int64_t first = 0; first < features; first += step) {
@@ -209,13 +220,13 @@ private:
         const auto next = static_cast<std::size_t>(p) + 1;
         if (next == pieces.size()) return {};
         const std::int64_t first = pieces[next].first * rows_per_feature;
-        return {&sorted_.runs[pieces[next].run].expert->up, first};
+        return {&runs_[pieces[next].run].expert->up, first};
     }
 
     // Calls body with the tokens of a run, a few at a time, as its first matrix wants them.
     template <class Body>
     void for_vectors(std::size_t r, const Prepared& inputs, const Body& body) const {
-        const Run& run = sorted_.runs[r];
+        const Run& run = runs_[r];
         for (std::int64_t start = run.start; start < run.stop; start += most_vectors) {
             const std::int64_t num = std::min(most_vectors, run.stop - start);
             const unsigned char* rows[most_vectors];
@@ -231,11 +242,11 @@ private:
         const std::int64_t num_tokens = assignments_.num_tokens;
         float* made = scratch().gate.of<float>(most_vectors * count);
         float* sums = weights.data ? scratch().sums.of<float>(num_tokens * count) : nullptr;
-        if (sums) std::fill(sums, sums + num_tokens * count, 0.0f);
-        for (std::size_t r = 0; r < sorted_.runs.size(); ++r) {
-            const Run& run = sorted_.runs[r];
-            const bool is_last = r + 1 == sorted_.runs.size();
-            const Later next = {&sorted_.runs[is_last ? 0 : r + 1].expert->down, is_last ? first + count : first};
+        if (sums) begin_sums(runs_[0].expert->down.rows, first, count, sums);
+        for (std::size_t r = 0; r < runs_.size(); ++r) {
+            const Run& run = runs_[r];
+            const bool is_last = r + 1 == runs_.size();
+            const Later next = {&runs_[is_last ? 0 : r + 1].expert->down, is_last ? first + count : first};
             for (std::int64_t start = run.start; start < run.stop; start += most_vectors) {
                 const std::int64_t num = std::min(most_vectors, run.stop - start);
                 const unsigned char* rows[most_vectors];
@@ -255,12 +266,33 @@ private:
                 }
             }
         }
-        for (std::int64_t t = 0; sums && t < num_tokens; ++t) write_row(out, t, first, count, sums + t * count);
+        for (std::int64_t t = 0; sums && t < num_tokens; ++t) {
+            if (is_last_) {
+                write_row(out, t, first, count, sums + t * count);
+            } else {
+                std::copy(sums + t * count, sums + (t + 1) * count, carried_ + t * runs_[0].expert->down.rows + first);
+            }
+        }
+    }
+
+    // Sums from zero, or from where the call for the experts before these left them.
+    void begin_sums(std::int64_t width, std::int64_t first, std::int64_t count, float* sums) const {
+        if (is_first_) {
+            std::fill(sums, sums + assignments_.num_tokens * count, 0.0f);
+            return;
+        }
+        for (std::int64_t t = 0; t < assignments_.num_tokens; ++t) {
+            const float* from = carried_ + t * width + first;
+            std::copy(from, from + count, sums + t * count);
+        }
     }
 
     const Way& way_;
     const Assignments& assignments_;
-    Sorted sorted_;
+    const std::vector<std::int64_t>& order_;
+    const std::vector<Run> runs_;
+    const bool is_first_, is_last_;
+    float* carried_ = nullptr;
     std::vector<std::size_t> up_kernels_;
     std::int64_t features_ = 0;
     float* hidden_ = nullptr;
@@ -279,41 +311,75 @@ void zero_absent(const Result& out, const std::vector<Expert>& experts, const As
     }
 }
 
+// Calls body with the first and the last of runs whose experts are in memory together, until all have had their turn.
+template <class Body>
+void for_present(const Experts& experts, const Sorted& sorted, Rows x, std::int64_t num_tokens, const Body& body) {
+    const std::size_t total = sorted.runs.size();
+    if (!experts.fetch) {
+        body(std::size_t{0}, total);
+        return;
+    }
+    std::vector<std::int64_t> numbers, num_rows;
+    for (const Run& run : sorted.runs) {
+        numbers.push_back(run.expert - experts.all.data());
+        num_rows.push_back(run.stop - run.start);
+    }
+    for (std::size_t first = 0; first < total;) {
+        const auto left = static_cast<std::int64_t>(total - first);
+        const std::int64_t num = experts.fetch({&numbers[first], &num_rows[first], left, x, num_tokens});
+        body(first, first + static_cast<std::size_t>(num));
+        first += static_cast<std::size_t>(num);
+    }
+}
+
 }  // namespace
 
-void run_experts(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
-                 Rows weights, const Activation& activation, Result out) {
+void run_experts(const Way& way, const Experts& experts, const Assignments& assignments, Rows x, Rows weights,
+                 const Activation& activation, Result out) {
     const auto hold = Pool::shared().hold();
     run_experts_held(way, experts, assignments, x, weights, activation, out);
 }
 
-void run_experts_held(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
-                      Rows weights, const Activation& activation, Result out) {
-    Call call(way, experts, assignments);
-    if (call.nothing()) {
-        write_zeros(out, assignments.num_tokens, experts.empty() ? 0 : experts[0].down.rows);
+void run_experts_held(const Way& way, const Experts& experts, const Assignments& assignments, Rows x, Rows weights,
+                      const Activation& activation, Result out) {
+    const Sorted sorted = sort_by_expert(experts.all, assignments);
+    if (sorted.order.empty()) {
+        write_zeros(out, assignments.num_tokens, experts.all.empty() ? 0 : experts.all[0].down.rows);
         return;
     }
-    call.up_and_activate(x, activation);
-    call.down({}, weights, out);
+    for_present(experts, sorted, x, assignments.num_tokens, [&](std::size_t first, std::size_t last) {
+        Call call(way, assignments, sorted, first, last);
+        call.up_and_activate(x, activation);
+        call.down({}, weights, out);
+    });
 }
 
-void run_up(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
-            Result out) {
+void run_up(const Way& way, const Experts& experts, const Assignments& assignments, Rows x, Result out) {
     const auto hold = Pool::shared().hold();
-    Call call(way, experts, assignments);
-    if (!call.nothing()) call.up_only(x, out);
-    zero_absent(out, experts, assignments, experts.empty() ? 0 : experts[0].up.rows);
+    const Sorted sorted = sort_by_expert(experts.all, assignments);
+    if (!sorted.order.empty()) {
+        for_present(experts, sorted, x, assignments.num_tokens, [&](std::size_t first, std::size_t last) {
+            Call(way, assignments, sorted, first, last).up_only(x, out);
+        });
+    }
+    zero_absent(out, experts.all, assignments, experts.all.empty() ? 0 : experts.all[0].up.rows);
 }
 
-void run_down(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows hidden,
-              Rows weights, Result out) {
+void run_down(const Way& way, const Experts& experts, const Assignments& assignments, Rows hidden, Rows weights,
+              Result out) {
     const auto hold = Pool::shared().hold();
-    Call call(way, experts, assignments);
-    const std::int64_t cols = experts.empty() ? 0 : experts[0].down.rows;
-    if (!call.nothing()) call.down(hidden, weights, out);
-    if (!weights.data) zero_absent(out, experts, assignments, cols);
-    else if (call.nothing()) write_zeros(out, assignments.num_tokens, cols);
+    const Sorted sorted = sort_by_expert(experts.all, assignments);
+    const std::int64_t cols = experts.all.empty() ? 0 : experts.all[0].down.rows;
+    if (!sorted.order.empty()) {
+        for_present(experts, sorted, {}, assignments.num_tokens, [&](std::size_t first, std::size_t last) {
+            Call(way, assignments, sorted, first, last).down(hidden, weights, out);
+        });
+    }
+    if (!weights.data) {
+        zero_absent(out, experts.all, assignments, cols);
+    } else if (sorted.order.empty()) {
+        write_zeros(out, assignments.num_tokens, cols);
+    }
 }
 
 }  // namespace mixtura

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "matrix.hpp"
@@ -35,6 +36,24 @@ struct Expert {
     Rows up_bias, down_bias;  // one row each, or no data
 };
 
+// What a call is about to multiply with: experts, ascending, the rows of each, and the tokens they come from.
+struct Need {
+    const std::int64_t* experts;
+    const std::int64_t* num_rows;
+    std::int64_t num;
+    Rows x;
+    std::int64_t num_tokens;
+};
+
+// The experts of a layer. Where `fetch` is there, they are not all in memory at once: it brings the first of those
+// that are needed, at least one, to where their records say, keeps them there until it is called again, and gives
+// how many they are. A call that gets fewer than it needs computes with them and asks for the rest; each token's sum
+// goes on from where it stood, so that its bits do not depend on how many come together.
+struct Experts {
+    std::vector<Expert> all;
+    std::function<std::int64_t(const Need&)> fetch;
+};
+
 // Assignments of tokens to experts. One whose expert does not exist is absent.
 struct Assignments {
     const std::int64_t* expert_ids = nullptr;
@@ -51,19 +70,19 @@ void linear(const Way& way, const Matrix& matrix, Rows bias, Rows x, std::int64_
 
 // Each token's sum over its experts of weight times output, experts ascending. `weights` has a number for
 // each assignment. All in one: for activations known here.
-void run_experts(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
+void run_experts(const Way& way, const Experts& experts, const Assignments& assignments, Rows x,
                  Rows weights, const Activation& activation, Result out);
 
 // The same for whoever holds the pool already.
-void run_experts_held(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
+void run_experts_held(const Way& way, const Experts& experts, const Assignments& assignments, Rows x,
                       Rows weights, const Activation& activation, Result out);
 
 // The two halves of `run_experts`, for whatever else lies between or after the matrices. The first gives
 // each assignment's row of outputs of `up`; the second takes such rows for `down`, and without
 // weights gives each assignment's row of outputs. Rows of absent assignments are zeros.
-void run_up(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows x,
+void run_up(const Way& way, const Experts& experts, const Assignments& assignments, Rows x,
             Result out);
-void run_down(const Way& way, const std::vector<Expert>& experts, const Assignments& assignments, Rows hidden,
+void run_down(const Way& way, const Experts& experts, const Assignments& assignments, Rows hidden,
               Rows weights, Result out);
 
 // All rows of a trellis as numbers.

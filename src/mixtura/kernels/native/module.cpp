@@ -79,6 +79,20 @@ Matrix make_matrix(int format, Address data, Address scales, std::int64_t rows, 
     return made;
 }
 
+// Experts come from a Python function, which must not run kernels: the pool is held while it works.
+void set_fetch(Layer& layer, nb::callable fetch) {
+    layer.experts.fetch = [fetch = std::move(fetch)](const Need& need) {
+        nb::gil_scoped_acquire acquired;
+        const std::vector<std::int64_t> experts(need.experts, need.experts + need.num);
+        const std::vector<std::int64_t> num_rows(need.num_rows, need.num_rows + need.num);
+        const nb::object come = fetch(experts, num_rows, reinterpret_cast<Address>(need.x.data),
+                                      static_cast<int>(need.x.number), need.x.stride, need.num_tokens);
+        const auto num = nb::cast<std::int64_t>(come);
+        if (num < 1 || num > need.num) throw std::runtime_error("a store must bring at least one of the experts");
+        return num;
+    };
+}
+
 }  // namespace
 }  // namespace mixtura
 
@@ -112,10 +126,12 @@ NB_MODULE(_native, m) {
     nb::class_<Strided>(m, "Rows").def(nb::init<Address, int, std::int64_t>(), "data"_a, "number"_a, "stride"_a);
     nb::class_<Layer>(m, "Layer")
         .def(nb::init<>())
-        .def_prop_ro("num_experts", [](const Layer& self) { return self.experts.size(); })
+        .def_prop_ro("num_experts", [](const Layer& self) { return self.experts.all.size(); })
         .def("add", &Layer::add, "up"_a, "down"_a, "up_bias"_a, "down_bias"_a, "bias_number"_a)
         .def("add_all", &Layer::add_all, "num"_a, "up"_a, "up_bytes"_a, "down"_a, "down_bytes"_a, "up_bias"_a,
-             "up_bias_bytes"_a, "down_bias"_a, "down_bias_bytes"_a, "bias_number"_a);
+             "up_bias_bytes"_a, "down_bias"_a, "down_bias_bytes"_a, "bias_number"_a)
+        .def("shift", &Layer::shift, "expert"_a, "bytes"_a)
+        .def("set_fetch", &set_fetch, "fetch"_a);
     bind_step(m);
     bind_watch(m);
     m.def("isas", &isa_names);

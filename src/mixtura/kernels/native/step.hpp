@@ -59,7 +59,7 @@ struct Shared {
 struct Mixture {
     Norm norm;
     Router router;
-    const std::vector<Expert>* experts = nullptr;
+    const Experts* experts = nullptr;
     Activation activation;
     Shared shared;
 };

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from mixtura.errors import check_range
 
-KIND = {"base": "Cache", "summary": "Chooses which experts stay in memory."}
+KIND = {
+    "base": "Cache",
+    "summary": "Chooses which experts stay in memory.",
+    "tags": {
+        "oracle": "reads the future: it measures other caches, and no model can run with it",
+        "reads:scores": "is told what a layer's router thinks of every expert (`Call.scores`)",
+        "reads:trace": "is given a recorded trace before the first call (`Cache.learn`)",
+    },
+}
 
 
 class Key(NamedTuple):
@@ -28,12 +36,30 @@ class Touch:
     evicted: Key | None = None
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A layer is about to run: told once, before any of its experts is touched.
+
+    Attributes:
+        layer: number of the decoder layer.
+        experts: those that are needed, ascending.
+        num_rows: tokens that go to each of them.
+        scores: mean share that the router gives each of all experts, where a method asks for it.
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+
+
 class Cache(ABC):
     """Keeps at most ``capacity`` experts, of whichever layers, and says which leaves for a new one.
 
     An expert that is needed always comes in: it must be in memory to run. A method only remembers
     (`note`) and chooses (`victim`); what is inside is counted here, so that no method can keep more
-    than it may. The tag ``oracle`` marks a method that reads the future.
+    than it may.
 
     Raises:
         SettingError: ``capacity`` is less than 1.
@@ -45,13 +71,20 @@ class Cache(ABC):
         self.inside: dict[Key, None] = {}
 
     @final
-    def touch(self, layer: int, expert: int) -> Touch:
-        """An expert is needed now."""
+    def touch(self, layer: int, expert: int, held: Collection[Key] = ()) -> Touch:
+        """An expert is needed now.
+
+        Args:
+            layer: number of the decoder layer.
+            expert: its number in that layer.
+            held: experts that must not leave now, because others of the same call still need them; fewer
+                than ``capacity`` of those inside.
+        """
         key = Key(layer, expert)
         hit = key in self.inside
         evicted = None
         if not hit and len(self.inside) == self.capacity:
-            evicted = self.victim(key)
+            evicted = self.victim(key, held)
             del self.inside[evicted]
         self.inside[key] = None
         self.note(key, hit)
@@ -61,13 +94,21 @@ class Cache(ABC):
         """Be told, before the first touch, all that will be touched; only an ``oracle`` listens."""
         del accesses
 
+    def begin(self) -> None:
+        """Be told that a new text begins."""
+        return
+
+    def see(self, call: Call) -> None:
+        """Be told of a layer's call before its experts are touched."""
+        del call
+
     @abstractmethod
     def note(self, key: Key, hit: bool) -> None:
         """Remember that an expert, now inside, was needed."""
 
     @abstractmethod
-    def victim(self, key: Key) -> Key:
-        """The expert inside that leaves so that ``key`` can come in."""
+    def victim(self, key: Key, held: Collection[Key]) -> Key:
+        """The expert inside, and not among ``held``, that leaves so that ``key`` can come in."""
 
 
 def replay(cache: Cache, accesses: Sequence[Key]) -> list[Touch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 from typing import final
 
@@ -28,10 +29,17 @@ class Queue:
             self._heap = [(rank, key) for key, rank in self._ranks.items()]
             heapify(self._heap)
 
-    def pop(self) -> Key:
-        """Take out the key of least rank."""
+    def pop(self, held: Collection[Key] = ()) -> Key:
+        """Take out the key of least rank that is not held."""
+        aside = []
         while True:
             rank, key = heappop(self._heap)
-            if self._ranks.get(key) == rank:
-                del self._ranks[key]
-                return key
+            if self._ranks.get(key) != rank:
+                continue
+            if key not in held:
+                break
+            aside.append((rank, key))
+        for entry in aside:
+            heappush(self._heap, entry)
+        del self._ranks[key]
+        return key

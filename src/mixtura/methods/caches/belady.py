@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import final
 
 from mixtura.errors import UserError
@@ -61,8 +61,8 @@ class Belady(Cache):
         self._clock += 1
         self._rank(key)
 
-    def victim(self, key: Key) -> Key:
-        return self._queue.pop()
+    def victim(self, key: Key, held: Collection[Key]) -> Key:
+        return self._queue.pop(held)
 
     def _rank(self, key: Key) -> None:
         uses = self._uses[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import final
 
 from mixtura.methods.caches import Cache, Key
@@ -48,5 +49,5 @@ class Lfu(Cache):
         self._clock += 1
         self._queue.put(key, self._counts[key], self._clock)
 
-    def victim(self, key: Key) -> Key:
-        return self._queue.pop()
+    def victim(self, key: Key, held: Collection[Key]) -> Key:
+        return self._queue.pop(held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import final
 
 from mixtura.methods.caches import Cache, Key
@@ -37,7 +38,7 @@ class Lru(Cache):
         self._by_age.pop(key, None)
         self._by_age[key] = None
 
-    def victim(self, key: Key) -> Key:
-        oldest = next(iter(self._by_age))
+    def victim(self, key: Key, held: Collection[Key]) -> Key:
+        oldest = next(one for one in self._by_age if one not in held)
         del self._by_age[oldest]
         return oldest

@@ -16,7 +16,7 @@ import torch
 
 import mixtura
 from mixtura.machine.kept import keep, read_kept
-from mixtura.running.memory import runtime_bytes
+from mixtura.running.memory.measuring import runtime_bytes
 
 _FILE = "runtime"
 
