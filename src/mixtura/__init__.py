@@ -41,6 +41,7 @@ _PUBLIC = {
     "export_gguf": "mixtura.running.gguf",
     "fit": "mixtura.fitting",
     "register_backend": "mixtura.kernels",
+    "AdapterConfig": "mixtura.adapting",
     "set_router": "mixtura.rerouting",
     "load_router": "mixtura.rerouting",
     "balance": "mixtura.rerouting",
