@@ -27,6 +27,8 @@ COMMANDS = (
     "generate",
     "export",
     "train",
+    "tune",
+    "merge",
     "arena",
     "methods",
     "show",

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -31,6 +31,12 @@ def generate(
     bits: int | None = typer.Option(
         None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
     ),
+    adapter: Path | None = typer.Option(
+        None, help="The directory of an adapter, such as `mixtura tune` writes."
+    ),
+    unmerged: bool = typer.Option(
+        False, "--unmerged", help="Run the adapter beside the weights instead of merging it in memory first."
+    ),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     verbose: bool = typer.Option(
@@ -54,11 +60,19 @@ def generate(
 
     resolved = resolve_model(model, assume_yes=yes)
     _check_model(resolved.path)
+    if adapter is not None:
+        from mixtura.running.adapters import adapter_config
+
+        adapter_config(adapter)
     tokenizer = load_tokenizer(resolved.path)
     from mixtura.running.generation import generate as generate_text
     from mixtura.running.loading import load
 
-    loaded = load(resolved.path, bits=bits)
+    loaded: Any = load(resolved.path, bits=bits)
+    if adapter is not None:
+        from mixtura.running.adapters import ready_to_run
+
+        loaded = ready_to_run(loaded, adapter, merge=not unmerged)
     made = generate_text(
         loaded,
         tokenizer,
