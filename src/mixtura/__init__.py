@@ -42,6 +42,8 @@ _PUBLIC = {
     "fit": "mixtura.fitting",
     "compress": "mixtura.fitting.compressing",
     "register_backend": "mixtura.kernels",
+    "AdapterConfig": "mixtura.adapting",
+    "tune": "mixtura.train.tuning",
     "set_router": "mixtura.rerouting",
     "load_router": "mixtura.rerouting",
     "balance": "mixtura.rerouting",

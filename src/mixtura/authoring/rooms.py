@@ -20,6 +20,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("modeling",),
     ("checkpoints",),
     ("rerouting",),
+    ("adapting",),
     ("running",),
     ("train",),
     ("fitting",),
@@ -29,7 +30,10 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 # Where a newcomer looks first, and what each group means to somebody who wants to change something.
 _GROUPS = (
     ("the catalogue: add a file here", ("methods", "authoring")),
-    ("the core: what every method stands on", ("types", "kernels", "modeling", "checkpoints", "rerouting")),
+    (
+        "the core: what every method stands on",
+        ("types", "kernels", "modeling", "checkpoints", "rerouting", "adapting"),
+    ),
     ("what users run", ("running", "fitting", "train", "cli")),
     ("what the rest needs", ("data", "specimen", "report", "machine", "errors")),
 )

@@ -29,6 +29,8 @@ COMMANDS = (
     "verify",
     "export",
     "train",
+    "tune",
+    "merge",
     "arena",
     "methods",
     "show",

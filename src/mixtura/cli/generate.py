@@ -41,6 +41,12 @@ def generate(
     prefetch: str = typer.Option(
         NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods."
     ),
+    adapter: Path | None = typer.Option(
+        None, help="The directory of an adapter, such as `mixtura tune` writes."
+    ),
+    unmerged: bool = typer.Option(
+        False, "--unmerged", help="Run the adapter beside the weights instead of merging it in memory first."
+    ),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     verbose: bool = typer.Option(
@@ -70,12 +76,20 @@ def generate(
 
     resolved = resolve_model(model, assume_yes=yes)
     _check_model(resolved.path)
+    if adapter is not None:
+        from mixtura.running.adapters import adapter_config
+
+        adapter_config(adapter)
     tokenizer = load_tokenizer(resolved.path)
     from mixtura.running.generation import generate as generate_text
     from mixtura.running.loading import load
 
     context = _num_tokens(tokenizer, text, chat) + max_new_tokens if memory else 1
-    loaded = load(resolved.path, bits=bits, memory=wish_of(memory, cache, prefetch, context))
+    loaded: Any = load(resolved.path, bits=bits, memory=wish_of(memory, cache, prefetch, context))
+    if adapter is not None:
+        from mixtura.running.adapters import ready_to_run
+
+        loaded = ready_to_run(loaded, adapter, merge=not unmerged)
     made = generate_text(
         loaded,
         tokenizer,

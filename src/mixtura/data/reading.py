@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from mixtura.data.records import Document, TextError, readable
 from mixtura.data.shapes import document_of, has_shape
@@ -14,6 +14,16 @@ from mixtura.errors import MixturaWarning, counted_names
 
 SHORTEST_TEXT = 200
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
+
+
+@final
+class Entry(NamedTuple):
+    """One record, or the whole text of a file, with its domain, its name, and where it stands."""
+
+    value: Any
+    domain: str
+    name: str
+    where: str
 
 
 @final
@@ -97,23 +107,51 @@ def _text_of(file: Path) -> str:
 
 
 def _read_file(file: Path, root: Path, text: str, tokenizer: Any | None) -> Iterator[Document]:
+    for entry in _entries(file, root, text):
+        if isinstance(entry.value, str):
+            yield Document(entry.value, entry.domain, entry.name)
+        else:
+            yield document_of(entry.value, entry.domain, entry.name, entry.where, tokenizer)
+
+
+def entries(path: str | Path) -> Iterator[Entry]:
+    """What a file, or each file of a directory that is not hidden, holds, before it is worded as text.
+
+    Raises:
+        TextError: the path is missing, or a file is no text or has a malformed line.
+    """
+    root = Path(path)
+    for file in _files(root):
+        try:
+            text = _text_of(file)
+        except _NotTextError as reason:
+            raise TextError(f"{file} {reason}; give files of UTF-8 text") from None
+        yield from _entries(file, root, text)
+
+
+def _entries(file: Path, root: Path, text: str) -> Iterator[Entry]:
     relative = file.relative_to(root) if file != root else Path(file.name)
     domain = readable(relative.parts[0] if len(relative.parts) > 1 else relative.stem)
     name = readable(relative.as_posix())
     kind = file.suffix.lower()
     listed = _listed(text) if kind == ".json" else None
-    entries: Iterator[tuple[int, Any]]
+    numbered: Iterator[tuple[int, Any]]
     if kind in _LINES:
-        entries = ((number, _parsed(line, f"{file}, line {number}")) for number, line in _numbered(text))
+        numbered = ((number, _parsed(line, f"{file}, line {number}")) for number, line in _numbered(text))
         word = "line"
     elif listed is not None:
-        entries, word = iter(enumerate(listed, start=1)), "entry"
+        numbered, word = iter(enumerate(listed, start=1)), "entry"
     else:
         if text.strip():
-            yield Document(text, domain, name)
+            yield Entry(text, domain, name, str(file))
         return
-    for number, entry in entries:
-        yield document_of(entry, domain, f"{name}:{number}", f"{file}, {word} {number}", tokenizer)
+    for number, value in numbered:
+        yield Entry(_record(value), domain, f"{name}:{number}", f"{file}, {word} {number}")
+
+
+def _record(value: Any) -> Any:
+    """A value that is no record, wrapped so that it is not taken for a file of text."""
+    return [value] if isinstance(value, str) else value
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:

@@ -52,16 +52,28 @@ def document_of(entry: Any, domain: str, name: str, where: str, tokenizer: Any |
     domain = _domain(entry, domain, where)
     if keys == ("text",):
         return Document(_string(entry, "text", where), domain, name)
+    turns = conversation_of(entry, where)
+    if turns is not None:
+        return Document(word_chat(turns, tokenizer, where), domain, name)
+    prompt, answer = _asked(entry, keys, where)
+    return Document(prompt + answer, domain, name, prompt, answer)
+
+
+def conversation_of(entry: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The turns of a record that is a conversation; None for another.
+
+    Raises:
+        TextError: it is malformed; names ``where`` it stands.
+    """
+    keys = next((keys for keys in SHAPES if set(keys) <= entry.keys()), ())
     if keys == ("prompt", "completion") and isinstance(entry["prompt"], list):
-        both = [*_turns(entry["prompt"], "prompt", where), *_turns(entry["completion"], "completion", where)]
-        return Document(word_chat(both, tokenizer, where), domain, name)
-    if len(keys) == 2:
-        prompt, answer = _asked(entry, keys, where)
-        return Document(prompt + answer, domain, name, prompt, answer)
+        return [*_turns(entry["prompt"], "prompt", where), *_turns(entry["completion"], "completion", where)]
+    if len(keys) != 1 or keys == ("text",):
+        return None
     turns = _turns(entry[keys[0]], keys[0], where)
     if isinstance(entry.get("system"), str) and entry["system"] and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": readable(entry["system"])}, *turns]
-    return Document(word_chat(turns, tokenizer, where), domain, name)
+    return turns
 
 
 def word_chat(

@@ -7,7 +7,7 @@ opens models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from mixtura.kernels.experts import ExpertMath, StackedExperts
 from mixtura.kernels.few import NativeLayer, layer_of, run_few
 from mixtura.kernels.records import AssignmentObserver, ExpertStore
 from mixtura.kernels.routed import run_routed
+from mixtura.types import Change, MatrixShape
 
 NAME = "mixtura"
 
@@ -44,17 +45,31 @@ def forward(
     module's own parameters; where it has ``mixtura_observer`` (an `AssignmentObserver`) that is told
     what each expert does.
     """
+    return run_module(self, hidden_states, top_k_index, top_k_weights)
+
+
+def run_module(
+    module: Any,
+    hidden_states: Float[Tensor, "T D"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+    changes: Sequence[Change] = (),
+    dropout: float = 0.0,
+) -> Float[Tensor, "T D"]:
+    """`forward` of an experts module, its matrices as adapters change them.
+
+    ``dropout`` is the share of features that the thin factors of changes do not see.
+    """
     if hidden_states.is_meta:
         return torch.empty_like(hidden_states)
-    module: Any = self
     observer: AssignmentObserver | None = getattr(module, "mixtura_observer", None)
     store: ExpertStore | None = getattr(module, "mixtura_store", None)
     math = math_of(module)
     source = _parameters_of(module) if store is None else store
     needs_grad = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (hidden_states, top_k_weights, *self.parameters())
+        tensor.requires_grad for tensor in (hidden_states, top_k_weights, *module.parameters())
     )
-    if observer is None and not needs_grad:
+    if observer is None and not needs_grad and not changes:
         found = run_few(hidden_states, top_k_index, top_k_weights, source, math)
         if found is not None:
             return found
@@ -70,7 +85,9 @@ def forward(
         source,
         math,
         observer,
-        tuple(self.parameters()) if torch.is_grad_enabled() else (),
+        tuple(module.parameters()) if torch.is_grad_enabled() else (),
+        changes,
+        dropout,
     )
     if observer is not None:
         observer.finish()
@@ -124,8 +141,24 @@ def _known_activation(module: Any, activation: Callable[[Tensor], Tensor]) -> Ac
     return found[1]
 
 
+def matrix_shapes(module: Any) -> tuple[int, dict[str, MatrixShape]]:
+    """How many experts a module of transformers has, and the sizes of their matrices ``up`` and ``down``."""
+    transposed = bool(module.is_transposed)
+    shapes = {}
+    for name, parameter in matrix_names(module).items():
+        count, first, second = getattr(module, parameter).shape
+        rows, cols = (second, first) if transposed else (first, second)
+        shapes[name] = MatrixShape(rows, cols, transposed)
+    return count, shapes
+
+
+def matrix_names(module: Any) -> dict[str, str]:
+    """The parameters of a transformers module that hold its experts' two matrices."""
+    return {"up": "gate_up_proj" if module.has_gate else "up_proj", "down": "down_proj"}
+
+
 def _parameters_of(module: Any) -> StackedExperts:
-    name = "gate_up_proj" if module.has_gate else "up_proj"
+    name = matrix_names(module)["up"]
     return StackedExperts(
         getattr(module, name),
         module.down_proj,

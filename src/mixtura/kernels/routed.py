@@ -9,12 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtura.errors import UserError
+from mixtura.kernels.adapted import adapted_product, tensors_of
 from mixtura.kernels.dispatch import sort_by_expert
 from mixtura.kernels.experts import ExpertMath, StackedExperts, run_experts
 from mixtura.kernels.few import run_few
 from mixtura.kernels.records import AssignmentObserver, ExpertStore
 from mixtura.kernels.stored import run_stored_with_grad
 from mixtura.kernels.training import run_experts_with_grad
+from mixtura.types import Change
 
 
 def routed_experts(
@@ -83,8 +85,16 @@ def run_routed(
     math: ExpertMath,
     observer: AssignmentObserver | None = None,
     parameters: Sequence[Tensor] = (),
+    changes: Sequence[Change] = (),
+    dropout: float = 0.0,
 ) -> Float[Tensor, "T D"]:
-    """`routed_experts` on a store of any kind; ``parameters`` are those the experts hold elsewhere."""
+    """`routed_experts` on a store of any kind; ``parameters`` are those the experts hold elsewhere.
+
+    ``changes`` are what adapters make of the experts' matrices, whose thin factors do not see a share
+    ``dropout`` of the features.
+    """
+    if changes:
+        return _run_adapted(x, token_ids, expert_ids, weights, store, math, observer, changes, dropout)
     stacked = store.tensors() if isinstance(store, StackedExperts) else ()
     needs_grad = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, weights, *stacked, *parameters)
@@ -101,6 +111,32 @@ def run_routed(
         outputs = run_experts_with_grad(x, present, dispatch, store, math, observer)
     else:
         outputs = run_stored_with_grad(x, present, dispatch, store, math, observer, parameters)
+    return outputs.to(x.dtype)
+
+
+def _run_adapted(
+    x: Tensor,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    store: ExpertStore,
+    math: ExpertMath,
+    observer: AssignmentObserver | None,
+    changes: Sequence[Change],
+    dropout: float,
+) -> Tensor:
+    dispatch = sort_by_expert(token_ids, expert_ids, num_tokens=x.shape[0], num_experts=store.num_experts)
+    present = weights.index_select(0, dispatch.assignments)
+    if isinstance(store, StackedExperts):
+        multiply = adapted_product(changes, dropout)
+        return run_experts_with_grad(x, present, dispatch, store, math, observer, multiply).to(x.dtype)
+    if dropout > 0:
+        raise UserError(
+            "experts that are read from a store cannot be tuned with dropout, because each runs twice; set "
+            "the adapter's dropout to 0"
+        )
+    trained = [tensor for change in changes for tensor in tensors_of(change)]
+    outputs = run_stored_with_grad(x, present, dispatch, store, math, observer, (), changes, trained)
     return outputs.to(x.dtype)
 
 

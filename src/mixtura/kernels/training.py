@@ -7,7 +7,8 @@ in place. What lies between the matrices (gate, norm) is left to autograd, on al
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast, final
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast, final
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,35 @@ from mixtura.kernels.records import AssignmentObserver
 _BLOCK_ROWS = 256
 
 
+class GroupedLayer(NamedTuple):
+    """What a grouped linear layer needs beside its tensors.
+
+    Attributes:
+        name: which matrix of the experts it multiplies with, ``up`` or ``down``.
+        dispatch: whose rows lie where.
+        math: what the experts compute.
+        from_tokens: its input has a row for each token, not for each assignment.
+    """
+
+    name: str
+    dispatch: Dispatch
+    math: ExpertMath
+    from_tokens: bool
+
+    def inputs(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """The input's rows of one expert's run."""
+        return x.index_select(0, self.dispatch.rows[start:stop]) if self.from_tokens else x[start:stop]
+
+
+# Multiplies rows with their experts' matrices and adds the biases, differentiably.
+Multiply: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, GroupedLayer], Tensor]
+
+
+def grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: GroupedLayer) -> Tensor:
+    """Every row's product with its expert's matrix, plus the bias."""
+    return cast(Tensor, _GroupedLinear.apply(x, weight, bias, layer))  # type: ignore[no-untyped-call]
+
+
 def run_experts_with_grad(
     x: Float[Tensor, "T D"],
     weights: Float[Tensor, " n"],
@@ -31,16 +61,16 @@ def run_experts_with_grad(
     store: StackedExperts,
     math: ExpertMath,
     observer: AssignmentObserver | None = None,
+    multiply: Multiply = grouped_product,
 ) -> Float[Tensor, "T D"]:
     """What `run_experts` computes, differentiable in tokens, weights, experts and norm.
 
     Once differentiable: gradients of gradients are refused by autograd.
     """
     x = x.to(store.up.dtype)
-    from_tokens, from_rows = _Layer(dispatch, math, True), _Layer(dispatch, math, False)
-    hidden = _differentiable(x, store.up, store.up_bias, from_tokens)
+    hidden = multiply(x, store.up, store.up_bias, GroupedLayer("up", dispatch, math, True))
     inputs = math.activation(hidden).to(store.down.dtype)
-    outputs = _differentiable(inputs, store.down, store.down_bias, from_rows)
+    outputs = multiply(inputs, store.down, store.down_bias, GroupedLayer("down", dispatch, math, False))
     if math.post is not None:
         outputs = math.post(outputs)
     if observer is not None:
@@ -51,25 +81,10 @@ def run_experts_with_grad(
     return cast(Tensor, _Combine.apply(outputs, weights, dispatch))  # type: ignore[no-untyped-call]
 
 
-class _Layer(NamedTuple):
-    """What a grouped linear layer needs beside its tensors."""
-
-    dispatch: Dispatch
-    math: ExpertMath
-    from_tokens: bool  # Its input has a row for each token, not for each assignment.
-
-    def inputs(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return x.index_select(0, self.dispatch.rows[start:stop]) if self.from_tokens else x[start:stop]
-
-
-def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
-    return cast(Tensor, _GroupedLinear.apply(x, weight, bias, layer))  # type: ignore[no-untyped-call]
-
-
 @final
 class _GroupedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Layer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: GroupedLayer) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
         matrices = layer.math.matrix(weight)
@@ -83,20 +98,21 @@ class _GroupedLinear(Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         return (
-            _grad_of_inputs(grad, weight, ctx.layer) if wants_x else None,
+            grad_of_inputs(grad, weight, ctx.layer) if wants_x else None,
             _grad_of_weight(grad, x, weight, ctx.layer) if wants_weight else None,
             _grad_of_bias(grad, bias, ctx.layer) if wants_bias else None,
             None,
         )
 
 
-def _grad_of_inputs(grad: Tensor, weight: Tensor, layer: _Layer) -> Tensor:
+def grad_of_inputs(grad: Tensor, weight: Tensor, layer: GroupedLayer) -> Tensor:
+    """The gradient of a grouped linear layer's input."""
     matrices = layer.math.matrix(weight)
     rows = grouped_linear(grad, matrices.mT, None, layer.dispatch.runs)
     return sum_by_token(rows, layer.dispatch) if layer.from_tokens else rows
 
 
-def _grad_of_weight(grad: Tensor, x: Tensor, weight: Tensor, layer: _Layer) -> Tensor:
+def _grad_of_weight(grad: Tensor, x: Tensor, weight: Tensor, layer: GroupedLayer) -> Tensor:
     total = torch.empty_like(weight)
     idle = set(range(weight.shape[0]))
     for expert, start, stop in layer.dispatch.runs:
@@ -111,7 +127,7 @@ def _grad_of_weight(grad: Tensor, x: Tensor, weight: Tensor, layer: _Layer) -> T
     return total
 
 
-def _grad_of_bias(grad: Tensor, bias: Tensor, layer: _Layer) -> Tensor:
+def _grad_of_bias(grad: Tensor, bias: Tensor, layer: GroupedLayer) -> Tensor:
     total = torch.zeros_like(bias)
     for expert, start, stop in layer.dispatch.runs:
         torch.sum(grad[start:stop], dim=0, out=total[expert])

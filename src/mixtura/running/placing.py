@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mixtura.errors import CheckpointError, SettingError, UnsupportedModelError
+from mixtura.errors import CheckpointError, SettingError, UnsupportedModelError, UserError
+from mixtura.running.adapters import register_type
 
 _AUTO = "auto"
 
@@ -88,8 +89,8 @@ def add_adapter(model: PreTrainedModel, path: Path, kind: str) -> None:
         CheckpointError: the adapter does not fit the model.
     """
     try:
-        import peft  # noqa: F401
-    except ImportError:
+        register_type(kind)
+    except UserError:
         raise UnsupportedModelError(
             f"{path} holds an adapter ({kind}), which takes PEFT to load; install peft, or delete "
             "adapter_config.json if the model is to run without it"

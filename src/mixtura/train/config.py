@@ -128,7 +128,13 @@ class TrainConfig:
 
 
 # What may differ between a training and its continuation.
-FREE = ("training.save_steps", "training.log_steps", "training.keep", "training.tensorboard")
+FREE = (
+    "training.save_steps",
+    "training.log_steps",
+    "training.eval_steps",
+    "training.keep",
+    "training.tensorboard",
+)
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -147,18 +153,18 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         key, separator, value = change.partition("=")
         if not separator or not key.strip():
             raise SettingError(f"a setting is written key=value, got {change!r}")
-        _put(values, _full_key(key.strip()), _parse(value, change))
+        _put(values, _full_key(key.strip()), parse_value(value, change))
     return build_config(values)
 
 
 def read_record(cls: type[Record], path: str | Path, where: str) -> Record:
     """A record of plain fields from a YAML file; see `read_config` for what it raises."""
-    return _record(cls, _read_yaml(Path(path)), where)
+    return record_of(cls, _read_yaml(Path(path)), where)
 
 
 def build_config(values: Mapping[str, Any]) -> TrainConfig:
     """The configuration that plain values describe; see `read_config` for what it raises."""
-    config = _record(TrainConfig, values, "the configuration")
+    config = record_of(TrainConfig, values, "the configuration")
     known = model_fields()
     for key in config.model:
         if key not in known:
@@ -188,15 +194,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse(value: str, change: str) -> Any:
+def parse_value(value: str, change: str) -> Any:
+    """The YAML value of a change that is written ``key=value``; raises `SettingError` for what is none."""
     try:
         return parse_yaml(value, f"the value of {change!r}")
     except UserError as error:
         raise SettingError(f"{error}; quote it") from None
 
 
-def _record(cls: type[Record], values: Any, where: str) -> Record:
-    """A configuration record from plain values."""
+def record_of(cls: type[Record], values: Any, where: str) -> Record:
+    """A configuration record from plain values; see `read_config` for what it raises."""
     if not isinstance(values, Mapping):
         raise SettingError(f"{where} must hold keys and values, got {values!r}")
     hints = get_type_hints(cls)
@@ -208,9 +215,9 @@ def _record(cls: type[Record], values: Any, where: str) -> Record:
         wanted = hints[key]
         parts = get_args(wanted)
         if is_dataclass(wanted):
-            read[key] = _record(wanted, value, key)  # type: ignore[arg-type]
+            read[key] = record_of(wanted, value, key)  # type: ignore[arg-type]
         elif isinstance(value, list) and parts and is_dataclass(parts[0]):
-            read[key] = [_record(parts[0], one, key) for one in value]  # type: ignore[arg-type]
+            read[key] = [record_of(parts[0], one, key) for one in value]  # type: ignore[arg-type]
         elif fits(value, wanted):
             read[key] = value
         else:

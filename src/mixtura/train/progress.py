@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
 
 from mixtura.report.screen import screen
 
@@ -46,3 +49,14 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the bar away."""
         self._progress.stop()
+
+
+def show_progress(trainer: Any, directory: Path, *, bar: bool, tensorboard: bool) -> None:
+    """Let a trainer show a bar instead of printing, and write its metrics for TensorBoard, where asked."""
+    trainer.remove_callback(PrinterCallback)
+    if bar:
+        trainer.add_callback(ProgressCallback())
+    if tensorboard:
+        board = TensorBoardCallback()
+        board.logging_dir = str(directory / "tensorboard")
+        trainer.add_callback(board)

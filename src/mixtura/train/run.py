@@ -55,13 +55,13 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
         CheckpointError: the directory holds a training of another configuration or text.
         OutputError: it holds something else, or cannot be written.
     """
-    _require_installed(config)
+    require_installed(tensorboard=config.training.tensorboard)
     from mixtura.modeling.family import MixturaForCausalLM
     from mixtura.train.text import digest
-    from mixtura.train.trainer import checkpoints
+    from mixtura.train.whole import checkpoints
 
     values = json.loads(json.dumps(config.to_dict()))
-    _check_same(values, directory)
+    check_same(values, directory)
     tokenizer = _tokenizer(config.data.tokenizer)
     model = MixturaForCausalLM(_model_config(config, tokenizer))
     streams = _streams(config, tokenizer)
@@ -75,7 +75,7 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
         raise OutputError(f"cannot write {directory}: {error.strerror}") from None
     trainer = _trainer(config, model, directory, progress)
     with trainer.accelerator.main_process_first():
-        _begin(values, directory)
+        begin(values, directory)
     trainer.train_dataset = data
     found = checkpoints(directory)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -87,14 +87,15 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
         num_steps=steps.num_steps,
         resumed_from=int(found[-1].name.rpartition("-")[2]) if found else 0,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        last=_last_line(directory),
+        last=last_line(directory),
     )
 
 
-def _require_installed(config: TrainConfig) -> None:
+def require_installed(*, tensorboard: bool) -> None:
+    """Raise `UserError` where accelerate is missing, or TensorBoard though it is asked for."""
     if find_spec("accelerate") is None:
         raise UserError("training needs accelerate; install mixtura[train]")
-    if config.training.tensorboard and find_spec("tensorboard") is None:
+    if tensorboard and find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed; install mixtura[tensorboard], or leave it out")
 
 
@@ -178,7 +179,7 @@ def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
     return made
 
 
-def _check_same(values: Mapping[str, Any], directory: Path) -> None:
+def check_same(values: Mapping[str, Any], directory: Path) -> None:
     """Refuse to go on with another configuration or text: it would not be the same training."""
     before = known(directory)
     found = [] if before is None else differences({key: before.get(key) for key in values}, values)
@@ -214,9 +215,9 @@ def known(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def _begin(values: Mapping[str, Any], directory: Path) -> None:
+def begin(values: Mapping[str, Any], directory: Path) -> None:
     """Note what a training is of, or see that it is that of the one that is there."""
-    _check_same(values, directory)
+    check_same(values, directory)
     file = directory / _CONFIG
     if not file.exists():
         aside = file.with_suffix(".part")
@@ -225,24 +226,15 @@ def _begin(values: Mapping[str, Any], directory: Path) -> None:
 
 
 def _trainer(config: TrainConfig, model: Any, directory: Path, progress: bool) -> Any:
-    from transformers import TrainerCallback
-    from transformers.integrations import TensorBoardCallback
-    from transformers.trainer_callback import PrinterCallback
 
-    from mixtura.train.progress import ProgressCallback
-    from mixtura.train.trainer import MetricsCallback, MixturaTrainer
+    from mixtura.train.log import MetricsCallback
+    from mixtura.train.progress import show_progress
+    from mixtura.train.trainer import MixturaTrainer
 
     steps, arguments = config.training, _arguments(config, directory)
     metrics = MetricsCallback(directory)
     trainer = MixturaTrainer(metrics=metrics, exact_balance=steps.exact_balance, model=model, args=arguments)
-    trainer.remove_callback(PrinterCallback)
-    shown: type[TrainerCallback] = ProgressCallback
-    if progress:
-        trainer.add_callback(shown())
-    if steps.tensorboard:
-        board = TensorBoardCallback()
-        board.logging_dir = str(directory / "tensorboard")
-        trainer.add_callback(board)
+    show_progress(trainer, directory, bar=progress, tensorboard=steps.tensorboard)
     return trainer
 
 
@@ -293,8 +285,9 @@ def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
     aside.rename(target)
 
 
-def _last_line(directory: Path) -> dict[str, Any]:
-    from mixtura.train.trainer import METRICS
+def last_line(directory: Path) -> dict[str, Any]:
+    """The last line of a training's metrics; empty where there is none."""
+    from mixtura.train.log import METRICS
 
     file = directory / METRICS
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []

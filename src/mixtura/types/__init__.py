@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, final
 
 from mixtura.errors import UserError, suggest
+from mixtura.types.adapters import Change, LowRank, MatrixShape, Own, Site
 from mixtura.types.inputs import ExpertsHandle, LayerShape, RouterInput
 from mixtura.types.routing import BalancerInput, Routing
 
@@ -34,16 +35,21 @@ __all__ = [
     "Action",
     "BalancerInput",
     "Budget",
+    "Change",
     "Drop",
     "ExpertsHandle",
     "LayerShape",
     "Merge",
+    "LowRank",
+    "MatrixShape",
+    "Own",
     "Plan",
     "Quantize",
     "QuantizeMatrix",
     "Result",
     "RouterInput",
     "Routing",
+    "Site",
     "VLLM_ROUTER_COUNTS",
 ]
 

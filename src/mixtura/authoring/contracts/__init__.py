@@ -2,7 +2,8 @@
 
 Each kind has a module here with three functions and its checks::
 
-    def arguments() -> tuple            # what a method is constructed with, beside its settings
+    def arguments() -> tuple            # what a method is constructed with, beside its settings;
+                                        # arguments_of(method) where that depends on the method
     def sample(method, seed) -> object  # something a method of the kind is used on
     def use(instance, sample) -> object # what it makes of that
     def check_...(method) -> None       # one promise; raises ContractError with the reason

@@ -42,7 +42,9 @@ class Subject:
         Raises:
             SettingError: a setting is unknown, of the wrong type or out of range.
         """
-        return construct(self.cls, *self.contract.arguments(), **settings)
+        of_this: Callable[[Subject], tuple[Any, ...]] | None = getattr(self.contract, "arguments_of", None)
+        given = self.contract.arguments() if of_this is None else of_this(self)
+        return construct(self.cls, *given, **settings)
 
     def has(self, tag: str) -> bool:
         """Whether the method carries a tag."""

@@ -56,8 +56,8 @@ def training_facts(training: Path) -> dict[str, Any]:
     """How a model was trained: seed, steps, tokens, hours, hardware, versions."""
     import transformers
 
+    from mixtura.train.log import METRICS
     from mixtura.train.run import known
-    from mixtura.train.trainer import METRICS
 
     config = known(training) or {}
     steps = config["training"]

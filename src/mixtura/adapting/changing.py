@@ -1,0 +1,95 @@
+"""What a change makes of whole matrices: what is merged, and what runs where no kernel knows of adapters."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixtura.kernels.backend import matrix_names
+from mixtura.methods._precision import full_precision
+from mixtura.types import Change, LowRank, Own, RouterInput
+
+
+@full_precision()
+def low_rank_delta(part: LowRank, dtype: torch.dtype) -> Float[Tensor, "M rows cols"]:
+    """What is added to each of the M matrices, in a dtype."""
+    scale = part.scale.to(part.a.device, dtype)
+    return scale[:, None, None] * (part.b.to(dtype) @ part.a.to(dtype))
+
+
+def changed_stack(
+    stack: Float[Tensor, "E _ _"], part: LowRank | Own, expert_ids: tuple[int, ...], *, transposed: bool
+) -> Float[Tensor, "E _ _"]:
+    """All experts' matrices, some of them changed, in the dtype they have; differentiable in the change."""
+    if not expert_ids:
+        return stack
+    ids = torch.tensor(expert_ids, device=stack.device)
+    if isinstance(part, Own):
+        return stack.index_copy(0, ids, part.weight.to(stack.dtype))
+    wide = torch.promote_types(stack.dtype, torch.float32)
+    delta = low_rank_delta(part, wide)
+    changed = stack.index_select(0, ids).to(wide) + (delta.mT if transposed else delta)
+    return stack.index_copy(0, ids, changed.to(stack.dtype))
+
+
+def changed_parameters(module: nn.Module, changes: list[Change]) -> dict[str, Tensor]:
+    """The stacked parameters of an experts module as changes leave them, by name."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in matrix_names(module).items():
+        stack: Tensor = getattr(module, parameter)
+        for change in changes:
+            if name in change.matrices:
+                transposed = bool(module.is_transposed)
+                stack = changed_stack(stack, change.matrices[name], change.expert_ids, transposed=transposed)
+        found[parameter] = stack
+    return found
+
+
+def changed_weight(weight: Float[Tensor, "rows cols"], change: Change) -> Float[Tensor, "rows cols"]:
+    """A linear layer's weight as a change leaves it for every token, in the dtype it has."""
+    part = change.matrices["weight"]
+    if isinstance(part, Own):
+        return part.weight[0].to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    kept = weight.to(wide) if change.base_scale is None else weight.to(wide) * change.base_scale.to(wide)
+    return (kept + low_rank_delta(part, wide).sum(0)).to(weight.dtype)
+
+
+def add_to_rows(
+    made: Float[Tensor, "*rest rows"],
+    x: Float[Tensor, "*rest cols"],
+    change: Change,
+    dropout: float,
+    bias: Tensor | None,
+) -> Float[Tensor, "*rest rows"]:
+    """What a linear layer made of its input, with what a change adds for every token.
+
+    Args:
+        made: what the base computed.
+        x: what it was given.
+        change: of its matrix.
+        dropout: share of features that the factors do not see.
+        bias: of the base, which ``base_scale`` leaves alone.
+    """
+    part = change.matrices["weight"]
+    if isinstance(part, Own):
+        return F.linear(x, part.weight[0].to(x.dtype), bias)
+    if change.base_scale is not None:
+        made = (made - bias) * change.base_scale + bias if bias is not None else made * change.base_scale
+    count, rank, cols = part.a.shape
+    rows = x.reshape(-1, cols)
+    seen = F.dropout(rows, dropout) if dropout > 0 else rows
+    thin = F.linear(seen.to(part.a.dtype), part.a.reshape(count * rank, cols)).view(-1, count, rank)
+    thin = thin * part.scale.to(thin)[:, None]
+    if change.shares is not None:
+        thin = thin * change.shares.to(thin)[:, :, None]
+    wide = part.b.permute(1, 0, 2).reshape(part.b.shape[1], count * rank)
+    added = F.linear(thin.reshape(-1, count * rank).to(wide.dtype), wide)
+    return made + added.view(*x.shape[:-1], -1).to(made.dtype)
+
+
+def nothing(dtype: torch.dtype, device: torch.device, width: int) -> RouterInput:
+    """The input of an adapter that makes the same of every token: no token."""
+    return RouterInput.of(torch.empty(0, width, dtype=dtype, device=device))

@@ -1,0 +1,123 @@
+"""PEFT's view of the catalogue: finds the sites, makes an adapter at each, and knows how to take them out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, final
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from mixtura.adapting.config import AdapterConfig, AdapterType
+from mixtura.adapting.layers import AdapterLayer, ExpertsLayer, LinearLayer
+from mixtura.adapting.sites import (
+    base_digest,
+    default_targets,
+    is_experts,
+    num_layers_of,
+    router_names,
+    site_of,
+)
+from mixtura.checkpoints.viewing.wrappers import plain_model, plain_name
+from mixtura.errors import CheckpointError, MixturaWarning, UserError
+from mixtura.kernels import register_backend
+from mixtura.methods import load_method
+from mixtura.methods.settings import construct
+
+_PREFIX = "mixtura_"
+
+
+@final
+class AdapterTuner(BaseTuner):
+    """A model with adapters of the catalogue in it; PEFT makes one."""
+
+    prefix = _PREFIX
+    tuner_layer_cls = AdapterLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own name and type
+
+    def _check_new_adapter_config(self, config: AdapterConfig) -> None:
+        """Refuse what does not fit, and fill in what the model says."""
+        super()._check_new_adapter_config(config)
+        here = base_digest(self.model)
+        if config.base_digest is not None:
+            _check_base(config, here)
+        config.base_digest = config.base_digest or here
+        experts = config.changes_experts
+        if config.target_modules is None:
+            config.target_modules = default_targets(self.model, experts=experts)
+        if config.train_router:
+            routers = router_names(self.model)
+            if not routers:
+                raise UserError("train_router is set, but the model has no routers; leave it out")
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *routers})
+        if experts and config.experts_implementation is not None:
+            register_backend()
+            plain: Any = plain_model(self.model)
+            plain.set_experts_implementation(config.experts_implementation)
+
+    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> Any:
+        del model_config
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        del parameter_name
+        base = target.base_layer if isinstance(target, AdapterLayer) else target
+        assert isinstance(base, nn.Module)
+        site = site_of(base, plain_name(current_key), num_layers_of(self.model))
+        cls = load_method("adapters", peft_config.method)
+        adapter = construct(cls, site, **peft_config.settings)
+        if isinstance(target, AdapterLayer):
+            layer = target
+        else:
+            layer = ExpertsLayer(base) if is_experts(base) else LinearLayer(base)
+            layer.train(base.training)
+            setattr(parent, target_name, layer)
+        empty = any(parameter.is_meta for parameter in adapter.parameters())
+        layer.add(adapter_name, adapter, empty=empty)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: object
+    ) -> None:
+        """Put a base back in the place of what wrapped it."""
+        del child
+        setattr(parent, child_name, new_module)
+
+
+def _check_base(config: AdapterConfig, here: str) -> None:
+    """Refuse an adapter of a model of another structure, and warn of one with other values."""
+    assert config.base_digest is not None
+    structure, _, values = config.base_digest.partition("-")
+    own_structure, _, own_values = here.partition("-")
+    if structure != own_structure:
+        raise CheckpointError(
+            f"the adapter was made for another model ({config.base_model_name_or_path or 'unnamed'}; base "
+            f"digest {config.base_digest}, this model's is {here}); give the model that it was trained on"
+        )
+    if values != own_values:
+        warnings.warn(
+            f"the adapter was trained on other weights ({config.base_model_name_or_path or 'unnamed'}; base "
+            f"digest {config.base_digest}, here {here}); what it learned may not fit these",
+            MixturaWarning,
+            stacklevel=2,
+        )
+
+
+def register() -> None:
+    """Make the type known to PEFT. Calling it again is harmless."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[AdapterType.MIXTURA] = AdapterConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[AdapterType.MIXTURA] = AdapterTuner  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[AdapterType.MIXTURA] = _PREFIX  # type: ignore[index]

@@ -1,0 +1,111 @@
+"""Mathematics that adapters share: factors that start as nothing, and which experts a text reaches most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from zlib import crc32
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mixtura.errors import SettingError
+from mixtura.methods._drawing import generator_of
+from mixtura.types import LowRank, MatrixShape, Site
+from mixtura.types.trace import LayerTrace, Trace
+
+Experts = dict[str, list[int]] | list[int] | None
+
+
+def site_seed(site: Site, seed: int, what: str = "") -> int:
+    """A seed of a site's own, so that no two sites begin alike."""
+    return seed + (crc32(f"{site.name}|{what}".encode()) << 1)
+
+
+def thin_pair(site: Site, name: str, ranks: Sequence[int], seed: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Factors ``a [M, R, cols]``, as LoRA draws them, and ``b [M, rows, R]`` of zeros, of M matrices.
+
+    R is the highest rank. A matrix of lower rank has rows of zeros in ``a``, which no gradient ever reaches:
+    that of ``a`` is a product with ``b``'s zeros, and that of ``b`` with ``a``'s.
+    """
+    shape, widest = site.matrices[name], max(ranks, default=1)
+    generator = generator_of(site_seed(site, seed, name))
+    a = torch.empty(len(ranks), widest, shape.cols, device=generator.device)
+    a.uniform_(-1.0, 1.0, generator=generator).mul_(shape.cols**-0.5)
+    for number, rank in enumerate(ranks):
+        a[number, rank:] = 0
+    b = torch.zeros(len(ranks), shape.rows, widest)
+    return nn.Parameter(a), nn.Parameter(b)
+
+
+def low_rank(a: Tensor, b: Tensor, alpha: float, ranks: Sequence[int]) -> LowRank:
+    """The two factors with LoRA's scale, ``alpha`` over each matrix's own rank."""
+    return LowRank(a, b, torch.tensor([alpha / rank for rank in ranks], dtype=torch.float64))
+
+
+def smallest_side(shapes: Mapping[str, MatrixShape]) -> int:
+    """The highest rank that some of the matrices can have at all."""
+    return min(min(shape.rows, shape.cols) for shape in shapes.values())
+
+
+def experts_at(site: Site, experts: Experts, owner: str) -> tuple[int, ...]:
+    """Those of a site's experts that are named: for all layers, or by decoder layer; None names all.
+
+    Raises:
+        SettingError: the layer has no such expert, or one is named twice.
+    """
+    if experts is None:
+        return tuple(range(site.num_experts))
+    named = experts.get(str(site.layer), []) if isinstance(experts, Mapping) else experts
+    wrong = [e for e in named if not 0 <= e < site.num_experts]
+    if wrong:
+        raise SettingError(
+            f"experts of {owner} name {wrong[0]} in layer {site.layer}, which has experts 0 to "
+            f"{site.num_experts - 1}"
+        )
+    if len(set(named)) < len(named):
+        raise SettingError(f"experts of {owner} name an expert of layer {site.layer} twice")
+    return tuple(sorted(named))
+
+
+def chosen_by(trace: Trace, score: Literal["gate", "token"], top_p: float) -> dict[str, list[int]]:
+    """By decoder layer the experts a text reaches most: the fewest whose scores sum to ``top_p`` at least.
+
+    ``token`` scores an expert by its share of the assignments, ``gate`` by its share of the weights.
+    """
+    return {str(layer.index): _most_reached(_shares(layer, score), top_p) for layer in trace.layers}
+
+
+def _shares(layer: LayerTrace, score: str) -> Float[Tensor, " E"]:
+    sums = (layer.weight_sums if score == "gate" else layer.counts).double().sum(0)
+    return sums / sums.sum().clamp(min=1e-300)
+
+
+def _most_reached(shares: Float[Tensor, " E"], top_p: float) -> list[int]:
+    found, total = [], 0.0
+    for expert in torch.sort(shares, descending=True, stable=True).indices.tolist():
+        if total >= top_p:
+            break
+        found.append(int(expert))
+        total += float(shares[expert])
+    return sorted(found)
+
+
+def chosen_settings(trace: Trace, given: Mapping[str, Any], score: str, top_p: float) -> dict[str, Any]:
+    """The setting ``experts`` where it is not given and some text is to decide."""
+    score, top_p = str(given.get("score", score)), float(given.get("top_p", top_p))
+    if given.get("experts") is not None or score == "all":
+        return {}
+    return {"experts": chosen_by(trace, "gate" if score == "gate" else "token", top_p)}
+
+
+def check_score(owner: str, score: str) -> str:
+    """The setting ``score``, if it is one of those there are.
+
+    Raises:
+        SettingError: it is not.
+    """
+    if score not in ("all", "gate", "token"):
+        raise SettingError(f"score of {owner} must be all, gate or token, got {score!r}")
+    return score
