@@ -25,6 +25,7 @@ COMMANDS = (
     "doctor",
     "observe",
     "generate",
+    "calibrate",
     "export",
     "train",
     "arena",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from mixtura.cli._decoding import asked_for, by_decoder
 from mixtura.cli.doctor import path_lines
 from mixtura.errors import CheckpointError, UserError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mixtura.kernels.paths import LayerPath
+    from mixtura.running.decoders.entry import Decoded
     from mixtura.running.generation import Generated
 
 
@@ -32,6 +34,15 @@ def generate(
         None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
     ),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
+    decoder: str = typer.Option(
+        "", help="Generate by this decoder, or several with commas; `mixtura methods decoders` lists them."
+    ),
+    changes: list[str] = typer.Option([], "--set", help="A setting of the decoder, such as beta=0.5."),
+    verifier: Path | None = typer.Option(
+        None, help="A .py file whose verify(prompt, texts) scores texts, for decoders that choose by one."
+    ),
+    calibration: Path | None = typer.Option(None, help="A file that `mixtura calibrate` made."),
+    model_too: list[str] = typer.Option([], help="A further model, for decoders that run several."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     verbose: bool = typer.Option(
         False, "--verbose", "-v", help="Say which path each layer took, and why not a faster one."
@@ -43,10 +54,13 @@ def generate(
     Examples: `mixtura generate "def add(a, b):"`
 
     `mixtura generate ./OLMoE-1B-7B-fit "The capital of France is" --max-new-tokens 20`
+
+    `mixtura generate "Question: What is 17 + 28?" --decoder scmoe --set beta=0.5`
     """
     model, text = _arguments(model_or_prompt, prompt)
+    asked = asked_for(decoder, changes, verifier, calibration, model_too)
     # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
-    from mixtura.running.memory.process import peak_resident_bytes, settle
+    from mixtura.running.memory.process import settle
 
     settle()
     from mixtura.checkpoints.tokenizer import load_tokenizer
@@ -59,7 +73,8 @@ def generate(
     from mixtura.running.loading import load
 
     loaded = load(resolved.path, bits=bits)
-    made = generate_text(
+    run = generate_text if asked is None else by_decoder(asked, yes=yes)
+    made = run(
         loaded,
         tokenizer,
         text,
@@ -69,23 +84,34 @@ def generate(
         chat=chat,
         on_text=None if as_json else lambda piece: typer.echo(piece, nl=False),
     )
-    taken = _taken(loaded) if verbose else None
-    if as_json:
-        more = {} if taken is None else {"layers": [asdict(path) for path in taken]}
-        peak = peak_resident_bytes()
-        typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
-    else:
+    _show(made, resolved.name, _taken(loaded) if verbose else None, as_json=as_json)
+
+
+def _show(made: Generated | Decoded, name: str, taken: list[LayerPath] | None, *, as_json: bool) -> None:
+    if not as_json:
         _say(made, taken or [])
+        return
+    from mixtura.running.memory.process import peak_resident_bytes
+
+    more = {} if taken is None else {"layers": [asdict(path) for path in taken]}
+    typer.echo(json.dumps({"model": name, **_fields(made), "peak_bytes": peak_resident_bytes()} | more))
 
 
-def _say(made: Generated, taken: list[LayerPath]) -> None:
+def _say(made: Generated | Decoded, taken: list[LayerPath]) -> None:
     """What generating took, and which way it went, after a text that is printed already."""
-    typer.echo()
+    several = len(getattr(made, "branches", ())) > 1
+    typer.echo(made.text if several else "")
     typer.echo(
         f"{made.num_prompt_tokens} tokens read in {made.prefill_ms / 1000:.2f} s, "
         f"{len(made.token_ids)} generated at {made.tokens_per_second:.1f} tokens/s",
         err=True,
     )
+    if (cost := getattr(made, "cost", None)) is not None:
+        typer.echo(
+            f"{len(getattr(made, 'branches', ()))} branches; {cost.num_passes} forward passes of "
+            f"{cost.num_tokens} tokens in all",
+            err=True,
+        )
     for line in path_lines(taken):
         typer.echo(line, err=True)
 
@@ -123,11 +149,20 @@ def _check_model(path: Path) -> None:
         )
 
 
-def _fields(made: Generated) -> dict[str, object]:
+def _fields(made: Generated | Decoded) -> dict[str, object]:
     return {
         "text": made.text,
         "num_prompt_tokens": made.num_prompt_tokens,
         "num_new_tokens": len(made.token_ids),
         "prefill_ms": made.prefill_ms,
         "tokens_per_second": made.tokens_per_second,
-    }
+    } | _more(made)
+
+
+def _more(made: Generated | Decoded) -> dict[str, object]:
+    """What a decoder says besides."""
+    branches = getattr(made, "branches", None)
+    if branches is None:
+        return {}
+    shown = [{"text": one.text, "verdict": one.verdict} for one in branches]
+    return {"branches": shown, "cost": asdict(getattr(made, "cost"))}  # noqa: B009
