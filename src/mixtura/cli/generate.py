@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -59,20 +59,9 @@ def generate(
     """
     model, text = _arguments(model_or_prompt, prompt)
     asked = asked_for(decoder, changes, verifier, calibration, model_too)
-    # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
-    from mixtura.running.memory.process import settle
-
-    settle()
-    from mixtura.checkpoints.tokenizer import load_tokenizer
-    from mixtura.running.resolve import resolve_model
-
-    resolved = resolve_model(model, assume_yes=yes)
-    _check_model(resolved.path)
-    tokenizer = load_tokenizer(resolved.path)
+    loaded, tokenizer, name = _loaded(model, bits, yes=yes)
     from mixtura.running.generation import generate as generate_text
-    from mixtura.running.loading import load
 
-    loaded = load(resolved.path, bits=bits)
     run = generate_text if asked is None else by_decoder(asked, yes=yes)
     made = run(
         loaded,
@@ -84,7 +73,24 @@ def generate(
         chat=chat,
         on_text=None if as_json else lambda piece: typer.echo(piece, nl=False),
     )
-    _show(made, resolved.name, _taken(loaded) if verbose else None, as_json=as_json)
+    _show(made, name, _taken(loaded) if verbose else None, as_json=as_json)
+
+
+def _loaded(model: str | None, bits: int | None, *, yes: bool) -> tuple[PreTrainedModel, Any, str]:
+    """The model, its tokenizer and its name."""
+    # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
+    from mixtura.running.memory.process import settle
+
+    settle()
+    from mixtura.checkpoints.tokenizer import load_tokenizer
+    from mixtura.running.resolve import resolve_model
+
+    resolved = resolve_model(model, assume_yes=yes)
+    _check_model(resolved.path)
+    tokenizer = load_tokenizer(resolved.path)
+    from mixtura.running.loading import load
+
+    return load(resolved.path, bits=bits), tokenizer, resolved.name
 
 
 def _show(made: Generated | Decoded, name: str, taken: list[LayerPath] | None, *, as_json: bool) -> None:
