@@ -10,6 +10,7 @@ from typing import Any, final
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -61,6 +62,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<end>": _END} | {letter: 2 + place for place, letter in enumerate(_LETTERS)}
     made = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = Split("", "isolated")
+    made.decoder = Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>")
 
 

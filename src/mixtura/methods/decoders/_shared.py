@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import ceil
 
-from mixtura.methods.decoders import Branch, Candidate, Prompt
+from mixtura.errors import UserError
+from mixtura.methods.decoders import Branch, Candidate, LayerFacts, ModelFacts, Prompt
 
 # The temperature of branches that would be all alike at 0.
 DRAWN_AT = 0.8
@@ -61,3 +63,67 @@ def score_of(candidate: Candidate) -> float:
     if candidate.verdicts:
         return candidate.verdicts[-1]
     return mean(candidate.log_probabilities)
+
+
+def ends_line(candidate: Candidate, mark: str) -> bool:
+    """Whether the last token has the mark that ends steps; a blank answer's first mark does not count."""
+    *before, last = candidate.token_ids
+    return mark in candidate.prompt.decode([last]) and bool(candidate.prompt.decode(before).strip())
+
+
+def widths(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to the total, in falling order of the shares, each rounded up of what is left.
+
+    >>> widths([0.5, 0.25, 0.25], 8), widths([0.98, 0.01, 0.01], 4)
+    ([4, 2, 2], [4, 0, 0])
+    """
+    order = sorted(range(len(shares)), key=lambda place: (-shares[place], place))
+    found, left, rest = [0] * len(shares), total, sum(shares)
+    for place in order:
+        if left <= 0 or rest <= 0:
+            break
+        # Rounding errors of the shares must not round a whole number up.
+        found[place] = min(left, ceil(left * shares[place] / rest - 1e-9))
+        left, rest = left - found[place], rest - shares[place]
+    return found
+
+
+def ngram_f(first: str, second: str, longest: int = 6) -> float:
+    """How much two texts share: the mean over lengths 1 to 6 of the F-score of their character n-grams.
+
+    >>> ngram_f("abc", "abc"), ngram_f("abc", "xyz")
+    (1.0, 0.0)
+    """
+    scores = []
+    for length in range(1, longest + 1):
+        one, other = (Counter(t[i : i + length] for i in range(len(t) - length + 1)) for t in (first, second))
+        total = sum(one.values()) + sum(other.values())
+        if total:
+            scores.append(2 * sum((one & other).values()) / total)
+    return sum(scores) / len(scores) if scores else float(first == second)
+
+
+def pairs_by_layer(
+    owner: str, pairs: Sequence[Sequence[int]], facts: ModelFacts
+) -> dict[LayerFacts, tuple[int, ...]]:
+    """Experts by layer, of pairs of a decoder layer and an expert.
+
+    Raises:
+        UserError: one is no pair, or its layer or expert is not there.
+    """
+    layers = {layer.index: layer for layer in facts.layers}
+    found: dict[LayerFacts, list[int]] = {}
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"experts of {owner} must be pairs of a layer and an expert, got {list(pair)}")
+        index, expert = pair
+        if index not in layers:
+            known = ", ".join(map(str, layers))
+            raise UserError(f"experts of {owner} name layer {index}; the layers with experts are {known}")
+        if not 0 <= expert < layers[index].num_experts:
+            raise UserError(
+                f"experts of {owner} name expert {expert} of layer {index}, which has "
+                f"{layers[index].num_experts}; give one from 0 to {layers[index].num_experts - 1}"
+            )
+        found.setdefault(layers[index], []).append(expert)
+    return {layer: tuple(dict.fromkeys(experts)) for layer, experts in found.items()}
