@@ -22,7 +22,6 @@ def calibrate(
     ),
     num_texts: int = typer.Option(96, min=2, help="Texts to read at most."),
     changes: list[str] = typer.Option([], "--set", help="A setting of the decoder, such as top=2."),
-    verifier: Path | None = typer.Option(None, help="A .py file whose verify(prompt, texts) scores texts."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -36,10 +35,8 @@ def calibrate(
     from mixtura.methods import create
     from mixtura.running.decoders.calibrating import calibrate_on, samples_of
     from mixtura.running.decoders.probing import save_calibration
-    from mixtura.running.decoders.verifiers import verifier_of
 
     made = create("decoders", decoder, **parse_settings(changes))
-    verify = None if verifier is None else verifier_of(verifier)
     from mixtura.checkpoints.tokenizer import load_tokenizer
     from mixtura.running.loading import load
     from mixtura.running.resolve import resolve_model
@@ -47,7 +44,7 @@ def calibrate(
     resolved = resolve_model(model, assume_yes=yes)
     tokenizer = load_tokenizer(resolved.path)
     samples = samples_of(text, tokenizer, num_texts)
-    found = calibrate_on(load(resolved.path), made, samples, tokenizer=tokenizer, verifier=verify)
+    found = calibrate_on(load(resolved.path), made, samples, tokenizer=tokenizer)
     save_calibration(found, out)
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in found.tensors.items()}

@@ -20,6 +20,7 @@ from mixtura.methods.decoders import Calibration, Decoder, LayerFacts, ModelFact
 from mixtura.running.decoders.calibrating import calibrate_on
 from mixtura.running.decoders.entry import Decoded, decode
 from mixtura.running.decoders.probing import save_calibration
+from mixtura.running.generation import generate
 
 _END = 1
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:\n"
@@ -96,20 +97,24 @@ _made: dict[str, Path] = {}
 def _calibration(method: Subject) -> Path:
     name = method.header.name
     if name not in _made:
-        made = calibrate_on(model(), method.create(), samples(), verifier=verifier, tokenizer=tokenizer())
+        made = calibrate_on(model(), method.create(), samples(), tokenizer=tokenizer())
         _made[name] = _folder() / f"{name}.safetensors"
         save_calibration(made, _made[name])
     return _made[name]
 
 
-def samples() -> list[tuple[str, str, str]]:
-    """Questions, answers and labels to calibrate on."""
+@cache
+def samples() -> tuple[tuple[str, str, str], ...]:
+    """Questions, the model's own answers and labels to calibrate on."""
     generator = torch.Generator().manual_seed(5)
 
     def word(length: int) -> str:
         return "".join(_LETTERS[int(i)] for i in torch.randint(0, 60, (length,), generator=generator))
 
-    return [(word(6), word(5), ("one", "other")[place % 2]) for place in range(8)]
+    questions = [word(6) for _ in range(8)]
+    answers = [generate(model(), tokenizer(), one, max_new_tokens=4).text for one in questions]
+    labels = ("one", "other") * 4
+    return tuple(zip(questions, answers, labels, strict=True))
 
 
 @final

@@ -103,10 +103,10 @@ class Rebase(Decoder):
         return most_voted([answer_of(one.text) for one in candidates], [max(score, 0.0) for score in scores])
 
     def _reduced(self, verdicts: Sequence[float]) -> float:
-        made = {
-            "last": lambda: verdicts[-1],
-            "min": lambda: min(verdicts),
-            "mean": lambda: sum(verdicts) / len(verdicts),
-            "prod": lambda: math.prod(verdicts),
-        }
-        return made[self.reduce]() if verdicts else -math.inf
+        if not verdicts:
+            return -math.inf
+        if self.reduce == "mean":
+            return sum(verdicts) / len(verdicts)
+        if self.reduce == "prod":
+            return math.prod(verdicts)
+        return min(verdicts) if self.reduce == "min" else verdicts[-1]

@@ -13,7 +13,7 @@ from mixtura.data.tasks import TASKS, sample
 from mixtura.data.text import calibration
 from mixtura.data.tokens import encode_text, num_embeddings_of
 from mixtura.errors import UserError
-from mixtura.methods.decoders import Calibration, Decoder, Sample, Verifier
+from mixtura.methods.decoders import Calibration, Decoder, Sample
 from mixtura.running.decoders.bundle import Cost
 from mixtura.running.decoders.composing import tags_of
 from mixtura.running.decoders.entry import Wanted, prepared
@@ -26,7 +26,6 @@ def calibrate_on(
     samples: Sequence[tuple[str, str, str]],
     *,
     tokenizer: Any,
-    verifier: Verifier | None = None,
 ) -> Calibration:
     """What a decoder learns of a model from questions, their answers and labels.
 
@@ -35,7 +34,6 @@ def calibrate_on(
         decoder: with its settings.
         samples: question, answer and label of each; the question may be empty, and so may the label.
         tokenizer: the model's.
-        verifier: what the decoder will be given.
 
     Raises:
         UserError: the decoder needs no calibration, or the samples do not suit it.
@@ -44,7 +42,7 @@ def calibrate_on(
         raise UserError(f"{type(decoder).__name__} needs no calibration; decode with it as it is")
     if not samples:
         raise UserError("there are no texts to calibrate on; give some")
-    wanted = Wanted(verifier=verifier, calibrations=("none yet",))
+    wanted = Wanted(calibrations=("none yet",))
     embeddings = num_embeddings_of(model.config)
     encoded = []
     for question, answer, label in samples:
