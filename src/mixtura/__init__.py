@@ -39,6 +39,7 @@ _PUBLIC = {
     "MixturaForCausalLM": "mixtura.modeling.family",
     "export": "mixtura.modeling.family",
     "export_gguf": "mixtura.running.gguf",
+    "decode": "mixtura.running.decoders.entry",
     "fit": "mixtura.fitting",
     "compress": "mixtura.fitting.compressing",
     "register_backend": "mixtura.kernels",

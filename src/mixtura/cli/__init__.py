@@ -27,6 +27,7 @@ COMMANDS = (
     "observe",
     "generate",
     "verify",
+    "calibrate",
     "export",
     "train",
     "tune",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,15 @@ from mixtura.errors import SettingError, UnknownNameError, UserError
 
 if TYPE_CHECKING:
     from mixtura.fitting.arena.standings import Standing as Pruned
+    from mixtura.running.decoders.arena.run import Standing as Answered
     from mixtura.train.arena.standings import Standing
 
 _SHRINKING = ("pruners", "mergers")
+_DECODERS = "decoders"
 
 
 def arena(
-    kind: str = typer.Argument(help="routers, balancers, mixers, pruners or mergers."),
+    kind: str = typer.Argument(help="routers, balancers, mixers, pruners, mergers or decoders."),
     only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
     seeds: int = typer.Option(3, min=1, help="Trainings of each method; of pruners, texts to prune by."),
     tokens: int | None = typer.Option(
@@ -39,9 +41,9 @@ def arena(
 ) -> None:
     """Train the same small model with every method of a kind, on the same text, and compare.
 
-    Of pruners: keep three quarters, a half and a quarter of a model's experts by every criterion, and
-    measure what is left; of mergers the same, experts being averaged. Runs that are done are kept: the same
-    command goes on where it was stopped.
+    Of decoders: a model answers the same questions by each. Of pruners: keep three quarters, a half and a
+    quarter of a model's experts by every criterion, and measure what is left; of mergers the same, experts
+    being averaged. Runs that are done are kept: the same command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """
@@ -52,25 +54,47 @@ def arena(
     check_folder(runs)
     from mixtura.train.arena.entries import KINDS
 
-    if kind not in (*KINDS, *_SHRINKING):
-        raise UnknownNameError("kind in the arena", kind, (*KINDS, *_SHRINKING))
+    if kind not in (*KINDS, *_SHRINKING, _DECODERS):
+        raise UnknownNameError("kind in the arena", kind, (*KINDS, *_SHRINKING, _DECODERS))
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
     shared = {"only": names, "num_seeds": seeds, "runs": runs, "out": out}
     if tokens is not None:
+        if kind == _DECODERS:
+            raise SettingError("--tokens is for trainings and pruners; decoders answer whole questions")
         shared["num_tokens"] = tokens
     try:
-        table: list[Any] = _shrink(kind, model, shared) if kind in _SHRINKING else _train(kind, model, shared)
+        table = _held(kind, model, shared)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the runs in {runs}", err=True)
         raise
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in table], indent=1))
         return
-    _print_pruned(table) if kind in _SHRINKING else _print(table)
+    _printer(kind)(table)
     typer.echo(f"the page is {out / kind}.md", err=True)
+
+
+def _held(kind: str, model: Path | None, shared: dict[str, Any]) -> list[Any]:
+    if kind in _SHRINKING:
+        return _shrink(kind, model, shared)
+    return _answer(model, shared) if kind == _DECODERS else _train(kind, model, shared)
+
+
+def _printer(kind: str) -> Callable[[list[Any]], None]:
+    if kind == _DECODERS:
+        return _print_answered
+    return _print_pruned if kind in _SHRINKING else _print
+
+
+def _answer(model: Path | None, shared: dict[str, Any]) -> list[Answered]:
+    from mixtura.running.decoders.arena.run import Contest, hold
+
+    if model is not None and not model.is_dir():
+        raise UserError(f"--model of the arena of decoders takes the directory of a checkpoint, got {model}")
+    return hold(Contest(model=model, **shared), _notify)
 
 
 def _train(kind: str, model: Path | None, shared: dict[str, Any]) -> list[Standing]:
@@ -114,3 +138,13 @@ def _print_pruned(table: Iterable[Pruned]) -> None:
     ]
     heads = ["experts", "name", "KL", "to frequency", "verdict"]
     show_table(screen(), heads, rows, left=(1, 4))
+
+
+def _print_answered(table: Iterable[Answered]) -> None:
+    from mixtura.report.screen import screen, show_table
+
+    rows = [
+        [one.name, f"{one.accuracy:.1%}", f"{one.gained}, {one.lost}", f"{one.tokens:.0f}", one.verdict]
+        for one in table
+    ]
+    show_table(screen(), ["name", "right", "gained, lost", "tokens run", "verdict"], rows, left=(0, 4))

@@ -10,15 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words, tier_fields, tier_lines, wish_of
+from mixtura.cli._decoding import asked_for, by_decoder
+from mixtura.cli._generating import (
+    Adapter,
+    Bits,
+    Cache,
+    Calibration,
+    Changes,
+    DecoderNames,
+    Memory,
+    ModelToo,
+    Prefetch,
+    Unmerged,
+    VerifierFile,
+    Wanted,
+    loaded,
+)
+from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words, tier_fields, tier_lines
 from mixtura.cli.doctor import path_lines
-from mixtura.errors import CheckpointError, UserError
+from mixtura.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mixtura.kernels.paths import LayerPath
+    from mixtura.running.decoders.entry import Decoded
     from mixtura.running.generation import Generated
+
+_VERBOSE = "Say which path each layer took and why not a faster one, and with --memory what was read."
 
 
 def generate(
@@ -29,32 +48,20 @@ def generate(
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time."),
     seed: int = typer.Option(0, min=0, help="Seed of the draws where the temperature is more than 0."),
-    bits: int | None = typer.Option(
-        None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
-    ),
-    memory: str | None = typer.Option(
-        None, help="Memory the whole process may take, such as 8GiB; experts beyond it are read from disk."
-    ),
-    cache: str = typer.Option(
-        DEFAULT_CACHE, help="With --memory: which experts stay (mixtura methods caches)."
-    ),
-    prefetch: str = typer.Option(
-        NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods."
-    ),
-    adapter: Path | None = typer.Option(
-        None, help="The directory of an adapter, such as `mixtura tune` writes."
-    ),
-    unmerged: bool = typer.Option(
-        False, "--unmerged", help="Run the adapter beside the weights instead of merging it in memory first."
-    ),
+    bits: Bits = None,
+    memory: Memory = None,
+    cache: Cache = DEFAULT_CACHE,
+    prefetch: Prefetch = NO_PREFETCH,
+    adapter: Adapter = None,
+    unmerged: Unmerged = False,
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
+    decoder: DecoderNames = "",
+    changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own
+    verifier: VerifierFile = None,
+    calibration: Calibration = None,
+    model_too: ModelToo = [],  # noqa: B006
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
-    verbose: bool = typer.Option(
-        False,
-        "--verbose",
-        "-v",
-        help="Say which path each layer took and why not a faster one, and with --memory what was read.",
-    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help=_VERBOSE),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object, when all is generated."),
 ) -> None:
     """Continue a prompt with a model, or with the specimen; `mixtura fit` makes models for it, too.
@@ -64,66 +71,60 @@ def generate(
     `mixtura generate ./OLMoE-1B-7B-fit "The capital of France is" --max-new-tokens 20`
 
     `mixtura generate ./Qwen3-30B-A3B "Once upon a time" --memory 8GiB -v`
+
+    `mixtura generate "Question: What is 17 + 28?" --decoder scmoe --set beta=0.5`
     """
     model, text = _arguments(model_or_prompt, prompt)
     check_words(memory, cache, prefetch)
-    # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
-    from mixtura.running.memory.process import peak_resident_bytes, settle
+    asked = asked_for(decoder, changes, verifier, calibration, model_too)
+    place = {"memory": memory, "cache": cache, "prefetch": prefetch, "adapter": adapter}
+    said = {"text": text, "chat": chat, "max_new_tokens": max_new_tokens}
+    wanted = Wanted(bits=bits, merge=not unmerged, **place, **said)  # type: ignore[arg-type]
+    wanted.check()
+    found, tokenizer, name = loaded(model, wanted, yes=yes)
+    run = _by_itself if asked is None else by_decoder(asked, yes=yes)
+    tell = None if as_json else _tell
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "chat": chat}
+    made = run(found, tokenizer, text, **options, on_text=tell)
+    _show(made, name, found, verbose=verbose, as_json=as_json)
 
-    settle()
-    from mixtura.checkpoints.tokenizer import load_tokenizer
-    from mixtura.running.resolve import resolve_model
 
-    resolved = resolve_model(model, assume_yes=yes)
-    _check_model(resolved.path)
-    if adapter is not None:
-        from mixtura.running.adapters import adapter_config
-
-        adapter_config(adapter)
-    tokenizer = load_tokenizer(resolved.path)
+def _by_itself(*arguments: Any, **options: Any) -> Generated:
     from mixtura.running.generation import generate as generate_text
-    from mixtura.running.loading import load
 
-    context = _num_tokens(tokenizer, text, chat) + max_new_tokens if memory else 1
-    loaded: Any = load(resolved.path, bits=bits, memory=wish_of(memory, cache, prefetch, context))
-    if adapter is not None:
-        from mixtura.running.adapters import ready_to_run
-
-        loaded = ready_to_run(loaded, adapter, merge=not unmerged)
-    made = generate_text(
-        loaded,
-        tokenizer,
-        text,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        on_text=None if as_json else lambda piece: typer.echo(piece, nl=False),
-    )
-    taken = _taken(loaded) if verbose else None
-    if as_json:
-        more = tier_fields(loaded) | ({} if taken is None else {"layers": [asdict(path) for path in taken]})
-        peak = peak_resident_bytes()
-        typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
-    else:
-        _say(made, path_lines(taken) + tier_lines(loaded) if taken is not None else [])
+    return generate_text(*arguments, **options)
 
 
-def _num_tokens(tokenizer: Any, text: str, chat: bool) -> int:
-    """Tokens of the prompt, which decide what the cache takes."""
-    from mixtura.running.generation import encode_prompt
-
-    return encode_prompt(tokenizer, text, chat=chat).shape[0]
+def _tell(piece: str) -> None:
+    typer.echo(piece, nl=False)
 
 
-def _say(made: Generated, lines: list[str]) -> None:
+def _show(made: Generated | Decoded, name: str, model: Any, *, verbose: bool, as_json: bool) -> None:
+    taken = _taken(model) if verbose else None
+    if not as_json:
+        _say(made, [] if taken is None else path_lines(taken) + tier_lines(model))
+        return
+    from mixtura.running.memory.process import peak_resident_bytes
+
+    more = tier_fields(model) | ({} if taken is None else {"layers": [asdict(path) for path in taken]})
+    typer.echo(json.dumps({"model": name, **_fields(made), "peak_bytes": peak_resident_bytes()} | more))
+
+
+def _say(made: Generated | Decoded, lines: list[str]) -> None:
     """What generating took, and which way it went, after a text that is printed already."""
-    typer.echo()
+    several = len(getattr(made, "branches", ())) > 1
+    typer.echo(made.text if several else "")
     typer.echo(
         f"{made.num_prompt_tokens} tokens read in {made.prefill_ms / 1000:.2f} s, "
         f"{len(made.token_ids)} generated at {made.tokens_per_second:.1f} tokens/s",
         err=True,
     )
+    if (cost := getattr(made, "cost", None)) is not None:
+        typer.echo(
+            f"{len(getattr(made, 'branches', ()))} branches; {cost.num_passes} forward passes of "
+            f"{cost.num_tokens} tokens in all",
+            err=True,
+        )
     for line in lines:
         typer.echo(line, err=True)
 
@@ -147,25 +148,20 @@ def _arguments(first: str, second: str | None) -> tuple[str | None, str]:
     return model, sys.stdin.read() if prompt == "-" else prompt
 
 
-def _check_model(path: Path) -> None:
-    """Refuse what is no model before its tokenizer is looked for.
-
-    Raises:
-        CheckpointError: it is a file, or has no config.json.
-    """
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and the weights")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} is not a model: it has no config.json; give the directory of a transformers model"
-        )
-
-
-def _fields(made: Generated) -> dict[str, object]:
+def _fields(made: Generated | Decoded) -> dict[str, object]:
     return {
         "text": made.text,
         "num_prompt_tokens": made.num_prompt_tokens,
         "num_new_tokens": len(made.token_ids),
         "prefill_ms": made.prefill_ms,
         "tokens_per_second": made.tokens_per_second,
-    }
+    } | _more(made)
+
+
+def _more(made: Generated | Decoded) -> dict[str, object]:
+    """What a decoder says besides."""
+    branches = getattr(made, "branches", None)
+    if branches is None:
+        return {}
+    shown = [{"text": one.text, "verdict": one.verdict} for one in branches]
+    return {"branches": shown, "cost": asdict(getattr(made, "cost"))}  # noqa: B009

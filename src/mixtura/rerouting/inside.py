@@ -12,31 +12,14 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from mixtura.types.steering import Steering
+
 AtProduct = Callable[[Tensor, Tensor], None]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Steering:
-    """How a choice differs from the router's own.
-
-    ``bias`` is added to the scores that are compared, never to weights; experts that are not ``allowed``
-    are not chosen; entries of ``forced`` that are not negative are chosen whatever their score.
-    """
-
-    bias: Float[Tensor, " E"] | None = None
-    allowed: Bool[Tensor, " E"] | None = None
-    forced: Int[Tensor, "T K"] | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether the choice is the router's own."""
-        return self.bias is None and self.allowed is None and self.forced is None
 
 
 @final
@@ -81,6 +64,8 @@ class Inside(TorchFunctionMode):
             return self._topk(func, args, options)
         result = func(*args, **options)
         if self.logits is None and (matrix := self._multiplied(func, args)) is not None:
+            if self._steering.changes_logits:
+                result = steered_logits(result, self._steering, self._outline.num_experts)
             self.features, self.logits = args[0], result
             if self.at_product is not None:
                 self.at_product(args[0], matrix)
@@ -123,7 +108,7 @@ class Inside(TorchFunctionMode):
 
     def _steered(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
         scores, steering = args[0], self._steering
-        if steering.idle:
+        if not steering.changes_choice:
             return func(*args, **options)
         wanted = scores.detach()
         extra = wanted.shape[-1] - self._outline.num_experts
@@ -131,7 +116,12 @@ class Inside(TorchFunctionMode):
             wanted = wanted + F.pad(steering.bias.to(wanted), (0, extra))
         if steering.allowed is not None:
             wanted = wanted.masked_fill(~F.pad(steering.allowed, (0, extra), value=True), -torch.inf)
-        chosen = func(wanted, *args[1:], **options).indices
+        if steering.ranks is None:
+            chosen = func(wanted, *args[1:], **options).indices
+        else:
+            # Places are counted in falling order, which some families do not ask for.
+            most = max(self._outline.top_k, int(steering.ranks[..., 1].max()))
+            chosen = torch.topk(wanted, min(most, self._outline.num_experts), dim=-1).indices
         if steering.forced is not None:
             forced = steering.forced.view(chosen.shape)
             chosen = torch.where(forced >= 0, forced, chosen)
@@ -145,3 +135,35 @@ class Inside(TorchFunctionMode):
         groups = torch.where(forced >= 0, forced // size, self._outline.num_groups)
         held = ratings.new_zeros(ratings.shape[0], ratings.shape[1] + 1, dtype=torch.bool)
         return ratings.masked_fill(held.scatter(1, groups, True)[:, :-1], torch.inf)
+
+
+def steered_logits(
+    logits: Float[Tensor, "*_ X"], steering: Steering, num_experts: int
+) -> Float[Tensor, "*_ X"]:
+    """A router's logits as a steering changes them; entries after the first E stay."""
+    own, rest = logits[..., :num_experts], logits[..., num_experts:]
+    made = own
+    if steering.logits is not None:
+        made = made + steering.logits.to(made).view(_like(steering.logits, made))
+    if steering.spread is not None:
+        deviation = own.float().std(-1, keepdim=True, correction=0)
+        made = made + (deviation * steering.spread.view(_like(steering.spread, made))).to(made)
+    if steering.highest is not None:
+        top = made.amax(-1, keepdim=True)
+        above = top + top.abs().clamp(min=1) * 2 * torch.finfo(made.dtype).eps
+        made = torch.where(steering.highest.view(_like(steering.highest, made)), above, made)
+    if steering.mixture is not None and steering.share is not None:
+        share = steering.share.to(torch.float32)[..., None]
+        mixture = steering.mixture.to(torch.float32)
+        share, mixture = (x.view(_like(x, made)) for x in (share, mixture))
+        mixed = (1 - share) * made.float().softmax(-1) + share * mixture
+        # Where nothing is mixed in, not even rounding is.
+        made = torch.where(share > 0, mixed.log().to(made.dtype), made)
+    return torch.cat([made, rest], dim=-1)
+
+
+def _like(given: Tensor, logits: Tensor) -> tuple[int, ...]:
+    """The shape of a row for all tokens, or of one row a token, against logits of whatever axes."""
+    if given.ndim == 1:
+        return (given.shape[-1],)
+    return (*logits.shape[:-1], given.shape[-1])

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.types import Routing
+from mixtura.types.steering import Steering
 
 
 @final
@@ -54,6 +55,8 @@ class Pass:
         without_gradient: whether a router ran without a graph though the pass is trained on, as those of
             layers do that reentrant activation checkpointing will compute again.
         forced: by decoder layer, experts to choose instead of the router's own; -1 leaves them to it.
+        steering: by decoder layer, how its choice is to differ from the router's own.
+        kept: by decoder layer, how many of each token's experts were left where some were left out.
         seen: by decoder layer, what its router returned; kept while ``collecting``.
         states: by decoder layer, the state its router handed on.
     """
@@ -72,6 +75,8 @@ class Pass:
     without_gradient: bool = False
     collecting: bool = False
     forced: dict[int, Int[Tensor, "T _"]] = field(default_factory=dict)
+    steering: dict[int, Steering] = field(default_factory=dict)
+    kept: dict[int, Int[Tensor, " T"]] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple, final
 
@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from mixtura.checkpoints.view import MemoryLayer
 from mixtura.checkpoints.viewing.wrappers import submodule
 from mixtura.errors import UnsupportedModelError, UserError
+from mixtura.kernels.backend import NAME as BACKEND
 from mixtura.machine.releases import CHECKPOINTING, in_order_of, logits_weights_choices
 from mixtura.methods import declared_tags
 from mixtura.methods.routers import Router
 from mixtura.modeling.balance import LayerBalance
 from mixtura.modeling.layer import require_decodable
 from mixtura.rerouting.experts import experts_of
-from mixtura.rerouting.inside import Inside, Outline, Steering
+from mixtura.rerouting.inside import Inside, Outline
 from mixtura.rerouting.passes import Pass, Passes, Seen
+from mixtura.rerouting.thinning import normalizes, thinned
 from mixtura.types import RouterInput, Routing
+from mixtura.types.steering import Steering
 
 NO_GRADIENT = (
     "{} has no gradient, because activation checkpointing runs layers without; "
@@ -32,6 +35,7 @@ NO_GRADIENT = (
 )
 ROUTER = "mixtura_router"
 BALANCE = "mixtura_balance"
+_AS_IT_IS = Steering()
 # Families whose routers divide weights by K, which their blocks multiply outputs by.
 _DIVIDED_BY_TOP_K = ("openai_privacy_filter",)
 # How families call what they multiply a token's weights by, after any normalisation.
@@ -72,6 +76,7 @@ class Seat:
         self.keeps_correction = False
         self._own = vars(self.gate).get("forward")
         self._extra: Tensor | None = None
+        self._normalizes: bool | None = None
         self._adding = layer.experts.register_forward_hook(self._add_extra)
         self._outline = Outline(
             matrix=_two(self.matrix),
@@ -196,6 +201,8 @@ class Seat:
         if router is not None:
             return self._replaced(decided, output, here)
         self._require_steered(inside, steering)
+        if steering.changes_weights:
+            output = self._thinned(output, steering, here)
         if here.collecting and self.passes.active is here and inside.logits is not None:
             # Bare references: anything computed from them here would be missing when this is computed again.
             _, weights, choices = logits_weights_choices(output)
@@ -209,17 +216,39 @@ class Seat:
 
     def _steering(self, here: Pass) -> Steering:
         # A table of token ids chooses the same experts every time.
-        forced = None if self.layer.hash_routed else here.forced.get(self.layer.index)
+        if self.layer.hash_routed:
+            return _AS_IT_IS
+        forced = here.forced.get(self.layer.index)
         balance = self.balance
         if balance is None or self.router is not None:
-            return Steering(forced=forced)
+            asked = here.steering.get(self.layer.index, _AS_IT_IS)
+            return asked if forced is None else replace(asked, forced=forced)
         # Where the family has a correction bias of its own, that one is balanced.
         bias = balance.bias if self.layer.site.correction_bias is None else None
         allowed = balance.allowed if here.training else None
-        return Steering(bias, allowed, forced)
+        return Steering(bias=bias, allowed=allowed, forced=forced)
+
+    def _thinned(self, output: Any, steering: Steering, here: Pass) -> Any:
+        """What the router returned, without the experts that are left out and with weights as asked."""
+        if self._normalizes is None:
+            self._normalizes = normalizes(self.gate, self._run, self.width, self.matrix.dtype)
+        # Other implementations of experts run every number they are given.
+        experts: Any = self.layer.experts
+        absent = experts.config._experts_implementation == BACKEND
+        changed, kept = thinned(
+            output, steering, self.layer.num_experts, normalizes=self._normalizes, absent=absent
+        )
+        if kept is not None:
+            here.kept[self.layer.index] = kept
+        return changed
 
     def _require_steered(self, inside: Inside, steering: Steering) -> None:
-        if not steering.idle and inside.num_choices != 1:
+        if steering.changes_logits and inside.logits is None:
+            raise UnsupportedModelError(
+                f"{type(self.gate).__name__} of layer {self.layer.index} scores experts by no product, so "
+                "that its scores cannot be steered"
+            )
+        if steering.changes_choice and inside.num_choices != 1:
             raise UnsupportedModelError(
                 f"{type(self.gate).__name__} of layer {self.layer.index} does not choose experts by their "
                 "scores in one step, so its choice can be neither biased nor replayed; set_router puts "

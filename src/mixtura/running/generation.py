@@ -89,7 +89,7 @@ def generate(
     check_range("generate", "temperature", temperature, 0.0, 100.0)
     check_range("generate", "seed", seed, 0, (1 << 63) - 1)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat, num_embeddings=num_embeddings_of(model.config))
-    _check_positions(model, prompt_ids.shape[0], max_new_tokens)
+    check_positions(model, prompt_ids.shape[0], max_new_tokens)
     clock = Clock(tokenizer, on_text)
     new = new_tokens(
         model,
@@ -109,7 +109,12 @@ def generate(
     )
 
 
-def _check_positions(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> None:
+def check_positions(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a text that may become longer than the model was made for.
+
+    Raises:
+        UserError: there are more tokens than positions.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and num_prompt_tokens + max_new_tokens > positions:
         raise UserError(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.wrappers import inner, submodule
 from mixtura.errors import UnsupportedModelError
-from mixtura.rerouting.inside import Inside, Outline, Steering
+from mixtura.rerouting.inside import Inside, Outline
+from mixtura.types.steering import Steering
 
 
 @final

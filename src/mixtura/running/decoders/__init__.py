@@ -1,0 +1,1 @@
+"""The loop that decoders are run by: rows and caches, steering of routers, drawing, forking, stopping."""

@@ -1,0 +1,1 @@
+"""The arena of decoders: a model answers the same questions by every one, and what that takes is counted."""

@@ -1,0 +1,128 @@
+"""Running a model on a text beside the decoding, and calibrating a method with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mixtura.errors import CheckpointError, UserError
+from mixtura.methods.decoders import Calibration, ModelFacts, Ran, View
+from mixtura.running.decoders.bundle import Cost
+from mixtura.running.decoders.steering import Steerer, stacked
+from mixtura.types.steering import Steering
+
+_HEADER = "mixtura_calibration"
+
+
+@final
+class ModelProbe:
+    """What methods run a model by; see `mixtura.methods.decoders.Probe`."""
+
+    def __init__(
+        self, model: PreTrainedModel, facts: ModelFacts, steerer: Steerer | None, cost: Cost
+    ) -> None:
+        self._model = model
+        self._facts = facts
+        self._steerer = steerer
+        self._cost = cost
+
+    def run(
+        self,
+        token_ids: Sequence[int],
+        *,
+        steering: Mapping[int, Steering] | None = None,
+        gradients: bool = False,
+    ) -> Ran:
+        """Read a text from its beginning."""
+        steerer, ids = self._steerer, torch.tensor([list(token_ids)], device=self._model.device)
+        if steerer is not None:
+            view = View(dict(steering or {}))
+            steerer.current = stacked(self._facts, [view], ids.shape[1], prefill=True, last=True)
+            steerer.collecting, steerer.caught = True, {}
+        try:
+            with torch.set_grad_enabled(gradients), _frozen(self._model) if gradients else _as_it_is():
+                output: Any = self._model(
+                    input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
+                )
+        finally:
+            caught = {} if steerer is None else steerer.caught
+            if steerer is not None:
+                steerer.collecting, steerer.current, steerer.caught = False, {}, {}
+        self._cost.num_passes += 1
+        self._cost.num_tokens += ids.shape[1]
+        self._cost.layer_passes += self._facts.num_layers
+        self._cost.num_assignments += ids.shape[1] * sum(layer.top_k for layer in self._facts.layers)
+        known = {layer.index for layer in self._facts.layers}
+        kept = {index: found for index, found in caught.items() if index in known}
+        return Ran(
+            logits=output.logits[0].float(),
+            hidden=output.hidden_states[-1][0].float(),
+            probabilities={index: routing.scores for index, (routing, _, _) in kept.items()},
+            chosen={index: ids.reshape(-1, ids.shape[-1]) for index, (_, _, ids) in kept.items()},
+            weights={index: w.reshape(-1, w.shape[-1]) for index, (_, w, _) in kept.items()},
+        )
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradient is computed for the model's own parameters."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    for one in trained:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in trained:
+            one.requires_grad_(True)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def save_calibration(made: Calibration, path: Path) -> None:
+    """Write it as one safetensors file, its values in the header."""
+    header = {"method": made.method, "mark": made.mark, "values": made.values}
+    tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
+    tensors = tensors or {"none": torch.zeros(1)}
+    aside = path.with_name(path.name + ".part")
+    save_file(tensors, str(aside), metadata={_HEADER: json.dumps(header, allow_nan=False)})
+    aside.replace(path)
+
+
+def load_calibration(path: Path, method: str, facts: ModelFacts) -> Calibration:
+    """Read what `save_calibration` wrote.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged or no calibration.
+        UserError: it was made for another method or another model.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        made = Calibration(
+            method=header["method"], mark=header["mark"], values=header["values"], tensors=tensors
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no calibration that can be read ({error}); make it by 'mixtura calibrate {method}'"
+        ) from None
+    if made.method != method:
+        raise UserError(f"{path} was made for {made.method}, not for {method}; make one for {method}")
+    if made.mark != facts.mark:
+        raise UserError(
+            f"{path} was made for another model, whose sizes or routers differ; make one for this model by "
+            f"'mixtura calibrate {method}'"
+        )
+    return made
