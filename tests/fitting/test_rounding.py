@@ -15,9 +15,10 @@ from mixtura.checkpoints.apply import apply_plan
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.errors import CheckpointError
+from mixtura.fitting.calibration import Seen
 from mixtura.fitting.journal import Journal, open_journal
 from mixtura.fitting.palette import STORED, quantizer_of
-from mixtura.fitting.rounding import Rounder, Seen, rounder_for
+from mixtura.fitting.rounding import Rounder, rounder_for
 from mixtura.kernels import ExpertTensors
 from mixtura.types import Plan
 

@@ -17,9 +17,10 @@ from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.droppable import least_kept
 from mixtura.errors import CheckpointError
+from mixtura.fitting.calibration import Seen
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, STORED, WAYS, quantizer_of
 from mixtura.fitting.records import Experts, Prices
-from mixtura.fitting.rounding import Rounder, Seen
+from mixtura.fitting.rounding import Rounder
 from mixtura.methods import create
 
 _ALIGNMENT = 64

@@ -8,12 +8,9 @@ running the model again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,39 +19,14 @@ from mixtura.checkpoints.rounded import Encodings, RoundedExperts
 from mixtura.checkpoints.skeleton import CheckpointView, build
 from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.headers import TensorFiles, read_header
+from mixtura.fitting.calibration import Calibration, Seen, calibrated, side_by_side, uncalibrated
 from mixtura.fitting.journal import Journal
 from mixtura.fitting.palette import STORED, quantizer_of
 from mixtura.kernels import ExpertMath, ExpertTensors
 from mixtura.kernels.backend import math_of
-from mixtura.kernels.compiled import num_threads
 
 _INPUTS = "inputs-{layer}.safetensors"
 _ROUNDED = "rounded"
-# An expert's moments are added to so many rows of what the layer's tokens are like on average.
-_PRIOR_ROWS = 64
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """The tokens that one MoE layer was given, and their experts and weights."""
-
-    hidden: Float[Tensor, "T D"]
-    index: Int[Tensor, "T K"]
-    weights: Float[Tensor, "T K"]
-
-    def rows_of(self, expert: int) -> tuple[Float[Tensor, "n D"], Float[Tensor, " n"]]:
-        """An expert's inputs, and the weights of its outputs."""
-        tokens, places = (self.index == expert).nonzero(as_tuple=True)
-        return self.hidden[tokens].float(), self.weights[tokens, places].float()
-
-    @property
-    def average(self) -> Float[Tensor, "D D"]:
-        """Second moments of a token, weighed as one assignment is on average."""
-        present = self.index >= 0
-        hidden = self.hidden[present.any(-1)].float()
-        weight = self.weights[present].float().square().mean() if bool(present.any()) else 0.0
-        return hidden.T @ hidden * (weight / max(len(hidden), 1))
 
 
 @final
@@ -106,16 +78,7 @@ class Rounder:
         if not missing:
             return
         self._look_at(layer)
-        # PyTorch's own number may be held down while a model runs.
-        threads, workers = torch.get_num_threads(), num_threads()
-        try:
-            # The work is in many small operators: experts side by side use processors better.
-            torch.set_num_threads(1)
-            with ThreadPoolExecutor(min(workers, len(missing))) as pool:
-                for _ in pool.map(lambda item: self._round(layer, *item), missing.items()):
-                    pass
-        finally:
-            torch.set_num_threads(threads)
+        side_by_side(lambda expert: self._round(layer, expert, missing[expert]), missing)
 
     def decoded(self, layer: int, expert: int, option: int, dtype: torch.dtype) -> ExpertTensors:
         """An expert as it is after rounding, in the layout of its module."""
@@ -158,49 +121,21 @@ class Rounder:
         # One matrix in all ways, and then the other: what its moments are turned into is made once.
         ups = {option: quantizer_of(option).encode(up, calibration.up_moments) for option in options}
         downs = {option: quantizer_of(option).encode(down, calibration.down_moments) for option in options}
-        whole = _weighed(calibration.outputs, calibration.weights)
+        whole = calibration.whole
         for option in options:
             encodings: Encodings = {"up": ups[option], "down": downs[option]}
             # As the model would hold it, and then as wide as the outputs it is compared with.
             up, down = decoded_matrices(encodings, option, tensors.up.dtype, transposed=transposed)
-            changed = tensors._replace(up=up, down=down).to(torch.float32)
-            off = math.outputs(math.hidden(calibration.inputs, changed), changed) - calibration.outputs
-            facts = {"error": _weighed(off, calibration.weights), "whole": whole}
+            error = calibration.error(math, tensors._replace(up=up, down=down))
+            facts = {"error": error, "whole": whole}
             self.kept.write(STORED[option].action(layer, expert), encodings, facts, biases)
 
-    def _calibration(self, layer: int, expert: int, tensors: ExpertTensors) -> _Calibration:
+    def _calibration(self, layer: int, expert: int, tensors: ExpertTensors) -> Calibration:
         """What an expert was given and what it makes of that."""
-        math = self._maths[layer]
         _, seen, average = self._seen
         if seen is None or average is None:
-            nothing = torch.zeros(0, self._layers[layer].shape.d_model)
-            return _Calibration(nothing, torch.zeros(0), nothing, None, None)
-        inputs, weights = seen.rows_of(expert)
-        wide = tensors.to(torch.float32)
-        hidden = math.hidden(inputs, wide)
-        scaled, own = inputs * weights[:, None], hidden * weights[:, None]
-        return _Calibration(
-            inputs,
-            weights,
-            math.outputs(hidden, wide),
-            scaled.T @ scaled + average * _PRIOR_ROWS,
-            own.T @ own if len(own) else None,
-        )
-
-
-class _Calibration(NamedTuple):
-    """An expert's inputs, the weights of its outputs, these, and the moments of its matrices' inputs."""
-
-    inputs: Float[Tensor, "n D"]
-    weights: Float[Tensor, " n"]
-    outputs: Float[Tensor, "n D"]
-    up_moments: Float[Tensor, "D D"] | None
-    down_moments: Float[Tensor, "F F"] | None
-
-
-def _weighed(outputs: Float[Tensor, "n D"], weights: Float[Tensor, " n"]) -> float:
-    """Squares of outputs that are weighted, added up."""
-    return float((weights.double().square() * outputs.square().sum(-1)).sum())
+            return uncalibrated(self._layers[layer].shape.d_model)
+        return calibrated(seen, average, (expert,), tensors, self._maths[layer])
 
 
 def rounder_for(view: CheckpointView, journal: Journal) -> Rounder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, final
@@ -16,12 +15,10 @@ from mixtura.checkpoints.applying.merging import merged_expert
 from mixtura.checkpoints.packed import MATRICES, MatrixName
 from mixtura.checkpoints.rounded import Encodings, RoundedExperts
 from mixtura.checkpoints.view import LayerView
-from mixtura.fitting.calibration import calibrated
+from mixtura.fitting.calibration import Seen, calibrated, side_by_side
 from mixtura.fitting.compressing.records import LayerRounding
-from mixtura.fitting.rounding import Seen
 from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
-from mixtura.kernels.compiled import num_threads
 from mixtura.methods import create
 from mixtura.types import Merge, Plan, Quantize
 
@@ -106,16 +103,7 @@ class LayerRounder:
         absent = top_k_index >= self._layer.num_experts
         seen = Seen(hidden, top_k_index.masked_fill(absent, -1), top_k_weights)
         average = seen.average
-        # PyTorch's own number may be held down while a model runs.
-        threads, workers = torch.get_num_threads(), num_threads()
-        try:
-            # The work is in many small operators: experts side by side use processors better.
-            torch.set_num_threads(1)
-            with ThreadPoolExecutor(min(workers, len(missing))) as pool:
-                for _ in pool.map(lambda expert: self._round(expert, seen, average), missing):
-                    pass
-        finally:
-            torch.set_num_threads(threads)
+        side_by_side(lambda expert: self._round(expert, seen, average), missing)
 
     def expert(
         self,
