@@ -22,6 +22,7 @@ _SERVER = get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "mixtura.cli",
+        "mixtura.fitting.compressing.run",
         "mixtura.fitting.run",
         "mixtura.running.generation",
         "mixtura.running.loading",
