@@ -40,8 +40,8 @@ EXIT_CLOSED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 EPILOG = (
     "Exit codes: 0 done; 1 `check` found a promise broken, or `verify` a difference; 2 mistyped, missing or "
-    "damaged, and what to give instead; 3 understood, but it cannot be had: a budget that nothing meets, more "
-    "loss than --max-kl; 130 interrupted."
+    "damaged, and what to give instead; 3 understood, but it cannot be had: a budget that nothing meets, "
+    "more loss than --max-kl; 130 interrupted."
 )
 
 

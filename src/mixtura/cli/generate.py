@@ -41,6 +41,7 @@ def generate(
     prefetch: str = typer.Option(
         NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods."
     ),
+    trace: Path | None = typer.Option(None, help="With --memory: a trace (mixtura observe) to go by."),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     verbose: bool = typer.Option(
@@ -60,7 +61,7 @@ def generate(
     `mixtura generate ./Qwen3-30B-A3B "Once upon a time" --memory 8GiB -v`
     """
     model, text = _arguments(model_or_prompt, prompt)
-    check_words(memory, cache, prefetch)
+    check_words(memory, cache, prefetch, trace)
     # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
     from mixtura.running.memory.process import peak_resident_bytes, settle
 
@@ -75,7 +76,7 @@ def generate(
     from mixtura.running.loading import load
 
     context = _num_tokens(tokenizer, text, chat) + max_new_tokens if memory else 1
-    loaded = load(resolved.path, bits=bits, memory=wish_of(memory, cache, prefetch, context))
+    loaded = load(resolved.path, bits=bits, memory=wish_of(memory, cache, prefetch, trace, context))
     made = generate_text(
         loaded,
         tokenizer,
