@@ -26,6 +26,7 @@ Memory = Annotated[
 ]
 Cache = Annotated[str, typer.Option(help="With --memory: which experts stay (mixtura methods caches).")]
 Prefetch = Annotated[str, typer.Option(help="With --memory: which are read ahead; see mixtura methods.")]
+TraceFile = Annotated[Path | None, typer.Option(help="With --memory: a trace (mixtura observe) to go by.")]
 Adapter = Annotated[
     Path | None, typer.Option(help="The directory of an adapter, such as `mixtura tune` writes.")
 ]
@@ -64,6 +65,7 @@ class Wanted:
     memory: str | None
     cache: str
     prefetch: str
+    trace: Path | None
     adapter: Path | None
     merge: bool
     text: str
@@ -102,7 +104,7 @@ def loaded(model: str | None, wanted: Wanted, *, yes: bool) -> tuple[PreTrainedM
     from mixtura.running.loading import load
 
     context = _num_tokens(tokenizer, wanted) + wanted.max_new_tokens if wanted.memory else 1
-    wish = wish_of(wanted.memory, wanted.cache, wanted.prefetch, context)
+    wish = wish_of(wanted.memory, wanted.cache, wanted.prefetch, wanted.trace, context)
     found: Any = load(resolved.path, bits=wanted.bits, memory=wish)
     if wanted.adapter is not None:
         from mixtura.running.adapters import ready_to_run

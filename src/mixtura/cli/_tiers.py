@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixtura.errors import SettingError
@@ -13,7 +14,7 @@ DEFAULT_CACHE = "lru"
 NO_PREFETCH = "none"
 
 
-def check_words(memory: str | None, cache: str, prefetch: str) -> None:
+def check_words(memory: str | None, cache: str, prefetch: str, trace: Path | None) -> None:
     """Refuse what cannot be meant, before anything heavy is imported.
 
     Raises:
@@ -23,10 +24,10 @@ def check_words(memory: str | None, cache: str, prefetch: str) -> None:
     from mixtura.methods import header
     from mixtura.report.units import parse_bytes
 
-    if memory is None and (cache, prefetch) != (DEFAULT_CACHE, NO_PREFETCH):
+    if memory is None and (cache, prefetch, trace) != (DEFAULT_CACHE, NO_PREFETCH, None):
         raise SettingError(
-            "--cache and --prefetch say how a model runs in less memory than its weights; give --memory, "
-            "too, such as --memory 8GiB"
+            "--cache, --prefetch and --trace say how a model runs in less memory than its weights; give "
+            "--memory, too, such as --memory 8GiB"
         )
     if memory is not None:
         parse_bytes(memory)
@@ -35,11 +36,13 @@ def check_words(memory: str | None, cache: str, prefetch: str) -> None:
             header("prefetchers", prefetch)
 
 
-def wish_of(memory: str | None, cache: str, prefetch: str, context: int) -> Wish | None:
+def wish_of(memory: str | None, cache: str, prefetch: str, trace: Path | None, context: int) -> Wish | None:
     """What `mixtura.load` is to be given as ``memory``."""
     from mixtura.running.tiers.opening import Wish
 
-    return None if memory is None else Wish(memory=memory, cache=cache, prefetch=prefetch, context=context)
+    if memory is None:
+        return None
+    return Wish(memory=memory, cache=cache, prefetch=prefetch, trace=trace, context=context)
 
 
 def tier_fields(model: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from mixtura.cli._generating import (
     Memory,
     ModelToo,
     Prefetch,
+    TraceFile,
     Unmerged,
     VerifierFile,
     Wanted,
@@ -52,6 +53,7 @@ def generate(
     memory: Memory = None,
     cache: Cache = DEFAULT_CACHE,
     prefetch: Prefetch = NO_PREFETCH,
+    trace: TraceFile = None,
     adapter: Adapter = None,
     unmerged: Unmerged = False,
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
@@ -75,9 +77,9 @@ def generate(
     `mixtura generate "Question: What is 17 + 28?" --decoder scmoe --set beta=0.5`
     """
     model, text = _arguments(model_or_prompt, prompt)
-    check_words(memory, cache, prefetch)
+    check_words(memory, cache, prefetch, trace)
     asked = asked_for(decoder, changes, verifier, calibration, model_too)
-    place = {"memory": memory, "cache": cache, "prefetch": prefetch, "adapter": adapter}
+    place = {"memory": memory, "cache": cache, "prefetch": prefetch, "trace": trace, "adapter": adapter}
     said = {"text": text, "chat": chat, "max_new_tokens": max_new_tokens}
     wanted = Wanted(bits=bits, merge=not unmerged, **place, **said)  # type: ignore[arg-type]
     wanted.check()

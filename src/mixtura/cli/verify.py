@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -21,6 +22,7 @@ def verify(
     memory: str = typer.Option(..., help="Memory the whole process may take, such as 8GiB."),
     cache: str = typer.Option(DEFAULT_CACHE, help="Which experts stay; see mixtura methods."),
     prefetch: str = typer.Option(NO_PREFETCH, help="Which are read ahead; see mixtura methods."),
+    trace: Path | None = typer.Option(None, help="A trace (mixtura observe) that these go by."),
     bits: int | None = typer.Option(
         None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
     ),
@@ -36,7 +38,7 @@ def verify(
 
     Example: `mixtura verify ./OLMoE-1B-7B --memory 4GiB`
     """
-    check_words(memory, cache, prefetch)
+    check_words(memory, cache, prefetch, trace)
     from mixtura.running.memory.process import settle
 
     settle()
@@ -44,7 +46,7 @@ def verify(
     from mixtura.running.verifying import verify as verify_model
 
     resolved = resolve_model(model, assume_yes=yes)
-    wish = wish_of(memory, cache, prefetch, tokens + steps)
+    wish = wish_of(memory, cache, prefetch, trace, tokens + steps)
     assert wish is not None
     found = verify_model(
         resolved.path,

@@ -104,8 +104,7 @@ def _require_memory(path: str | Path, context: int) -> None:
     if needed > there:
         raise UnmetError(
             f"comparing takes the whole model in memory once, {format_bytes(needed)}, and "
-            f"{format_bytes(there)} are free here; verify it where there is more, or a smaller model of the "
-            "family"
+            f"{format_bytes(there)} are free here; verify it where there is more, or a smaller model"
         )
 
 

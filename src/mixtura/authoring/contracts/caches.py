@@ -34,7 +34,8 @@ def sample(method: Subject, seed: int, length: int = 300) -> list[Key]:
 
 
 def use(cache: Cache, accesses: list[Key]) -> list[Touch]:
-    """What happened at each access."""
+    """What happened at each access, after a lesson: the first experts of each layer were chosen most."""
+    cache.learn({layer: [1.0 / (1 + e) for e in range(_NUM_EXPERTS)] for layer in range(_NUM_LAYERS)})
     return replay(cache, accesses)
 
 

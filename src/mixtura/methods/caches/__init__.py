@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -93,6 +93,13 @@ class Cache(ABC):
     def foresee(self, accesses: Sequence[Key]) -> None:
         """Be told, before the first touch, all that will be touched; only an ``oracle`` listens."""
         del accesses
+
+    def learn(self, counts: Mapping[int, Sequence[float]]) -> None:
+        """Be given, by layer, how often each of its experts was chosen in recorded text.
+
+        Only a method with the tag ``reads:trace`` listens.
+        """
+        del counts
 
     def begin(self) -> None:
         """Be told that a new text begins."""

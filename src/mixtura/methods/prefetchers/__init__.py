@@ -13,6 +13,7 @@ KIND = {
     "base": "Prefetcher",
     "summary": "Guesses which experts later layers will need, so that they are read before that.",
     "tags": {
+        "reads:trace": "is given a recorded trace before the first call (`Prefetcher.learn`)",
         "reads:gates": "asks what a later layer's router would think of this layer's tokens (`Sight.gates`)",
     },
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixtura.methods.caches import Call, Key
 from mixtura.running.tiers.ahead import Ahead
+from mixtura.running.tiers.lessons import Lesson
 from mixtura.running.tiers.reading import LATER, Load, Reader
 from mixtura.running.tiers.recipes import Recipe
 from mixtura.running.tiers.slots import Slots
@@ -84,6 +85,13 @@ class Tiers:
             pool.cache.begin()
         if self.ahead is not None:
             self.ahead.prefetcher.begin()
+
+    def learn(self, lesson: Lesson) -> None:
+        """Hand what a trace says to those who go by it."""
+        for pool in self.pools:
+            pool.cache.learn(lesson.counts)
+        if self.ahead is not None:
+            self.ahead.prefetcher.learn(lesson.pairs)
 
     def forget_statistics(self) -> Statistics:
         """Count anew from now on; returns what was counted."""

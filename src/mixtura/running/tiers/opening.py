@@ -23,10 +23,12 @@ from mixtura.report.units import parse_bytes
 from mixtura.running.tiers.ahead import Ahead
 from mixtura.running.tiers.budget import Division, SlotPlan, divide
 from mixtura.running.tiers.core import Tiers
+from mixtura.running.tiers.lessons import Lesson
 from mixtura.running.tiers.reading import Reader
 from mixtura.running.tiers.recipes import Recipe, recipe_of
 from mixtura.running.tiers.slots import Slots
 from mixtura.running.tiers.store import TieredStore
+from mixtura.types.trace import Trace
 
 NO_PREFETCH: Final = "none"
 DEFAULT_CONTEXT: Final = 4096
@@ -43,6 +45,7 @@ class Wish:
         context: tokens of prompt and answer together.
         cache: name of the cache; see `mixtura.methods.caches`.
         prefetch: name of the prefetcher, or ``none``.
+        trace: a file that `mixtura observe` wrote, for methods with the tag ``reads:trace``.
         pool_slots: slots of each size, whatever the budget; for tests and measurements.
     """
 
@@ -50,6 +53,7 @@ class Wish:
     context: int = DEFAULT_CONTEXT
     cache: str = "lru"
     prefetch: str = NO_PREFETCH
+    trace: str | Path | None = None
     pool_slots: int | None = None
 
     def check(self) -> None:
@@ -67,8 +71,13 @@ class Wish:
                 f"the cache {self.cache!r} reads the future, which no running model knows; give another, "
                 "such as lru, and see 'mixtura arena caches' for how near it comes"
             )
-        if self.prefetch != NO_PREFETCH:
-            header("prefetchers", self.prefetch)
+        named = [("caches", self.cache)] + [("prefetchers", self.prefetch)] * (self.prefetch != NO_PREFETCH)
+        for kind, name in named:
+            if "reads:trace" in header(kind, name).tags and self.trace is None:
+                raise SettingError(
+                    f"{name!r} goes by a recorded trace; write one with 'mixtura observe MODEL --save FILE' "
+                    "and give it as trace"
+                )
 
 
 def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers:
@@ -88,7 +97,12 @@ def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers
         slots = division.slots
     else:
         slots = _counted(recipes, wish.pool_slots)
+    if wish.trace is not None:
+        lesson = Lesson.of(Trace.load(Path(wish.trace)), [recipe.num_experts for recipe in recipes])
+    else:
+        lesson = Lesson({}, {})
     tiers = _tiers(recipes, slots, wish, max(layer.top_k for layer in layers), _Gates(model, view))
+    tiers.learn(lesson)
     for number, (layer, module) in enumerate(zip(layers, modules, strict=True)):
         module.mixtura_store = TieredStore(tiers, number, layer.shape.d_model)
     setattr(model, _ATTRIBUTE, (tiers, division))

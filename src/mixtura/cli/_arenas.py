@@ -1,0 +1,152 @@
+"""What each kind's arena is held by, and how its table is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import typer
+
+from mixtura.errors import SettingError, UserError
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was asked of an arena; ``tokens`` is None where nothing was said."""
+
+    kind: str
+    names: tuple[str, ...]
+    seeds: int
+    tokens: int | None
+    model: Path | None
+    out: Path
+    runs: Path
+
+    def shared(self) -> dict[str, Any]:
+        """What arenas take whose single runs are kept."""
+        more = {} if self.tokens is None else {"num_tokens": self.tokens}
+        return {
+            "only": self.names,
+            "num_seeds": self.seeds,
+            "runs": self.runs,
+            "out": self.out,
+        } | more
+
+    def checkpoint(self) -> Path | None:
+        """The model, where it is to be a checkpoint.
+
+        Raises:
+            UserError: it is none.
+        """
+        if self.model is not None and not self.model.is_dir():
+            raise UserError(
+                f"--model of the arena of {self.kind} takes the directory of a checkpoint, got {self.model}"
+            )
+        return self.model
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Holds an arena, writes its page, and prints the table that comes of it."""
+
+    hold: Callable[[Asked], list[Any]]
+    show: Callable[[list[Any]], None]
+
+
+def _notify(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _train(asked: Asked) -> list[Any]:
+    from mixtura.train.arena.run import Contest, hold
+    from mixtura.train.arena.scale import Scale
+
+    scale = Scale.read(asked.model) if asked.model else Scale()
+    return [*hold(Contest(kind=asked.kind, scale=scale, **asked.shared()), _notify)]
+
+
+def _shrink(asked: Asked) -> list[Any]:
+    from mixtura.fitting.arena.run import Contest, hold
+
+    return [*hold(Contest(kind=asked.kind, model=asked.checkpoint(), **asked.shared()), _notify)]
+
+
+def _answer(asked: Asked) -> list[Any]:
+    from mixtura.running.decoders.arena.run import Contest, hold
+
+    if asked.tokens is not None:
+        raise SettingError("--tokens is for trainings and texts; decoders answer whole questions")
+    return [*hold(Contest(model=asked.checkpoint(), **asked.shared()), _notify)]
+
+
+def _replay(asked: Asked) -> list[Any]:
+    from mixtura import specimen
+    from mixtura.running.tiers.arena import hold
+    from mixtura.running.tiers.page import as_csv, markdown
+
+    model, texts = asked.checkpoint(), (asked.seeds, asked.tokens or _REPLAYED_TOKENS)
+    table = hold(model or specimen.path(), asked.names, *texts, _notify)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    page = markdown(table, "the specimen" if model is None else model.name, *texts)
+    (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
+    (asked.out / f"{asked.kind}.csv").write_text(as_csv(table), encoding="utf-8")
+    return [*table]
+
+
+def _show_trained(table: list[Any]) -> None:
+    rows = []
+    for one in table:
+        bits = one.values.get("bits_per_byte")
+        shown = "not trained" if bits is None else f"{bits:.4f}"
+        said = one.error if bits is None else one.verdict
+        rows.append([one.name, shown, said + ("  (leaking)" if one.leaks else "")])
+    _show(["name", "bits per byte", "verdict"], rows, left=(0, 2))
+
+
+def _show_shrunk(table: list[Any]) -> None:
+    rows = [
+        [f"{one.keep:.0%}", one.name, f"{one.values['kl']:.4f}", f"{one.ratio:.2f}", one.verdict]
+        for one in table
+    ]
+    _show(["experts", "name", "KL", "to frequency", "verdict"], rows, left=(1, 4))
+
+
+def _show_answered(table: list[Any]) -> None:
+    rows = [
+        [one.name, f"{one.accuracy:.1%}", f"{one.gained}, {one.lost}", f"{one.tokens:.0f}", one.verdict]
+        for one in table
+    ]
+    _show(["name", "right", "gained, lost", "tokens run", "verdict"], rows, left=(0, 4))
+
+
+def _show_replayed(table: list[Any]) -> None:
+    from mixtura.report.units import format_bytes
+
+    rows = []
+    for one in table:
+        rate, read, over = (sum(v) / len(v) for v in (one.hit_rates, one.missed_bytes, one.over_bound))
+        rows.append([f"{one.share:.0%}", one.name, f"{rate:.1%}", format_bytes(read), f"{over:.2f}"])
+    _show(["room", "name", "hit rate", "read a token", "misses to belady"], rows, left=(1,))
+
+
+def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> None:
+    from mixtura.report.screen import screen, show_table
+
+    show_table(screen(), heads, rows, left=left)
+
+
+_REPLAYED_TOKENS: Final = 2048
+_TRAINED, _SHRUNK = Arena(_train, _show_trained), Arena(_shrink, _show_shrunk)
+ARENAS: Final[Mapping[str, Arena]] = {
+    "routers": _TRAINED,
+    "balancers": _TRAINED,
+    "mixers": _TRAINED,
+    "pruners": _SHRUNK,
+    "mergers": _SHRUNK,
+    "decoders": Arena(_answer, _show_answered),
+    "caches": Arena(_replay, _show_replayed),
+}
