@@ -31,6 +31,7 @@ _PUBLIC = {
     "Trace": "mixtura.types.trace",
     "open_model": "mixtura.checkpoints.view",
     "observe": "mixtura.running.observing",
+    "analyze": "mixtura.running.observing.analyzing",
     "apply_plan": "mixtura.checkpoints.apply",
     "load": "mixtura.running.loading",
     "load_tokenizer": "mixtura.checkpoints.tokenizer",

@@ -14,6 +14,7 @@ from mixtura.methods import header
 _SHOWN_SPECIALISTS = 10
 
 if TYPE_CHECKING:
+    from mixtura.methods.analyses import Report
     from mixtura.running.observing.describe import Description
 
 
@@ -33,6 +34,9 @@ def observe(
         help="A statistic to take of every choice, by name or .py file; may be repeated. "
         "`mixtura methods statistics` lists them.",
     ),
+    analysis: str = typer.Option(
+        "", help="Analyses of the trace by name, with commas; `mixtura methods analyses` lists them."
+    ),
     save: Path | None = typer.Option(None, help="Write the trace to this file (safetensors)."),
     report: Path | None = typer.Option(None, help="Write a page with heat maps to this file (HTML)."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
@@ -41,12 +45,17 @@ def observe(
     """Show which experts tokens reach: load by layer and domain, experts never chosen, specialists.
 
     Example: `mixtura observe ./OLMoE-1B-7B --text ./docs --report observed.html`
+
+    `mixtura observe --analysis routing_consistency,load`
     """
     check_file(save)
     check_file(report)
     _check_known(statistics)
+    wanted = [name.strip() for name in analysis.split(",") if name.strip()]
+    needs = tags_of_analyses(wanted)
     from mixtura.checkpoints.skeleton import open_checkpoint
     from mixtura.data.records import readable
+    from mixtura.running.observing.analyzing import analyze
     from mixtura.running.observing.checkpoint import observe_checkpoint, read_text
     from mixtura.running.observing.describe import describe
     from mixtura.running.observing.report import observation_page
@@ -55,7 +64,14 @@ def observe(
     resolved = resolve_model(model, assume_yes=yes)
     view = open_checkpoint(resolved.path)
     batch = read_text(view, text, max_tokens=tokens, max_length=length)
-    trace = observe_checkpoint(view, batch, statistics=statistics, progress=not as_json)
+    trace = observe_checkpoint(
+        view,
+        batch,
+        statistics=list(dict.fromkeys([*statistics, *needs["statistic"]])),
+        keep_choices="choices" in needs["needs"],
+        progress=not as_json,
+    )
+    reports = {name: analyze(trace, name) for name in wanted}
     description = describe(trace)
     if save is not None:
         trace.save(save)
@@ -63,12 +79,38 @@ def observe(
         page = readable(observation_page(resolved.name, description))
         report.write_text(page, encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps({"model": resolved.name, **description.to_dict()}))
+        more = {"analyses": {name: one.to_dict() for name, one in reports.items()}} if reports else {}
+        typer.echo(json.dumps({"model": resolved.name, **description.to_dict(), **more}))
     else:
         _print(resolved.name, description)
+        _print_reports(reports)
         for what, target in (("trace", save), ("report", report)):
             if target is not None:
                 typer.echo(f"{what}: {target}", err=True)
+
+
+def tags_of_analyses(names: list[str]) -> dict[str, list[str]]:
+    """What analyses need observed, by the beginnings of their tags; refuses one that is not there."""
+    tags = [tag for name in names for tag in header("analyses", name).tags]
+    return {
+        kind: [tag.partition(":")[2] for tag in tags if tag.startswith(f"{kind}:")]
+        for kind in ("statistic", "needs")
+    }
+
+
+def _print_reports(reports: dict[str, Report]) -> None:
+    from mixtura.report.screen import screen, show_table
+
+    console = screen()
+    for name, one in reports.items():
+        rows = [[_shown(row[column]) for column in one.columns] for row in one.rows]
+        whole = ", ".join(f"{key} {_shown(value)}" for key, value in one.scalars.items())
+        console.print()
+        show_table(console, list(one.columns), rows, title=f"{name}: {whole}")
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _check_known(statistics: list[str]) -> None:

@@ -117,6 +117,9 @@ class Trace:
         domains: names of the text's domains, in the order of the M axis.
         num_tokens: valid tokens per domain.
         layers: one record per MoE layer, in order.
+        sequence_lengths: tokens of each sequence of the text, in order, where that is known; what belongs to
+        a
+            sequence in ``choices``.
     """
 
     source_digest: str
@@ -124,6 +127,22 @@ class Trace:
     domains: tuple[str, ...]
     num_tokens: tuple[int, ...]
     layers: tuple[LayerTrace, ...]
+    sequence_lengths: tuple[int, ...] = ()
+
+    def sequences(self, index: int) -> tuple[Int[Tensor, "T K"], ...]:
+        """The experts of each token of decoder layer ``index``, sequence by sequence.
+
+        Raises:
+            UserError: that layer has no experts, or the pass did not keep choices or sequences.
+        """
+        choices = self.layer(index).choices
+        if choices is None or sum(self.sequence_lengths) != len(choices):
+            raise UserError(
+                "this trace does not have every token's experts by sequence; observe again with "
+                "keep_choices=True"
+            )
+        found: tuple[Tensor, ...] = choices.split(list(self.sequence_lengths))
+        return found
 
     def layer(self, index: int) -> LayerTrace:
         """The record of decoder layer `index`.
@@ -161,7 +180,13 @@ class Trace:
             )
             for layer in self.layers
         )
-        return replace(self, domains=(domain,), num_tokens=self.num_tokens[only], layers=layers)
+        return replace(
+            self,
+            domains=(domain,),
+            num_tokens=self.num_tokens[only],
+            layers=layers,
+            sequence_lengths=(),
+        )
 
     def save(self, path: Path) -> None:
         """Write the trace as one safetensors file, its scalars in the header."""
@@ -188,6 +213,7 @@ class Trace:
             "domains": json.dumps(self.domains),
             "num_tokens": json.dumps(self.num_tokens),
             "layers": json.dumps(layers),
+            "sequence_lengths": json.dumps(self.sequence_lengths),
         }
         save_file(tensors, str(path), metadata=header)
 
@@ -215,6 +241,8 @@ class Trace:
             domains=tuple(json.loads(header["domains"])),
             num_tokens=tuple(json.loads(header["num_tokens"])),
             layers=tuple(layers),
+            # Traces of before have none.
+            sequence_lengths=tuple(json.loads(header.get("sequence_lengths", "[]"))),
         )
 
 

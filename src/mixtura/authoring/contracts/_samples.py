@@ -91,6 +91,7 @@ def sample_trace(
         domains=DOMAINS,
         num_tokens=num_per_domain,
         layers=tuple(layers),
+        sequence_lengths=(num_tokens // 3, num_tokens - num_tokens // 3),
     )
 
 

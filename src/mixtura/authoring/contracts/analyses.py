@@ -62,7 +62,7 @@ def check_nothing_seen(method: Subject) -> None:
         )
         for layer in trace.layers
     )
-    empty = replace(trace, layers=layers, num_tokens=(0,) * len(trace.domains))
+    empty = replace(trace, layers=layers, num_tokens=(0,) * len(trace.domains), sequence_lengths=())
     json.dumps(use(method.create(), empty).to_dict(), allow_nan=False)
 
 

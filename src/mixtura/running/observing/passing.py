@@ -119,6 +119,7 @@ def trace_of(
         domains=tokens.domain_names,
         num_tokens=_tokens_by_domain(tokens),
         layers=tuple(r.trace(_expert_num_bytes(module, r.layer)) for r in recorders),
+        sequence_lengths=tuple(length for length in tokens.attention_mask.sum(1).tolist() if length),
     )
 
 
