@@ -42,6 +42,7 @@ _PUBLIC = {
     "fit": "mixtura.fitting",
     "register_backend": "mixtura.kernels",
     "AdapterConfig": "mixtura.adapting",
+    "export_lora": "mixtura.adapting.exporting",
     "tune": "mixtura.train.tuning",
     "set_router": "mixtura.rerouting",
     "load_router": "mixtura.rerouting",
