@@ -45,6 +45,7 @@ _PUBLIC = {
     "compress": "mixtura.fitting.compressing",
     "register_backend": "mixtura.kernels",
     "AdapterConfig": "mixtura.adapting",
+    "export_lora": "mixtura.adapting.exporting",
     "tune": "mixtura.train.tuning",
     "set_router": "mixtura.rerouting",
     "load_router": "mixtura.rerouting",

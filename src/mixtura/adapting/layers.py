@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixtura.adapting.changing import add_to_rows, changed_parameters, changed_weight, nothing
+from mixtura.adapting.losses import LossBox
 from mixtura.errors import UserError
 from mixtura.kernels import backend
 from mixtura.methods import declared_tags
@@ -26,9 +27,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
     adapter_layer_names = (ADAPTERS,)
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, losses: LossBox) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.losses = losses
         self.mixtura_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -226,10 +228,17 @@ class LinearLayer(AdapterLayer):
         bias = getattr(self.base_layer, "bias", None)
         for name in self.running:
             adapter = self.adapter(name)
-            rows = x.reshape(-1, x.shape[-1])
-            change = adapter.change(RouterInput.of(rows, training=self.training))
+            change = adapter.change(self._inputs(x))
             made = add_to_rows(made, x, change, adapter.dropout if self.training else 0.0, bias)
+            if self.training and change.losses:
+                made = self.losses.attach(made, torch.stack(list(change.losses.values())).sum())
         return made
+
+    def _inputs(self, x: Tensor) -> RouterInput:
+        rows = x.reshape(-1, x.shape[-1])
+        valid = self.losses.valid(rows.shape[0], x.shape[-2] if x.ndim > 2 else rows.shape[0])
+        known = {} if valid is None else {"valid": valid}
+        return RouterInput.of(rows, training=self.training, **known)
 
     def matrices(self) -> dict[str, Tensor]:
         weight = getattr(self.base_layer, "weight", None)

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from mixtura.adapting.config import AdapterConfig, AdapterType
-from mixtura.adapting.layers import AdapterLayer, ExpertsLayer, LinearLayer
+from mixtura.adapting.layers import ADAPTERS, AdapterLayer, ExpertsLayer, LinearLayer
+from mixtura.adapting.losses import LossBox
 from mixtura.adapting.sites import (
     base_digest,
     default_targets,
@@ -83,11 +84,29 @@ class AdapterTuner(BaseTuner):
         if isinstance(target, AdapterLayer):
             layer = target
         else:
-            layer = ExpertsLayer(base) if is_experts(base) else LinearLayer(base)
+            kind = ExpertsLayer if is_experts(base) else LinearLayer
+            layer = kind(base, self._losses())
             layer.train(base.training)
             setattr(parent, target_name, layer)
         empty = any(parameter.is_meta for parameter in adapter.parameters())
         layer.add(adapter_name, adapter, empty=empty)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A tensor's name in a saved adapter, also of what lies deeper than PEFT looks, such as routers."""
+        inside, found, rest = key.partition(f".{ADAPTERS}.{adapter_name}.")
+        if found:
+            return f"{inside}.{ADAPTERS}.{rest}"
+        plain: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return plain
+
+    def _losses(self) -> LossBox:
+        """Where the adapters of the model put what they add to its loss."""
+        plain = plain_model(self.model)
+        found = getattr(plain, "_mixtura_losses", None)
+        box = found if isinstance(found, LossBox) else LossBox()
+        box.watch(plain)
+        return box
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: object

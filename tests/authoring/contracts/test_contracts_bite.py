@@ -27,6 +27,16 @@ STALE = """kept = vars(self).setdefault("kept", self.weight.detach().clone())
 
 # kind, the check that must fail, what to replace in a new method of the kind, and by what.
 BROKEN = [
+    ("adapters", "check_starts_as_the_base", "low_rank(self.a, self.b,", "low_rank(self.a, self.b + 1,"),
+    ("adapters", "check_tags_are_known", '"mergeable"', '"mergable"'),
+    ("adapters", "check_merges", '"mergeable", ', ""),
+    (
+        "adapters",
+        "check_only_the_adapter_learns",
+        "low_rank(self.a, self.b,",
+        "low_rank(self.a.detach(), self.b,",
+    ),
+    ("adapters", "check_another_site_is_refused", "super().__init__(site)", "torch.nn.Module.__init__(self)"),
     ("routers", "check_header", '"title": "Mine"', '"title": ""'),
     ("routers", "check_class_is_final", "@final\n", ""),
     ("routers", "check_docstring_sections", "Shapes:", "Sizes:"),

@@ -19,6 +19,8 @@ from mixtura.types import Change, LowRank, Own, RouterInput, Site
 
 _IMPLEMENTATIONS = ("mixtura", "eager")
 _ROUNDING = 2e-5
+# What coefficients of losses are called.
+_LOSSES = ("balance", "sharpness", "uncertainty")
 
 
 def arguments_of(method: Subject) -> tuple[Site]:
@@ -236,9 +238,10 @@ def check_recomputed_layers(method: Subject) -> None:
     """Layers that are computed again in the backward pass, reentrant or not, give the same gradients."""
     for family in FAMILIES:
         ids = batch(11)
-        wanted = gradients(adapted(method, family).train(), ids)
+        settings = _without(method, "dropout")
+        wanted = gradients(adapted(method, family, **settings).train(), ids)
         for reentrant in (False, True):
-            model = adapted(method, family).train()
+            model = adapted(method, family, **settings).train()
             model.enable_input_require_grads()
             checkpoint_layers(model, use_reentrant=reentrant)
             found = gradients(model, ids)
@@ -253,7 +256,8 @@ def check_micro_batches(method: Subject) -> None:
     for family in FAMILIES:
         ids = batch(12, rows=4)
         labels = torch.tensor(ids[:, 1:].numel())
-        model = adapted(method, family).train()
+        # Losses over how experts are used are of a part's own tokens.
+        model = adapted(method, family, **_without(method, "dropout", *_LOSSES)).train()
         whole = gradients(model, ids, num_items_in_batch=labels)
         parts = [gradients(model, part, num_items_in_batch=labels) for part in (ids[:1], ids[1:])]
         summed = {name: parts[0][name] + parts[1][name] for name in whole}
@@ -273,6 +277,11 @@ def check_low_precision(method: Subject) -> None:
         mixed = adapted(method, family).train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             require(_finite(gradients(mixed, batch(13))), "under autocast gradients are not finite")
+
+
+def _without(method: Subject, *names: str) -> dict[str, Any]:
+    """Settings by which these do nothing, where the method has them."""
+    return {setting.name: 0.0 for setting in method.header.settings if setting.name in names}
 
 
 def _finite(found: dict[str, Tensor]) -> bool:

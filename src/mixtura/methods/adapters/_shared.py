@@ -7,12 +7,12 @@ from typing import Any, Literal
 from zlib import crc32
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from mixtura.errors import SettingError
 from mixtura.methods._drawing import generator_of
-from mixtura.types import LowRank, MatrixShape, Site
+from mixtura.types import Change, LowRank, MatrixShape, Routing, Site
 from mixtura.types.trace import LayerTrace, Trace
 
 Experts = dict[str, list[int]] | list[int] | None
@@ -42,6 +42,49 @@ def thin_pair(site: Site, name: str, ranks: Sequence[int], seed: int) -> tuple[n
 def low_rank(a: Tensor, b: Tensor, alpha: float, ranks: Sequence[int]) -> LowRank:
     """The two factors with LoRA's scale, ``alpha`` over each matrix's own rank."""
     return LowRank(a, b, torch.tensor([alpha / rank for rank in ranks], dtype=torch.float64))
+
+
+def to_shares(routing: Routing) -> Float[Tensor, "T M"]:
+    """How much of each LoRA expert each token gets: its weight where it was chosen, 0 where not."""
+    places = routing.token_ids, routing.expert_ids
+    return torch.zeros_like(routing.scores).index_put(places, routing.weights.to(routing.scores))
+
+
+def top_shares(scores: Float[Tensor, "T M"], top_k: int, *, renormalize: bool = True) -> Float[Tensor, "T M"]:
+    """Each token's ``top_k`` highest scores, over their sum if ``renormalize``, and 0 for the others."""
+    chosen = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    kept = scores.gather(-1, chosen)
+    if renormalize:
+        kept = kept / kept.sum(-1, keepdim=True)
+    return torch.zeros_like(scores).scatter(-1, chosen, kept)
+
+
+def mixed(
+    pair: tuple[Tensor, Tensor], alpha: float, shares: Float[Tensor, "T M"], losses: Mapping[str, Tensor]
+) -> Change:
+    """LoRA experts at a linear layer, of which each token gets its shares; losses of 0 are left out."""
+    a, b = pair
+    count, rank = a.shape[:2]
+    part = low_rank(a, b, alpha, [rank] * count)
+    return Change(matrices={"weight": part}, shares=shares, losses=losses)
+
+
+def balance_loss(
+    scores: Float[Tensor, "T M"], chosen: Num[Tensor, "T M"], valid: Bool[Tensor, " T"]
+) -> Tensor:
+    """M times the product of each expert's share of the choices and its mean score, summed; 1 if balanced."""
+    counts = (chosen != 0)[valid].to(scores).sum(0)
+    share = counts / counts.sum().clamp(min=1)
+    means = scores[valid].sum(0) / valid.sum().clamp(min=1)
+    return scores.shape[1] * (share.detach() * means).sum()
+
+
+def lora_gate(site: Site, count: int, seed: int) -> nn.Parameter:
+    """Router rows ``[M, cols]`` of LoRA experts, as PyTorch draws a linear layer's."""
+    cols = next(iter(site.matrices.values())).cols
+    generator = generator_of(site_seed(site, seed, "gate"))
+    rows = torch.empty(count, cols, device=generator.device)
+    return nn.Parameter(rows.uniform_(-1.0, 1.0, generator=generator).mul_(cols**-0.5))
 
 
 def smallest_side(shapes: Mapping[str, MatrixShape]) -> int:
