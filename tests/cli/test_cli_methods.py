@@ -109,7 +109,9 @@ def test_new_then_check(run: Run, tmp_path: Path) -> None:
 def test_check_says_what_fails(run: Run, tmp_path: Path) -> None:
     run("new", "cache", "mine", "--out", str(tmp_path))
     path = tmp_path / "mine.py"
-    path.write_text(path.read_text().replace("self._arrivals.pop(0)", "key"))
+    text = path.read_text()
+    assert "return oldest" in text
+    path.write_text(text.replace("return oldest", "return key"))
     code, out, err = run("check", "cache", str(path))
     assert code == 1
     failed = [line for line in out.splitlines() if " FAIL " in line]

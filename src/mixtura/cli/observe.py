@@ -16,6 +16,7 @@ _SHOWN_SPECIALISTS = 10
 if TYPE_CHECKING:
     from mixtura.methods.analyses import Report
     from mixtura.running.observing.describe import Description
+    from mixtura.types.trace import Trace
 
 
 def observe(
@@ -54,11 +55,8 @@ def observe(
     wanted = [name.strip() for name in analysis.split(",") if name.strip()]
     needs = tags_of_analyses(wanted)
     from mixtura.checkpoints.skeleton import open_checkpoint
-    from mixtura.data.records import readable
     from mixtura.running.observing.analyzing import analyze
     from mixtura.running.observing.checkpoint import observe_checkpoint, read_text
-    from mixtura.running.observing.describe import describe
-    from mixtura.running.observing.report import observation_page
     from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
@@ -72,21 +70,37 @@ def observe(
         progress=not as_json,
     )
     reports = {name: analyze(trace, name) for name in wanted}
+    _tell(resolved.name, trace, reports, save=save, page=report, as_json=as_json)
+
+
+def _tell(
+    name: str,
+    trace: Trace,
+    reports: dict[str, Report],
+    *,
+    save: Path | None,
+    page: Path | None,
+    as_json: bool,
+) -> None:
+    """Write and print what was observed."""
+    from mixtura.data.records import readable
+    from mixtura.running.observing.describe import describe
+    from mixtura.running.observing.report import observation_page
+
     description = describe(trace)
     if save is not None:
         trace.save(save)
-    if report is not None:
-        page = readable(observation_page(resolved.name, description))
-        report.write_text(page, encoding="utf-8")
+    if page is not None:
+        page.write_text(readable(observation_page(name, description)), encoding="utf-8")
     if as_json:
-        more = {"analyses": {name: one.to_dict() for name, one in reports.items()}} if reports else {}
-        typer.echo(json.dumps({"model": resolved.name, **description.to_dict(), **more}))
-    else:
-        _print(resolved.name, description)
-        _print_reports(reports)
-        for what, target in (("trace", save), ("report", report)):
-            if target is not None:
-                typer.echo(f"{what}: {target}", err=True)
+        more = {"analyses": {key: one.to_dict() for key, one in reports.items()}} if reports else {}
+        typer.echo(json.dumps({"model": name, **description.to_dict(), **more}))
+        return
+    _print(name, description)
+    _print_reports(reports)
+    for what, target in (("trace", save), ("report", page)):
+        if target is not None:
+            typer.echo(f"{what}: {target}", err=True)
 
 
 def tags_of_analyses(names: list[str]) -> dict[str, list[str]]:

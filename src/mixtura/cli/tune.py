@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,23 +16,40 @@ if TYPE_CHECKING:
     from mixtura.train.tuning import Tuned
 
 
-def tune(
-    model: str | None = typer.Argument(
-        None, help="A directory, a hub id (owner/name, owner/name@revision), or nothing for the specimen."
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A directory, a hub id (owner/name, owner/name@revision), or nothing for the specimen."
     ),
-    data: Path = typer.Option(
-        ...,
+]
+Records = Annotated[
+    Path,
+    typer.Option(
         help='Records to learn from (.jsonl: "messages", "prompt" and "completion", "text"), text, or a '
-        "directory of them.",
+        "directory of them."
     ),
-    adapter: str = typer.Option(
-        "expert_lora", help="An adapter, by name or .py file. `mixtura methods adapters` lists them."
+]
+AdapterName = Annotated[
+    str, typer.Option(help="An adapter, by name or .py file. `mixtura methods adapters` lists them.")
+]
+HeldOut = Annotated[Path | None, typer.Option("--eval", help="Records that are measured and not learned.")]
+Changes = Annotated[
+    list[str],
+    typer.Option(
+        "--set", help="Change a setting, such as rank=16, learning_rate=1e-4, epochs=1, packing=off."
     ),
-    eval_data: Path | None = typer.Option(None, "--eval", help="Records that are measured and not learned."),
-    changes: list[str] = typer.Option(
-        [], "--set", help="Change a setting, such as rank=16, learning_rate=1e-4, epochs=1, packing=off."
-    ),
-    out: Path | None = typer.Option(None, help="Directory of the tuning. Default: tuned/ADAPTER."),
+]
+Out = Annotated[Path | None, typer.Option(help="Directory of the tuning. Default: tuned/ADAPTER.")]
+
+
+def tune(
+    model: Model = None,
+    *,
+    data: Records,
+    adapter: AdapterName = "expert_lora",
+    eval_data: HeldOut = None,
+    changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own
+    out: Out = None,
     threads: int | None = typer.Option(None, min=1, help="CPU threads to tune with."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),

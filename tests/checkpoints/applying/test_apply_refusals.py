@@ -124,7 +124,7 @@ def test_layers_that_are_the_same_on_disk_are_treated_alike(make_source: MakeSou
     source = make_source("diffusion_gemma")
     with pytest.raises(UserError, match="layers 0 and 3 share their experts, so the same"):
         apply(source, tmp_path / "out", Drop(0, (1,)))
-    with pytest.raises(UserError, match="are then not quantized"):
+    with pytest.raises(UserError, match="are then neither merged nor quantized"):
         apply(source, tmp_path / "out", Quantize(0, 1, RTN, {}), Quantize(3, 1, RTN, {}))
     assert apply(source, tmp_path / "out", *(Drop(layer, (1, 5)) for layer in range(6))).is_dir()
 

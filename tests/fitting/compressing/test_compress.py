@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mixtura import compress, create, load, specimen
-from mixtura.checkpoints.packed import read_expert, read_experts_file
+from mixtura.checkpoints.contents import read_experts_file
+from mixtura.checkpoints.packed import read_expert
 from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.view import masked
@@ -110,7 +111,7 @@ def test_rounding_sees_what_the_compressed_layers_before_give(
         model(input_ids=ids[mask.bool()][None], use_cache=False)
     handle.remove()
     hidden, index, weights = (torch.cat([one[i].float() for one in given]) for i in range(3))
-    record = next(one for one in read_experts_file(made.out) if one.name == last.name)
+    record = next(one for one in read_experts_file(made.out).layers if one.name == last.name)
     quantizer = create("quantizers", "gptq", bits=4)
     written = open_checkpoint(made.out)
     average = hidden.T @ hidden * (weights.square().mean() / len(hidden))
