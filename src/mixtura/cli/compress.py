@@ -20,6 +20,7 @@ _SET = (
     "A setting of a method, as prune.renormalize=true or quantize.group_size=32; may be repeated. "
     "`mixtura show METHOD` lists them."
 )
+_REST = "8 or 4: store attention, embeddings, head and other weights outside the experts in so many bits."
 _SERVABLE = "Leave only numbers of experts that vLLM's fused routers take."
 _TEXT = (
     "Text to calibrate on and to judge by: a file or directory of UTF-8 text or JSONL. Default: text that "
@@ -38,6 +39,7 @@ def compress(
     keep: float | None = typer.Option(None, help="Share of each layer's experts to leave, such as 0.5."),
     quantize: str | None = typer.Option(None, help="Round the experts that are left by this quantizer."),
     bits: float | None = typer.Option(None, help="Bits of a weight, for --quantize."),
+    rest_bits: int | None = typer.Option(None, help=_REST),
     settings: list[str] = typer.Option([], "--set", help=_SET),
     servable: bool = typer.Option(False, "--servable", help=_SERVABLE),
     text: Path | None = typer.Option(None, help=_TEXT),
@@ -66,7 +68,7 @@ def compress(
 
     given: dict[str, Any] = {"settings": _parsed(settings), "types": tuple(types), "to_format": to_format}
     given |= {"prune": prune, "merge": merge, "keep": keep, "servable": servable}
-    given |= {"quantize": quantize, "bits": bits, "measure": measure, "seed": seed}
+    given |= {"quantize": quantize, "bits": bits, "rest_bits": rest_bits, "measure": measure, "seed": seed}
     given |= {"text": text, "tokens": tokens, "length": length}
     resolved = resolve_model(model, assume_yes=yes)
     _run(Choices(model=resolved.path, name=resolved.name, out=out, **given), as_json)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from mixtura import compress, create, load, specimen
 from mixtura.checkpoints.contents import read_experts_file
+from mixtura.checkpoints.matrices import packable_matrices, rounded
 from mixtura.checkpoints.packed import read_expert
-from mixtura.checkpoints.skeleton import open_checkpoint
+from mixtura.checkpoints.skeleton import build, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.view import masked
 from mixtura.data.tokens import num_embeddings_of
@@ -183,6 +184,29 @@ def test_merged_experts_are_rounded_by_the_tokens_of_all_members(
     assert {one.num_experts for one in made.rounding} == {4}
     for one in made.rounding:
         assert one.error < 1e-3
+
+
+def test_what_is_outside_the_experts_is_rounded_where_that_is_asked_for(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    made = compress(source, tmp_path / "out", rest_bits=8, text=text, tokens=256, length=64)
+    assert made.bytes_after == bytes_of(made.out) < made.bytes_before
+    both = compress(
+        source, tmp_path / "both", prune="reap", keep=0.5, quantize="gptq", bits=8, rest_bits=4,
+        text=text, tokens=256, length=64, measure=False,
+    )  # fmt: skip
+    assert both.bytes_after < made.bytes_after
+    assert both.untouched == made.untouched < made.bytes_before
+    assert any("4 bits without calibration" in note for note in both.notes)
+    plain = load(source, dtype=torch.float32)
+    for name, matrix in packable_matrices(build(open_checkpoint(source)), open_checkpoint(source)).items():
+        weight = plain.get_parameter(name)
+        assert tuple(weight.shape) == (matrix.rows, matrix.cols)
+        with torch.no_grad():
+            weight.copy_(rounded(weight, create("quantizers", "round_to_nearest", bits=8)))
+    torch.testing.assert_close(
+        logits_of(load(made.out, dtype=torch.float32)), logits_of(plain), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_experts_that_few_tokens_reach_are_named(source: Path, text: Path, tmp_path: Path) -> None:

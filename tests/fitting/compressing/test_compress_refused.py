@@ -24,6 +24,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"quantize": "gptq", "bits": 99}, "bits of .* must be"),
     ({"quantize": "gptq", "bits": 2.5}, "bits of Gptq must be int, got 2.5"),
     ({"bits": 3}, "--quantize METHOD as well"),
+    ({"rest_bits": 3}, "--rest-bits is 8 or 4"),
+    ({"rest_bits": 8, "to_format": "gguf"}, "--type attention=q8_0"),
     ({"quantize": "gptq", "settings": {"quantise": {"bits": 3}}}, "did you mean 'quantize'"),
     ({"quantize": "gptq", "settings": {"prune": {"x": 3}}}, "settings of --prune are given"),
     ({"quantize": "gptq", "settings": {"quantize": {"grup_size": 3}}}, "did you mean 'group_size'"),

@@ -26,6 +26,7 @@ def compress(
     keep: float | None = None,
     quantize: str | None = None,
     bits: float | None = None,
+    rest_bits: int | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     servable: bool = False,
     text: str | PathLike[str] | None = None,
@@ -50,6 +51,7 @@ def compress(
         keep: share of the experts of each layer that ``prune`` or ``merge`` is to leave.
         quantize: a quantizer, for the experts that are left.
         bits: of a weight, for ``quantize``.
+        rest_bits: 8 or 4, for matrices outside the routed experts: attention, embeddings, head and others.
         settings: of the methods, by ``prune``, ``merge`` and ``quantize``.
         servable: leave only numbers of experts that vLLM's fused routers take.
         text: calibration text and, where it is measured, held-out text: a file or directory; without it,
@@ -74,6 +76,7 @@ def compress(
             keep=keep,
             quantize=quantize,
             bits=bits,
+            rest_bits=rest_bits,
             settings=dict(settings or {}),
             servable=servable,
             text=None if text is None else Path(text),

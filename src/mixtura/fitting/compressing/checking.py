@@ -82,10 +82,15 @@ def _check_choices(choices: Choices) -> None:
         )
     if choices.quantize is None and choices.bits is not None:
         raise SettingError("--bits is for a quantizer; give --quantize METHOD as well")
-    if not reducers and choices.quantize is None:
+    if not reducers and choices.quantize is None and choices.rest_bits is None:
         raise SettingError(
             "there is nothing to do: give --prune METHOD --keep SHARE, --merge METHOD --keep SHARE, "
-            "--quantize METHOD --bits BITS, or two of them; `mixtura methods` lists the methods"
+            "--quantize METHOD --bits BITS, --rest-bits 8, or several of them; `mixtura methods` lists the "
+            "methods"
+        )
+    if choices.rest_bits not in (None, 8, 4):
+        raise SettingError(
+            f"--rest-bits is 8 or 4, for what is outside the routed experts, got {choices.rest_bits}"
         )
     for choice, settings in choices.settings.items():
         if choice not in KIND_OF:
@@ -102,6 +107,11 @@ def _check_choices(choices: Choices) -> None:
 def _check_format(choices: Choices) -> None:
     if choices.to_format not in FORMATS:
         raise SettingError(f"there is no format {choices.to_format!r}; {suggest(choices.to_format, FORMATS)}")
+    if choices.to_format == "gguf" and choices.rest_bits is not None:
+        raise SettingError(
+            "--rest-bits stores weights in mixtura's own format, which llama.cpp does not read; for a GGUF "
+            "file leave it out and give llama.cpp's types with --type, such as --type attention=q8_0"
+        )
     if choices.to_format == "gguf" and choices.quantize is not None:
         raise SettingError(
             "--quantize stores experts in mixtura's own format, which llama.cpp does not read; for a GGUF "

@@ -28,6 +28,7 @@ class Choices:
     keep: float | None = None
     quantize: str | None = None
     bits: float | None = None
+    rest_bits: int | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     servable: bool = False
     text: Path | None = None
@@ -79,7 +80,7 @@ class Compressed:
         quality: on held-out text, where it was measured.
         quality_before: the original's.
         ordinary: whether plain transformers loads it.
-        untouched: bytes outside of routed experts, which are as they were.
+        untouched: bytes of tensors that are as they were.
         notes: what else there is to know.
         seconds: by step.
     """

@@ -18,9 +18,10 @@ import mixtura
 from mixtura.checkpoints.apply import apply_plan, card_text, planned_num_bytes
 from mixtura.checkpoints.applying.card import MeasuredLoss
 from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.matrices import packable_matrices
 from mixtura.checkpoints.packed import is_packed
 from mixtura.checkpoints.rounded import RoundedExperts
-from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
+from mixtura.checkpoints.skeleton import CheckpointView, build, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import TokenBatch, num_embeddings_of
 from mixtura.errors import MixturaError, UnsupportedModelError
@@ -52,7 +53,7 @@ from mixtura.fitting.texts import Texts, as_batch, load_texts
 from mixtura.methods import header
 from mixtura.running.gguf import GgufExport
 from mixtura.running.observing.passing import Wanted, packed
-from mixtura.types import VLLM_ROUTER_COUNTS, Budget, Plan
+from mixtura.types import VLLM_ROUTER_COUNTS, Budget, Plan, QuantizeMatrix
 
 Notify = Callable[[str], None]
 
@@ -132,7 +133,7 @@ def _texts(choices: Choices, view: CheckpointView) -> Texts:
 
 def _settings(choices: Choices, texts: Texts) -> dict[str, Any]:
     """All that decides the bytes of the result: stopped work begun with other values is not continued."""
-    plain = ("keep", "bits", "servable", "tokens", "length", "seed")
+    plain = ("keep", "bits", "rest_bits", "servable", "tokens", "length", "seed")
     named = {name: getattr(choices, name) for name in plain}
     return {
         **named,
@@ -166,6 +167,7 @@ def _made(work: _Work) -> Compressed:
         rounding, loads = roundings(work.view.layers, shrunk, kept)
         few = few_of(loads)
         plan = shrunk.whole_plan(work.view.layers)
+    plan = _with_rest(work, plan)
     with work.timed("write"):
         num_bytes = _write(work, plan, kept)
     before, after = None, None
@@ -187,7 +189,7 @@ def _made(work: _Work) -> Compressed:
         quality=after,
         quality_before=before,
         ordinary=ordinary,
-        untouched=_outside_experts(work.view),
+        untouched=_untouched(work.view, plan),
         commands=commands(work.choices, ordinary=ordinary),
         notes=notes_of(work.choices, work.view, plan),
         seconds=work.seconds,
@@ -251,15 +253,27 @@ def _measure(work: _Work, plan: Plan, kept: RoundedExperts | None) -> tuple[Qual
     return before, after
 
 
-def _outside_experts(view: CheckpointView) -> int:
-    """Bytes of tensors that hold no routed experts."""
+def _with_rest(work: _Work, plan: Plan) -> Plan:
+    """The plan with what is outside the routed experts in fewer bits, where that is asked for."""
+    if work.choices.rest_bits is None:
+        return plan
+    settings = {"bits": work.choices.rest_bits}
+    names = packable_matrices(build(work.view), work.view)
+    rest = [QuantizeMatrix(name, "round_to_nearest", dict(settings)) for name in names]
+    return replace(plan, actions=(*plan.actions, *rest))
+
+
+def _untouched(view: CheckpointView, plan: Plan) -> int:
+    """Bytes of tensors that hold no routed experts and are as they were."""
     inside = {
         name
         for layer in view.layers
         for names in (layer.fused_tensor_names(), *map(layer.expert_tensor_names, range(layer.num_experts)))
         for name in names
     }
-    return sum(entry.num_bytes for name, entry in view.entries.items() if name not in inside)
+    return sum(
+        entry.num_bytes for name, entry in view.entries.items() if name not in inside | plan.matrices().keys()
+    )
 
 
 def _publish(work: _Work, made: Compressed) -> None:

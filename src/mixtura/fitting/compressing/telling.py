@@ -43,7 +43,16 @@ def notes_of(choices: Choices, view: CheckpointView, plan: Plan) -> tuple[str, .
 
 
 def _notes(choices: Choices, view: CheckpointView, plan: Plan) -> Iterator[str]:
-    yield "routed experts alone were changed: attention, shared experts, embeddings and head are as they were"
+    if choices.rest_bits is None:
+        yield (
+            "routed experts alone were changed: attention, shared experts, embeddings and head are as they "
+            "were"
+        )
+    else:
+        yield (
+            f"{counted(len(plan.matrices()), 'tensor')} outside the routed experts were rounded to "
+            f"{choices.rest_bits} bits without calibration"
+        )
     if choices.keep is not None and choices.prune is not None:
         left = {layer.num_experts - len(plan.dropped().get(layer.index, ())) for layer in view.layers}
         most = max(layer.num_experts for layer in view.layers)
