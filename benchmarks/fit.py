@@ -43,19 +43,20 @@ def fitted(*arguments: str) -> tuple[dict[str, Any], int]:
     After that it runs the original and the result for a moment, where there is memory for them.
     """
     peak = 0
-    process = subprocess.Popen(
-        command("fit", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    assert process.stdout is not None
-    for line in process.stderr:
-        sys.stderr.write(line)
-        if not peak and "writing the model" in line:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-            peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    found: dict[str, Any] = json.loads(process.stdout.read())
-    if process.wait() != 0:
-        raise SystemExit("the fit failed; see above")
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(
+            command("fit", *arguments), stdout=printed, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            if not peak and "writing the model" in line:
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+                peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        if process.wait() != 0:
+            raise SystemExit("the fit failed; see above")
+        printed.seek(0)
+        found: dict[str, Any] = json.loads(printed.read())
     return found, peak
 
 
