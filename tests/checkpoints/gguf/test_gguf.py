@@ -16,10 +16,15 @@ from gguf_sources import CONFIGS, byte_tokenizer, save_source
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mixtura.checkpoints.apply import apply_plan
+from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.gguf.libraries import encode, llama_library
 from mixtura.checkpoints.gguf.types import NAMES, TypeRules, fitting_type, storage_type
+from mixtura.checkpoints.matrices import packable_matrices
+from mixtura.checkpoints.skeleton import build, open_checkpoint
 from mixtura.errors import CheckpointError, OutputError, UnknownNameError, UnsupportedModelError, UserError
 from mixtura.running.gguf import GgufExport, export_gguf
+from mixtura.types import Drop, Plan, Quantize, QuantizeMatrix
 
 gguf: Any = pytest.importorskip("gguf", reason="the package gguf is not installed; it is in mixtura[gguf]")
 SIMPLE = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -55,6 +60,33 @@ def test_every_weight_is_there_once(family: str, tmp_path: Path) -> None:
         wanted.append(model.lm_head.weight.detach().flatten())
     found = torch.cat([tensor.flatten() for tensor in tensors.values()]).sort().values
     assert torch.equal(found, torch.cat(wanted).sort().values)
+
+
+def test_a_plan_that_was_applied_is_exported_as_it_runs(source: Path, tmp_path: Path) -> None:
+    view = open_checkpoint(source)
+    layer = view.layers[0]
+    actions = (
+        Drop(layer.index, (1,)),
+        Drop(view.layers[1].index, (0,)),
+        *(Quantize(layer.index, e, "trellis", {"bits": 3}) for e in range(layer.num_experts) if e != 1),
+        *(QuantizeMatrix(n, "round_to_nearest", {"bits": 8}) for n in packable_matrices(build(view), view)),
+    )
+    plan = Plan(checkpoint_digest(source), actions)
+    packed = apply_plan(plan, source, tmp_path / "packed", progress=False)
+    export_gguf(packed, tmp_path / "model.gguf", ["f32"])
+    _, tensors, _ = read(tmp_path / "model.gguf")
+    made = open_checkpoint(packed)
+    for name, own in {"output": "lm_head", "blk.0.attn_q": "model.layers.0.self_attn.q_proj"}.items():
+        assert torch.equal(tensors[f"{name}.weight"], made.parameter(f"{own}.weight").float())
+    for number in (0, 1):
+        experts = [made.layers[number].native_expert(e) for e in range(made.layers[number].num_experts)]
+        assert torch.equal(
+            tensors[f"blk.{number}.ffn_down_exps.weight"], torch.stack([e.down for e in experts]).float()
+        )
+        half = experts[0].up.shape[0] // 2
+        assert torch.equal(
+            tensors[f"blk.{number}.ffn_gate_exps.weight"], torch.stack([e.up[:half] for e in experts]).float()
+        )
 
 
 def test_tensors_lie_where_llama_cpp_looks(source: Path, tmp_path: Path) -> None:
