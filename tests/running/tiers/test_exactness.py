@@ -13,6 +13,10 @@ from tiny_scaled import save_fp8, save_mxfp4
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mixtura.checkpoints.apply import apply_plan
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.matrices import packable_matrices
+from mixtura.checkpoints.skeleton import build, open_checkpoint
 from mixtura.checkpoints.view import open_model
 from mixtura.kernels import isas, using
 from mixtura.kernels.paths import paths_of
@@ -20,7 +24,7 @@ from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.running.generation import new_tokens
 from mixtura.running.loading import load
 from mixtura.running.tiers.opening import Wish, tiers_of
-from mixtura.types import Quantize
+from mixtura.types import Merge, Plan, Quantize, QuantizeMatrix
 
 PLAIN = (
     "qwen3_moe",
@@ -105,6 +109,17 @@ def test_codes_of_other_kinds(quantizer: str, settings: dict[str, Any], tmp_path
 @pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
 def test_scaled_formats(save: Callable[[Path], Path], tmp_path: Path) -> None:
     require_equal(save(tmp_path / "source"), slots(2, 1000))
+
+
+def test_merged_experts_and_the_rest_in_fewer_bits(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", "qwen3_moe")
+    view = open_checkpoint(source)
+    eight = ("round_to_nearest", {"bits": 8})
+    merges = [Merge(layer.index, (0, 3, 5), (0.5, 0.25, 0.25)) for layer in view.layers]
+    rounding = [Quantize(layer.index, e, *eight) for layer in view.layers for e in (0, 1)]
+    rest = [QuantizeMatrix(name, *eight) for name in packable_matrices(build(view), view)]
+    plan = Plan(checkpoint_digest(source), (*merges, *rounding, *rest))
+    require_equal(apply_plan(plan, source, tmp_path / "out", progress=False), slots(1, 3, 1000))
 
 
 def test_layers_with_other_numbers_of_experts(tmp_path: Path) -> None:

@@ -188,9 +188,10 @@ class Packed(Recipe):
         self._parts: list[dict[str, Part]] = []
         self._sizes: list[int] = []
         by_name = {form.name: form for form in forms}
-        for number, expert in enumerate(record.experts):
+        # An expert that became one with others is read under each of its numbers.
+        for number in range(self.num_experts):
             parts, total = {}, 0
-            for name in expert.tensor_names(record.name, number):
+            for name in record.tensor_names(number):
                 form = by_name[name]
                 parts[name] = Part(total, form.dtype, form.shape)
                 total += _aligned(form.num_bytes)
