@@ -9,13 +9,18 @@ import pytest
 import torch
 from adapting.adapted_models import SETTINGS, error, gradients, logits, stir
 from peft import get_peft_model
-from tiny_plans import save_packed
+from tiny_plans import save_packed, save_source
 from torch import nn
 
 import mixtura
+from mixtura.checkpoints.apply import apply_plan
+from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.matrices import packable_matrices
+from mixtura.checkpoints.skeleton import build, open_checkpoint
 from mixtura.checkpoints.view import open_model
 from mixtura.errors import UserError
 from mixtura.kernels import ExpertStore
+from mixtura.types import Plan, QuantizeMatrix
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,40 @@ def test_packed_experts_learn_like_decoded_ones(folders: tuple[Path, Path], meth
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert float((value - second[name]).abs().max()) < 2e-3 * float(value.abs().max()) + 1e-6, name
+
+
+@pytest.fixture(scope="module")
+def rest_packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and what it is with all matrices outside the experts in 8 bits."""
+    place = tmp_path_factory.mktemp("rest")
+    source = save_source(place / "source", "qwen3_moe")
+    view = open_checkpoint(source)
+    names = packable_matrices(build(view), view)
+    actions = [QuantizeMatrix(name, "round_to_nearest", {"bits": 8}) for name in names]
+    plan = Plan(checkpoint_digest(source), tuple(actions))
+    return source, apply_plan(plan, source, place / "packed", progress=False)
+
+
+@pytest.mark.parametrize("method", ["expert_lora", "lora"])
+def test_other_matrices_in_fewer_bits_learn_like_decoded_ones(
+    rest_packed: tuple[Path, Path], method: str
+) -> None:
+    source, folder = rest_packed
+    plain = mixtura.load(source, dtype=torch.float32)
+    view = open_checkpoint(folder)
+    with torch.no_grad():
+        for name in view.matrices:
+            plain.get_parameter(name).copy_(view.parameter(name))
+    packed = with_adapter(mixtura.load(folder, dtype=torch.float32), method)
+    whole = with_adapter(plain, method)
+    assert error(logits(packed), logits(whole)) < 1e-4
+    first, second = gradients(packed.train()), gradients(whole.train())
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert float((value - second[name]).abs().max()) < 2e-3 * float(value.abs().max()) + 1e-6, name
+    if method == "lora":
+        with pytest.raises(UserError, match="fewer bits"):
+            packed.merge_adapter()
 
 
 def test_packed_experts_are_not_decoded_into_parameters(folders: tuple[Path, Path]) -> None:

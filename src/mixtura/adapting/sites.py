@@ -13,6 +13,7 @@ from torch import nn
 from mixtura.checkpoints.viewing.memory import MemoryView
 from mixtura.checkpoints.viewing.wrappers import experts_modules, inner, plain_model, plain_name
 from mixtura.errors import UnsupportedModelError
+from mixtura.kernels import PackedEmbedding, PackedLinear
 from mixtura.kernels.backend import matrix_shapes
 from mixtura.types import MatrixShape, Site
 
@@ -87,7 +88,7 @@ def default_targets(model: nn.Module, *, experts: bool) -> list[str]:
     found = [
         plain_name(name)
         for name, module in plain.named_modules()
-        if isinstance(inner(module), nn.Linear) and not _within(plain_name(name), left_out)
+        if isinstance(inner(module), nn.Linear | PackedLinear) and not _within(plain_name(name), left_out)
     ]
     return _ends(list(dict.fromkeys(found)), names)
 
@@ -95,15 +96,20 @@ def default_targets(model: nn.Module, *, experts: bool) -> list[str]:
 def base_digest(model: nn.Module) -> str:
     """What tells models apart that an adapter may be put on: their structure, then some of their values.
 
-    Experts in fewer bits are those of the model that they were made of.
+    Experts in fewer bits are those of the model that they were made of. Of embeddings in fewer bits no values
+    are looked at, which rounding has changed.
     """
     plain: Any = plain_model(model)
     experts = [(name, *matrix_shapes(module)) for name, module in experts_modules(plain)]
-    embedding = plain.get_input_embeddings().weight if hasattr(plain, "get_input_embeddings") else None
+    table = plain.get_input_embeddings() if hasattr(plain, "get_input_embeddings") else None
+    embedding = None if isinstance(table, PackedEmbedding) else getattr(table, "weight", None)
     kind = str(getattr(getattr(plain, "config", None), "model_type", type(plain).__name__))
     size = None if embedding is None else tuple(embedding.shape)
+    if isinstance(table, PackedEmbedding):
+        size = (table.num_embeddings, table.embedding_dim)
     structure = (kind, num_layers_of(plain), size, experts)
-    return f"{_short(repr(structure).encode())}-{_short(_values(embedding))}"
+    values = "" if isinstance(table, PackedEmbedding) else _short(_values(embedding))
+    return f"{_short(repr(structure).encode())}-{values}"
 
 
 def _values(held: torch.Tensor | None) -> bytes:

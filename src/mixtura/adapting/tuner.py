@@ -126,7 +126,7 @@ def _check_base(config: AdapterConfig, here: str) -> None:
             f"the adapter was made for another model ({config.base_model_name_or_path or 'unnamed'}; base "
             f"digest {config.base_digest}, this model's is {here}); give the model that it was trained on"
         )
-    if values != own_values:
+    if values and own_values and values != own_values:
         warnings.warn(
             f"the adapter was trained on other weights ({config.base_model_name_or_path or 'unnamed'}; base "
             f"digest {config.base_digest}, here {here}); what it learned may not fit these",

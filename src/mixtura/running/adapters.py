@@ -57,6 +57,8 @@ def with_adapter(model: Any, path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # PEFT asks transformers for what newer releases call otherwise.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
             return PeftModel.from_pretrained(model, str(path)).eval()
     except UserError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,10 @@ def _with_adapter(
         train_router=part.train_router,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, asked)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for what newer releases call otherwise.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+        return get_peft_model(model, asked)
 
 
 def _chosen(
