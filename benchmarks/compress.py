@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from mixtura.data.tokens import TokenBatch
 from mixtura.fitting.compressing.passing import observed, rounded
 from mixtura.fitting.compressing.rounding import Shrunk
 from mixtura.fitting.journal import open_journal
+from mixtura.running.memory.process import peak_resident_bytes, settle
 from mixtura.running.observing.passing import Wanted, observe_model
 from mixtura.types import Plan
 
@@ -121,14 +121,15 @@ WAYS: dict[str, Callable[[Path, TokenBatch, Path], None]] = {
 
 def run_here(row: str, folder: Path, num_tokens: int) -> None:
     """One way, in this process; prints what it took as the last line."""
+    # As the command does.
+    settle(16 << 20)
     tokens = text(num_tokens)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         started = time.perf_counter()
         WAYS[row](folder, tokens, Path(work) / "work")
         seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024, "start_bytes": before * 1024}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_resident_bytes(), "start_bytes": before}))
 
 
 def measured(row: str, folder: Path, num_tokens: int, parameters: int) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def measured(row: str, folder: Path, num_tokens: int, parameters: int) -> dict[s
         "row": row,
         **found,
         "seconds_per_billion": found["seconds"] / billions,
-        "peak_bytes_per_parameter": found["peak_bytes"] / parameters,
+        # Python, PyTorch and transformers aside.
+        "added_bytes_per_parameter": (found["peak_bytes"] - found["start_bytes"]) / parameters,
     }
 
 
