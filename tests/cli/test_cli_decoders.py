@@ -61,7 +61,8 @@ def test_a_calibration_is_made_once_and_refused_by_another_model(
     )
     assert code == 0, told
     other = save_tiny(tmp_path / "other", seed=1)
-    code, said, told = run("generate", other, "one", "--decoder", "modes", "--calibration", file)
+    options = ("--decoder", "modes", "--calibration", file, "--max-new-tokens", 3)
+    code, said, told = run("generate", other, "one", *options)
     assert code == 2
     assert "was made for another model" in told
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Steering:
     """How one layer's choice of experts, and the weights it gives them, differ from the router's own.
 

@@ -188,3 +188,22 @@ def test_rows_of_a_recurrent_cache_cannot_wait() -> None:
     inside.generation_config.eos_token_id = None
     with pytest.raises(UnsupportedModelError, match="cannot wait for one another"):
         decode(inside, numbers(), "5 9", Forking(), max_new_tokens=4)
+
+
+def test_prompts_that_end_apart_keep_their_own_steering() -> None:
+    """Steerings of tensors are told apart as objects: rows go when a prompt ends, and the others' stay."""
+
+    class Own(Decoder):
+        def open(self, prompt: Prompt) -> tuple[Branch, ...]:
+            allowed = torch.arange(8) % len(prompt.token_ids) != 1
+            return (Branch(views=(View(prompt.facts.steer_all(lambda layer: Steering(allowed=allowed))),)),)
+
+        def force(self, candidate: Candidate) -> tuple[int, ...]:
+            ended = len(candidate.token_ids) == len(candidate.prompt.token_ids)
+            return candidate.prompt.facts.ends[:1] if ended else ()
+
+    texts = ["abc", "abcde", "fghijkl"]
+    together = [one.token_ids for one in decode(model(), tokenizer(), texts, Own(), max_new_tokens=10)]
+    assert together == [
+        decode(model(), tokenizer(), one, Own(), max_new_tokens=10).token_ids for one in texts
+    ]

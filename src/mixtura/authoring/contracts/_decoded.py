@@ -121,6 +121,9 @@ def samples() -> tuple[tuple[str, str, str], ...]:
 class _NoProbe:
     """Stands for a model where none is run."""
 
+    def head(self, hidden: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
     def run(self, token_ids: Sequence[int], **options: Any) -> Ran:
         raise NotImplementedError
 

@@ -105,6 +105,7 @@ class Ran:
     Attributes:
         logits: of the token after each.
         hidden: what the output layer was given, or what the last layer returned, as the family keeps it.
+        layers: what each decoder layer but the last returned.
         probabilities: by decoder layer, what the router's scores are over all experts.
         chosen: by decoder layer, each token's experts, absent ones E or more.
         weights: by decoder layer, what these were weighted by.
@@ -112,6 +113,7 @@ class Ran:
 
     logits: Float[Tensor, "T V"]
     hidden: Float[Tensor, "T D"]
+    layers: tuple[Float[Tensor, "T D"], ...]
     probabilities: Mapping[int, Float[Tensor, "T E"]]
     chosen: Mapping[int, Int[Tensor, "T K"]]
     weights: Mapping[int, Float[Tensor, "T K"]]
@@ -120,6 +122,9 @@ class Ran:
 @runtime_checkable
 class Probe(Protocol):
     """Lets a method run the model on a text beside the decoding."""
+
+    def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        """Logits of what a layer returned, of the whole vocabulary or of some tokens."""
 
     def run(
         self,
@@ -142,7 +147,7 @@ class Sample:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class View:
     """A way to run a model on a branch's text.
 
@@ -165,7 +170,7 @@ class View:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """A text that grows from a prompt.
 

@@ -233,6 +233,9 @@ def _decoded(
     wanted: Wanted,
 ) -> list[Decoded]:
     model, tags, cost = runners[0].model, tags_of(decoders), Cost()
+    if "exits" in tags and len(texts) > 1:
+        # Which layers run is decided for one text at a time.
+        return [_decoded(runners, tokenizer, [one], decoders, wanted)[0] for one in texts]
     if not texts:
         return []
     decoder = composed(decoders)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from mixtura.errors import UserError
 from mixtura.methods.decoders import Candidate, Decoder, ModelFacts, Prompt
 from mixtura.running.decoders.bundle import Bundle, Cost, Row
 from mixtura.running.decoders.drawing import Drawing
+from mixtura.running.decoders.probing import head_of
 from mixtura.running.decoders.skipping import AfterLayer
 from mixtura.running.decoders.steering import Steerer
 
@@ -229,8 +230,10 @@ class Loop:
     def _after(self, bundle: Bundle) -> AfterLayer | None:
         if "exits" not in self.tags:
             return None
+        if len(bundle.rows) > 1:
+            raise UserError("a decoder that leaves layers grows one branch; combine it with none of several")
         (row,) = bundle.rows
-        head = _head(bundle.model)
+        head = head_of(bundle.model)
         return lambda layer, hidden: self.decoder.leave(layer, hidden[0, -1], head, row.candidate)
 
 
@@ -254,21 +257,3 @@ def _embedded(
             each = table(ids.to(model.device))
             made[place] = (share[ids].to(each)[:, None] * each).sum(0)
     return made[:, None]
-
-
-def _head(model: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """From a layer's output to logits: the decoder's last norm, then the output layer or some rows of it."""
-    norm = getattr(model.get_decoder(), "norm", None)
-    output = model.get_output_embeddings()
-    if norm is None or output is None:
-        raise UserError(
-            f"{type(model).__name__} has no norm before an output layer that layers could leave to"
-        )
-
-    def read(hidden: Tensor, tokens: Tensor | None) -> Tensor:
-        states = norm(hidden[None, None])[0, 0]
-        made = output(states[None])[0] if tokens is None else output.weight[tokens] @ states
-        as_float: Tensor = made.float()
-        return as_float
-
-    return read

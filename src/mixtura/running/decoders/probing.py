@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixtura.errors import CheckpointError, UserError
-from mixtura.methods.decoders import Calibration, ModelFacts, Ran, View
+from mixtura.errors import CheckpointError, UnsupportedModelError, UserError
+from mixtura.methods.decoders import Calibration, Head, ModelFacts, Ran, View
 from mixtura.running.decoders.bundle import Cost
 from mixtura.running.decoders.steering import Steerer, stacked
 from mixtura.types.steering import Steering
@@ -34,6 +34,10 @@ class ModelProbe:
         self._facts = facts
         self._steerer = steerer
         self._cost = cost
+
+    def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        """Logits of what a layer returned, of the whole vocabulary or of some tokens."""
+        return head_of(self._model)(hidden, tokens)
 
     def run(
         self,
@@ -66,10 +70,34 @@ class ModelProbe:
         return Ran(
             logits=output.logits[0].float(),
             hidden=output.hidden_states[-1][0].float(),
+            layers=tuple(states[0] for states in output.hidden_states[1:-1]),
             probabilities={index: routing.scores for index, (routing, _, _) in kept.items()},
             chosen={index: ids.reshape(-1, ids.shape[-1]) for index, (_, _, ids) in kept.items()},
             weights={index: w.reshape(-1, w.shape[-1]) for index, (_, w, _) in kept.items()},
         )
+
+
+def head_of(model: Any) -> Head:
+    """From what a layer returned to logits: the decoder's last norm, then the output layer or rows of it.
+
+    Raises:
+        UnsupportedModelError: the model keeps these under other names.
+    """
+    norm = getattr(model.get_decoder(), "norm", None)
+    output = model.get_output_embeddings()
+    if norm is None or output is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no norm before an output layer that layers could leave to; choose "
+            "another decoder"
+        )
+
+    def read(hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        states = norm(hidden.reshape(1, -1, hidden.shape[-1]))[0]
+        made = output(states) if tokens is None else states @ output.weight[tokens].T
+        as_float: Tensor = made.float()
+        return as_float.view(*hidden.shape[:-1], -1)
+
+    return read
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def _share(rows: Sequence[dict[str, Any]]) -> float:
 
 _HEADER = (
     "decoder", "right", "by seed", "gained, lost", "p", "verdict", "best possible", "tokens run", "answer",
-    "passes",
+    "experts run", "passes",
 )  # fmt: skip
 _EXPLAINED = """\
 An entry is compared with greedy decoding question by question: those it has right and greedy wrong
@@ -168,7 +168,8 @@ def page(table: Sequence[Standing], contest: Contest, model: str) -> str:
         lines.append(
             f"| {one.name} | {one.accuracy:.1%} | {seeds} | {one.gained}, {one.lost} | {one.p_value:.3f} | "
             f"{one.verdict if one.name != REFERENCE else 'reference'} | {one.best_possible:.1%} | "
-            f"{one.tokens:.0f} | {one.answer_tokens:.0f} | {one.passes:.1f} |"
+            f"{one.tokens:.0f} | {one.answer_tokens:.0f} | "
+            f"{f'{one.assignments:.0f}' if one.assignments else 'as routed'} | {one.passes:.1f} |"
         )
     tasks = list(table[0].by_task)
     lines += ["", "## By task", "", f"| decoder | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
@@ -185,10 +186,17 @@ def findings(table: Sequence[Standing]) -> list[str]:
     worse = [one.name for one in asked if one.verdict == "worse"]
     alike = [one.name for one in asked if one.verdict == "no difference seen"]
     told = [one for one in table if one.told]
+    plain = next(one for one in table if one.name == REFERENCE)
+    open_tasks = [task for task, share in plain.by_task.items() if 0 < share < 1]
+    least = next(number for number in range(1, 100) if sign_test(number, 0) < _SURE)
     lines = [
-        f"- Better than greedy: {', '.join(better) or 'none'}.",
-        f"- Worse than greedy: {', '.join(worse) or 'none'}.",
-        f"- No difference seen on so few questions: {', '.join(alike) or 'none'}.",
+        f"- Better than greedy: {'; '.join(better) or 'none'}.",
+        f"- Worse than greedy: {'; '.join(worse) or 'none'}.",
+        f"- No difference seen on so few questions: {'; '.join(alike) or 'none'}. At least {least} questions "
+        "gained and none lost are needed for one to be seen.",
+        f"- Greedy decoding has some but not all of {', '.join(open_tasks) or 'no task'}; of every other "
+        "task it has all or none, so that there a better way of decoding has little to show. More would need a model "
+        "with more such tasks.",
     ]
     if told:
         best = max(told, key=lambda one: one.accuracy)
@@ -196,4 +204,10 @@ def findings(table: Sequence[Standing]) -> list[str]:
             f"- With a verifier that knows the solution, {best.name} comes to {best.accuracy:.1%}: what a "
             "verifier could add at most here."
         )
+        lines += [
+            f"- {one.name} ran {one.tokens:.0f} tokens a question and {best.name} {best.tokens:.0f}; they "
+            f"differ by {abs(best.accuracy - one.accuracy):.1%} of the questions."
+            for one in told
+            if one is not best
+        ]
     return lines
