@@ -11,8 +11,9 @@ from mixtura.report.units import format_bytes
 from mixtura.running.tiers.arena import BOUND, REFERENCE, Standing
 
 _ABOUT = (
-    "Written by `mixtura arena caches`. The choices of {model} on {texts} of {tokens:,} tokens of held-out text "
-    "(code, prose and tasks), token by token, replayed through every cache with its default settings. {day}."
+    "Written by `mixtura arena caches`. The choices of {model} on {texts} of {tokens:,} tokens of held-out "
+    "text (code, prose and tasks), token by token, replayed through every cache with its default settings. "
+    "{day}."
 )
 _LEGEND = (
     "**hit rate**: experts that were in memory when they were needed. **read**: bytes that a token waits "
