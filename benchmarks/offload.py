@@ -9,8 +9,8 @@ the weights; what the files left in the page cache is given up before each run (
     python benchmarks/offload.py run offload-model --repeats 5 --llama llama-bench --gguf model.gguf
 
 ``--llama`` is the llama-bench of a build of llama.cpp (its source is in the source distribution of
-llama-cpp-python on PyPI), ``--gguf`` the same weights as a GGUF file in bfloat16 (`mixtura export` writes such
-files; llama.cpp's own converter does, too). Without them only ours is measured. Control groups need root.
+llama-cpp-python on PyPI), ``--gguf`` the same weights as a GGUF file in bfloat16 (llama.cpp's own converter
+writes one). Without them only ours is measured. Control groups need root.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ NUM_TOKENS = 32
 # What a process takes beside the model, so that the limit is what the share of the weights leaves.
 RUNTIME_BYTES = 600 << 20
 GROUP = Path("/sys/fs/cgroup/memory/mixtura-offload")
+UNMET = 3
 PROMPT = "0 1 2 3 4 5 6 7 8 9"
+
+
+class Refused(Exception):  # noqa: N818
+    """The model cannot run in so little."""
 
 
 def make(path: Path, num_layers: int) -> None:
@@ -82,6 +87,8 @@ def run_in(group: Path, command: list[str]) -> str:
     done = subprocess.run(
         ["sh", "-c", script, str(group), *command], capture_output=True, text=True, check=False
     )
+    if done.returncode == UNMET:
+        raise Refused(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
     return done.stdout
@@ -133,8 +140,11 @@ def run(given: argparse.Namespace) -> None:
         for share in SHARES:
             limit = int(share * weights_bytes(given.model)) + RUNTIME_BYTES
             forget(given.model)
-            made = ours(given.model, limit, given.cache, given.prefetch)
-            rows.setdefault((share, "mixtura"), []).append(made)
+            try:
+                made = ours(given.model, limit, given.cache, given.prefetch)
+                rows.setdefault((share, "mixtura"), []).append(made)
+            except Refused as reason:
+                print(f"{share:.0%} mixtura: {reason}", flush=True)
             if given.llama is not None and given.gguf is not None:
                 forget(given.gguf)
                 made = theirs(given.llama, given.gguf, limit, given.threads)
