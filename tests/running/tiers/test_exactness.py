@@ -13,17 +13,20 @@ from tiny_scaled import save_fp8, save_mxfp4
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mixtura import observe
 from mixtura.checkpoints.apply import apply_plan
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.matrices import packable_matrices
 from mixtura.checkpoints.skeleton import build, open_checkpoint
 from mixtura.checkpoints.view import open_model
+from mixtura.data.tokens import TokenBatch
 from mixtura.kernels import isas, using
 from mixtura.kernels.paths import paths_of
 from mixtura.machine.releases import returned_cache, with_cache
+from mixtura.methods import header, own_names
 from mixtura.running.generation import new_tokens
 from mixtura.running.loading import load
-from mixtura.running.tiers.opening import Wish, tiers_of
+from mixtura.running.tiers.opening import NO_PREFETCH, Wish, tiers_of
 from mixtura.types import Merge, Plan, Quantize, QuantizeMatrix
 
 PLAIN = (
@@ -131,9 +134,22 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     require_equal(save_source(tmp_path / "source", "qwen3_moe"), slots(1, 3), dtype=dtype)
 
 
-@pytest.mark.parametrize("cache", ["lru", "lfu"])
-def test_caches(cache: str, tmp_path: Path) -> None:
-    require_equal(save_source(tmp_path / "source", "olmoe"), slots(1, 2, 3, 6, cache=cache))
+def test_caches_and_prefetchers(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", "olmoe")
+    text = TokenBatch(
+        torch.arange(3, 51)[None],
+        torch.ones(1, 48, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+        ("a",),
+    )
+    observe(load(source), text, progress=False).save(tmp_path / "trace")
+    caches = [name for name in own_names("caches") if "oracle" not in header("caches", name).tags]
+    wishes = [
+        Wish(pool_slots=count, cache=cache, prefetch=prefetch, trace=tmp_path / "trace")
+        for place, cache in enumerate(caches)
+        for count, prefetch in ((3, NO_PREFETCH), (9, own_names("prefetchers")[place % 2]))
+    ]
+    require_equal(source, wishes)
 
 
 def test_generating(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ NUM_THREADS: Final = 4
 # Bytes between two ranges that are read along rather than apart.
 _GAP: Final = 16 << 10
 NOW, LATER = 0, 1
-_END: Final = -1
+# What is on its way is read to its end first.
+_AT_LAST: Final = 2
 
 
 class Range(NamedTuple):
@@ -121,7 +122,7 @@ class Reader:
     """
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
-        self._work = _Work()
+        self._work = _Work(num_threads)
         self._threads = [
             threading.Thread(target=self._work.serve, name="mixtura-read", daemon=True)
             for _ in range(num_threads)
@@ -162,7 +163,8 @@ class Reader:
 class _Work:
     """What the threads share; it does not know the `Reader`, so that letting that go ends them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
         self.jobs: PriorityQueue[tuple[int, int, _Chunk | None]] = PriorityQueue()
         self.numbers = itertools.count()
         self._files: dict[Path, _File] = {}
@@ -174,6 +176,7 @@ class _Work:
         while True:
             _, _, chunk = self.jobs.get()
             if chunk is None:
+                self._leave()
                 return
             if not chunk.claim():
                 continue
@@ -211,17 +214,17 @@ class _Work:
                 self._files[file] = _File(file)
             return self._files[file]
 
-    def close(self) -> None:
-        """Close all files."""
+    def _leave(self) -> None:
+        """The last thread closes all files."""
         with self._lock:
-            for file in self._files.values():
+            self._num_threads -= 1
+            for file in self._files.values() if not self._num_threads else ():
                 file.close()
 
 
 def _stop(work: _Work, num_threads: int) -> None:
     for _ in range(num_threads):
-        work.jobs.put((NOW, _END, None))
-    work.close()
+        work.jobs.put((_AT_LAST, next(work.numbers), None))
 
 
 @final
