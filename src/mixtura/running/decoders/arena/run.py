@@ -195,8 +195,8 @@ def findings(table: Sequence[Standing]) -> list[str]:
         f"- No difference seen on so few questions: {'; '.join(alike) or 'none'}. At least {least} questions "
         "gained and none lost are needed for one to be seen.",
         f"- Greedy decoding has some but not all of {', '.join(open_tasks) or 'no task'}; of every other "
-        "task it has all or none, so that there a better way of decoding has little to show. More would need a model "
-        "with more such tasks.",
+        "task it has all or none, so that there a better way of decoding has little to show. More "
+        "would need a model with more such tasks.",
     ]
     if told:
         best = max(told, key=lambda one: one.accuracy)
