@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_checkpoints import save_tiny
 
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.viewing.disk import DiskLayer
+from mixtura.fitting.calibration import Seen
 from mixtura.fitting.clock import Clock
 from mixtura.fitting.depth import Depth
 from mixtura.fitting.journal import Journal, open_journal
 from mixtura.fitting.observing import Observed, observed
 from mixtura.fitting.palette import DROP, KEEP
+from mixtura.fitting.pricing import LayerPricer
 from mixtura.fitting.records import Request
 from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.texts import Texts, texts_of
@@ -66,6 +69,40 @@ def test_importance_is_the_statistic_that_observing_takes(
     assert np.allclose(found.importance, expected, rtol=1e-5)
     loads = torch.cat([layer.counts.sum(0) for layer in trace.layers]).numpy()
     assert (found.prices.load == loads).all()
+
+
+def test_text_that_runs_in_several_parts_rounds_and_prices_as_at_once(
+    view: CheckpointView, texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(view, texts, tmp_path / "whole")
+    streamed = Streamed(view)
+    length = max(part.input_ids.shape[1] for part in texts.calibration)
+    rows = 2
+    monkeypatch.setattr(
+        "mixtura.fitting.observing.DEFAULT_WORKING_BYTES", rows * length * streamed.bytes_per_token(length)
+    )
+    parts = run(view, texts, tmp_path / "parts")
+    layer = view.layers[0].index
+    assert len([*(tmp_path / "parts").glob(f"inputs-{layer}-*")]) > 2
+    assert (parts.prices.load == whole.prices.load).all()
+    # Sums in another order, and now and then another code by them.
+    ratio = parts.prices.errors[:, 1:] / whole.prices.errors[:, 1:]
+    assert np.abs(np.median(ratio, 0) - 1).max() < 1e-3
+    assert ((ratio > 0.8) & (ratio < 1.25)).mean() > 0.95
+
+
+def test_padding_is_nothing_to_round_by(view: CheckpointView, tmp_path: Path) -> None:
+    layer = view.layers[0]
+    hidden = torch.randn(3, layer.shape.d_model, generator=torch.Generator().manual_seed(0))
+    absent = layer.num_experts
+    index = torch.tensor([[0, 1], [absent, absent], [2, absent]])
+    with open_journal(tmp_path / "work", {}) as journal:
+        pricer = LayerPricer(layer, rounder_for(view, journal))
+        pricer.start(hidden, index, torch.ones(3, 2))
+        assert pricer.num_tokens == 2
+        (kept,) = (tmp_path / "work").glob("inputs-*")
+        seen = Seen(**load_file(kept))
+    torch.testing.assert_close(seen.average, hidden[[0, 2]].T @ hidden[[0, 2]] / 2)
 
 
 def test_a_few_rounded_experts_price_the_others_about_as_rounding_them_does(

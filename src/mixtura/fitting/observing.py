@@ -129,6 +129,8 @@ class _Observer:
         with attached(self._streamed.model, observers, cursor), self._journalled():
             for self._batch, rows in enumerate(batches):
                 self._calls.clear()
+                for pricer in self.pricers:
+                    pricer.is_last = self._batch + 1 == len(batches)
                 valid = tokens.attention_mask[rows].bool()
                 cursor.move(valid.reshape(-1), tokens.domains[rows, None].expand_as(valid).reshape(-1))
                 try:
@@ -165,6 +167,7 @@ class _Observer:
                 return self._recall(number, path)
             if self._clock.elapsed_s > _HURRY_SHARE * self._clock.limit_s:
                 self.pricers[number].price_only(_PRICED_IN_HURRY)
+            self.pricers[number].part = f"{self._batch:04}-{call:04}"
             outputs = forward(*args, **kwargs)
             self._keep(number, path.name, outputs)
             return outputs

@@ -53,6 +53,8 @@ class LayerPricer:
         self.options = tuple(options)
         self._rounder = rounder
         self._statistic = create("statistics", STATISTIC)
+        # Which part of the text runs, and whether others follow: experts are rounded by all of them.
+        self.part, self.is_last = "", True
         self.price_only(num_priced)
         self.sums = np.zeros((layer.num_experts, len(OPTIONS)))
         # Squared outputs of the rows that were run again.
@@ -74,8 +76,9 @@ class LayerPricer:
         top_k_weights: Float[Tensor, "T K"],
     ) -> None:
         """Count the tokens that have any expert, and keep what experts are rounded by."""
-        self._rounder.remember(self.layer.index, Seen(hidden, top_k_index, top_k_weights))
         present = (top_k_index >= 0) & (top_k_index < self.layer.num_experts)
+        seen = Seen(hidden, top_k_index.masked_fill(~present, -1), top_k_weights)
+        self._rounder.remember(self.layer.index, seen, self.part)
         self.num_tokens += int(present.any(-1).sum())
 
     @torch.no_grad()
@@ -97,13 +100,13 @@ class LayerPricer:
         self.load[expert] += token_ids.numel()
 
     def finish(self) -> None:
-        """Round the experts that are to be priced; refuse outputs that are no numbers.
+        """Round the experts that are to be priced, after the last part; refuse outputs that are no numbers.
 
         Raises:
             CheckpointError: the sums became NaN or infinite.
         """
         index = self.layer.index
-        priced = [expert for expert in self._priced if self.load[expert]]
+        priced = [expert for expert in self._priced if self.load[expert]] if self.is_last else []
         self._rounder.ensure(index, dict.fromkeys(priced, self.options))
         for expert in priced:
             for option in self.options:

@@ -25,7 +25,7 @@ from mixtura.fitting.palette import STORED, quantizer_of
 from mixtura.kernels import ExpertMath, ExpertTensors
 from mixtura.kernels.backend import math_of
 
-_INPUTS = "inputs-{layer}.safetensors"
+_INPUTS = "inputs-{layer}-{part}.safetensors"
 _ROUNDED = "rounded"
 
 
@@ -46,8 +46,14 @@ class Rounder:
         self._maths = dict(zip(self._layers, maths, strict=True))
         self._seen: tuple[int, Seen | None, Tensor | None] = (-1, None, None)
 
-    def remember(self, layer: int, seen: Seen) -> None:
-        """Keep what a layer was given."""
+    def remember(self, layer: int, seen: Seen, part: str = "") -> None:
+        """Keep what a layer was given.
+
+        Args:
+            layer: number of its decoder layer.
+            seen: its tokens.
+            part: tells these tokens from others of the layer that are kept as well.
+        """
         tensors = {
             "hidden": seen.hidden.contiguous(),
             "index": seen.index.contiguous(),
@@ -57,11 +63,9 @@ class Rounder:
         def save(path: object) -> None:
             save_file(tensors, str(path))
 
-        self._journal.write(_INPUTS.format(layer=layer), save)
-
-    def has_seen(self, layer: int) -> bool:
-        """Whether what a layer was given is kept."""
-        return self._journal.path(_INPUTS.format(layer=layer)).is_file()
+        self._journal.write(_INPUTS.format(layer=layer, part=part), save)
+        if self._seen[0] == layer:
+            self._seen = (-1, None, None)
 
     def ensure(self, layer: int, wanted: Mapping[int, Iterable[int]]) -> None:
         """Round experts of a layer, on several threads, unless that has been done.
@@ -97,11 +101,12 @@ class Rounder:
         """Read what a layer was given, in place of the one before."""
         if self._seen[0] == layer:
             return
-        path = self._journal.path(_INPUTS.format(layer=layer))
+        paths = sorted(self._journal.directory.glob(_INPUTS.format(layer=layer, part="*")))
         seen, average = None, None
-        if path.is_file():
-            files = TensorFiles(read_header(path))
-            seen = Seen(files.read("hidden"), files.read("index"), files.read("weights"))
+        if paths:
+            files = [TensorFiles(read_header(path)) for path in paths]
+            names = ("hidden", "index", "weights")
+            seen = Seen(*(torch.cat([one.read(name) for one in files]) for name in names))
             average = seen.average
         self._seen = (layer, seen, average)
 
