@@ -31,12 +31,8 @@ def generate(
     bits: int | None = typer.Option(
         None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
     ),
-    adapter: Path | None = typer.Option(
-        None, help="The directory of an adapter, such as `mixtura tune` writes."
-    ),
-    unmerged: bool = typer.Option(
-        False, "--unmerged", help="Run the adapter beside the weights instead of merging it in memory first."
-    ),
+    adapter: Path | None = typer.Option(None, help="The directory of an adapter, as `mixtura tune` writes."),
+    unmerged: bool = typer.Option(False, "--unmerged", help="Run the adapter beside the weights, unmerged."),
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     verbose: bool = typer.Option(
@@ -52,7 +48,7 @@ def generate(
     """
     model, text = _arguments(model_or_prompt, prompt)
     # Before PyTorch is imported, and the tokenizer before the model: both keep the process small.
-    from mixtura.running.memory.process import peak_resident_bytes, settle
+    from mixtura.running.memory.process import settle
 
     settle()
     from mixtura.checkpoints.tokenizer import load_tokenizer
@@ -60,19 +56,11 @@ def generate(
 
     resolved = resolve_model(model, assume_yes=yes)
     _check_model(resolved.path)
-    if adapter is not None:
-        from mixtura.running.adapters import adapter_config
-
-        adapter_config(adapter)
+    _check_adapter(adapter)
     tokenizer = load_tokenizer(resolved.path)
     from mixtura.running.generation import generate as generate_text
-    from mixtura.running.loading import load
 
-    loaded: Any = load(resolved.path, bits=bits)
-    if adapter is not None:
-        from mixtura.running.adapters import ready_to_run
-
-        loaded = ready_to_run(loaded, adapter, merge=not unmerged)
+    loaded = _loaded(resolved.path, bits, adapter, merge=not unmerged)
     made = generate_text(
         loaded,
         tokenizer,
@@ -83,11 +71,37 @@ def generate(
         chat=chat,
         on_text=None if as_json else lambda piece: typer.echo(piece, nl=False),
     )
-    taken = _taken(loaded) if verbose else None
+    _tell(resolved.name, made, _taken(loaded) if verbose else None, as_json=as_json)
+
+
+def _check_adapter(path: Path | None) -> None:
+    """Refuse what is no adapter before the model is read."""
+    from mixtura.running.adapters import adapter_config
+
+    if path is not None:
+        adapter_config(path)
+
+
+def _loaded(path: Path, bits: int | None, adapter: Path | None, *, merge: bool) -> Any:
+    """The model, with an adapter where there is one."""
+    from mixtura.running.loading import load
+
+    loaded = load(path, bits=bits)
+    if adapter is None:
+        return loaded
+    from mixtura.running.adapters import ready_to_run
+
+    return ready_to_run(loaded, adapter, merge=merge)
+
+
+def _tell(name: str, made: Generated, taken: list[LayerPath] | None, *, as_json: bool) -> None:
+    """What was made, as JSON or on the standard error stream."""
+    from mixtura.running.memory.process import peak_resident_bytes
+
     if as_json:
         more = {} if taken is None else {"layers": [asdict(path) for path in taken]}
         peak = peak_resident_bytes()
-        typer.echo(json.dumps({"model": resolved.name, **_fields(made), "peak_bytes": peak} | more))
+        typer.echo(json.dumps({"model": name, **_fields(made), "peak_bytes": peak} | more))
     else:
         _say(made, taken or [])
 
