@@ -13,7 +13,7 @@ from mixtura.cli._places import check_folder
 from mixtura.errors import UserError
 
 if TYPE_CHECKING:
-    from mixtura.train.tuning import Tuned
+    from mixtura.train.tuning import TuneConfig, Tuned
 
 
 Model = Annotated[
@@ -63,9 +63,7 @@ def tune(
     """
     from mixtura.train.tuning.config import parsed_changes, tune_config
 
-    for file in (data, eval_data):
-        if file is not None and not file.exists():
-            raise UserError(f"there is no {file}; give a file of records or text, or a directory of them")
+    _check_data(data, eval_data)
     asked = tune_config(
         model,
         str(data),
@@ -76,6 +74,22 @@ def tune(
     directory = out or Path("tuned") / Path(adapter).stem
     if not directory.is_file():
         check_folder(directory)
+    tuned = _tuned(asked, directory, threads, assume_yes=yes, progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps(tuned.to_dict()))
+    else:
+        _say(tuned)
+
+
+def _check_data(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.exists():
+            raise UserError(f"there is no {file}; give a file of records or text, or a directory of them")
+
+
+def _tuned(
+    asked: TuneConfig, directory: Path, threads: int | None, *, assume_yes: bool, progress: bool
+) -> Tuned:
     import torch
     import transformers
 
@@ -86,16 +100,12 @@ def tune(
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    path = resolve_model(model, assume_yes=yes).path
+    path = resolve_model(asked.model, assume_yes=assume_yes).path
     try:
-        tuned = run_tuning(asked, directory, model_path=path, progress=not as_json)
+        return run_tuning(asked, directory, model_path=path, progress=progress)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the last checkpoint in {directory}", err=True)
         raise
-    if as_json:
-        typer.echo(json.dumps(tuned.to_dict()))
-    else:
-        _say(tuned)
 
 
 def _say(tuned: Tuned) -> None:

@@ -179,3 +179,25 @@ def test_what_cannot_be_is_said(
     with pytest.raises(error, match=says):
         mixtura.tune(model, data, tmp_path / "run", progress=False, **FEW | settings)
     assert not list(tmp_path.glob("run/adapter*"))
+
+
+@pytest.mark.parametrize("method", ["expert_lora", "esft"])
+def test_experts_in_few_bits_are_tuned_as_they_are(
+    model: Path, data: Path, tmp_path: Path, method: str
+) -> None:
+    from mixtura.checkpoints.digest import checkpoint_digest
+    from mixtura.types import Plan, Quantize
+
+    actions = [Quantize(layer, e, "round_to_nearest", {"bits": 4}) for layer in range(2) for e in range(8)]
+    packed = tmp_path / "packed"
+    mixtura.apply_plan(Plan(checkpoint_digest(model), tuple(actions)), model, packed, progress=False)
+    settings = FEW | {"num_steps": 8, "learning_rate": 1e-2}
+    if method == "esft":
+        del settings["rank"]
+    done = mixtura.tune(
+        packed, data, tmp_path / "run", adapter=method, eval_data=data, progress=False, **settings
+    )
+    assert done.eval_before is not None
+    assert done.eval_after is not None
+    assert done.eval_after < done.eval_before - 0.02
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
