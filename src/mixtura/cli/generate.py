@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words, tier_fields, tier_lines, wish_of
+from mixtura.cli._tiers import CACHE, MEMORY, PREFETCH, TRACE, check_words, tier_fields, tier_lines, wish_of
 from mixtura.cli.doctor import path_lines
 from mixtura.errors import CheckpointError, UserError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from mixtura.kernels.paths import LayerPath
     from mixtura.running.generation import Generated
+
+_VERBOSE = "Say which path each layer took and why not a faster one, and with --memory what was read."
 
 
 def generate(
@@ -29,27 +31,14 @@ def generate(
     max_new_tokens: int = typer.Option(128, min=1, help="Tokens to generate at most."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time."),
     seed: int = typer.Option(0, min=0, help="Seed of the draws where the temperature is more than 0."),
-    bits: int | None = typer.Option(
-        None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
-    ),
-    memory: str | None = typer.Option(
-        None, help="Memory the whole process may take, such as 8GiB; experts beyond it are read from disk."
-    ),
-    cache: str = typer.Option(
-        DEFAULT_CACHE, help="With --memory: which experts stay (mixtura methods caches)."
-    ),
-    prefetch: str = typer.Option(
-        NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods."
-    ),
-    trace: Path | None = typer.Option(None, help="With --memory: a trace (mixtura observe) to go by."),
+    bits: int | None = typer.Option(None, help="Read experts of the quantizer nested at 8, 4 or 2 bits."),
+    memory: str | None = MEMORY,
+    cache: str = CACHE,
+    prefetch: str = PREFETCH,
+    trace: Path | None = TRACE,
     chat: bool = typer.Option(False, "--chat", help="Put the prompt through the model's chat template."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
-    verbose: bool = typer.Option(
-        False,
-        "--verbose",
-        "-v",
-        help="Say which path each layer took and why not a faster one, and with --memory what was read.",
-    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help=_VERBOSE),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object, when all is generated."),
 ) -> None:
     """Continue a prompt with a model, or with the specimen; `mixtura fit` makes models for it, too.
@@ -66,12 +55,10 @@ def generate(
     from mixtura.running.memory.process import peak_resident_bytes, settle
 
     settle()
-    from mixtura.checkpoints.tokenizer import load_tokenizer
     from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
-    _check_model(resolved.path)
-    tokenizer = load_tokenizer(resolved.path)
+    tokenizer = _tokenizer(resolved.path)
     from mixtura.running.generation import generate as generate_text
     from mixtura.running.loading import load
 
@@ -134,8 +121,8 @@ def _arguments(first: str, second: str | None) -> tuple[str | None, str]:
     return model, sys.stdin.read() if prompt == "-" else prompt
 
 
-def _check_model(path: Path) -> None:
-    """Refuse what is no model before its tokenizer is looked for.
+def _tokenizer(path: Path) -> Any:
+    """The tokenizer of a model's directory.
 
     Raises:
         CheckpointError: it is a file, or has no config.json.
@@ -146,6 +133,9 @@ def _check_model(path: Path) -> None:
         raise CheckpointError(
             f"{path} is not a model: it has no config.json; give the directory of a transformers model"
         )
+    from mixtura.checkpoints.tokenizer import load_tokenizer
+
+    return load_tokenizer(path)
 
 
 def _fields(made: Generated) -> dict[str, object]:
