@@ -177,7 +177,8 @@ void check_experts(const Way& way) {
     fill(made[1], Format::q4, d_model, d_expert, 16);
     fill(made[2], Format::bf16, 2 * d_expert, d_model, 0);
     fill(made[3], Format::q2, d_model, d_expert, 16);
-    const std::vector<Expert> experts = {{made[0].matrix, made[1].matrix, {}, {}}, {made[2].matrix, made[3].matrix, {}, {}}};
+    Experts experts;
+    experts.all = {{made[0].matrix, made[1].matrix, {}, {}}, {made[2].matrix, made[3].matrix, {}, {}}};
     const std::int64_t ids[2 * num] = {0, 1, 1, 0, 0, 1};
     const float weights[2 * num] = {0.5f, 0.25f, 1.0f, 0.75f, 0.125f, 2.0f};
     std::normal_distribution<float> normal;
@@ -187,6 +188,16 @@ void check_experts(const Way& way) {
     silu.curve = Curve::silu, silu.gated = true;
     run_experts(way, experts, {ids, nullptr, 2, 2 * num, num}, {x.data(), Number::f32, d_model},
                 {weights, Number::f32, 1}, silu, {out.data(), Number::f32, d_model});
+    // Brought one after the other, they give the same bits.
+    std::vector<float> apart(num * d_model);
+    std::int64_t calls = 0;
+    experts.fetch = [&](const Need& need) {
+        calls += need.experts[0] == calls && need.num == 2 - calls && need.num_rows[0] == num ? 1 : 100;
+        return std::int64_t{1};
+    };
+    run_experts(way, experts, {ids, nullptr, 2, 2 * num, num}, {x.data(), Number::f32, d_model},
+                {weights, Number::f32, 1}, silu, {apart.data(), Number::f32, d_model});
+    tell("experts that are brought one by one", calls == 2 && apart == out ? 0.0 : 1.0, 1e-9);
     double lost = 0.0, size = 0.0;
     for (std::int64_t t = 0; t < num; ++t) {
         std::vector<double> sum(d_model, 0.0);

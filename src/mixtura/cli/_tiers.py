@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from mixtura.errors import SettingError
 
 if TYPE_CHECKING:
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE = "lru"
 NO_PREFETCH = "none"
+MEMORY = typer.Option(
+    None, help="Memory the whole process may take, such as 8GiB; experts beyond it are read from disk."
+)
+CACHE = typer.Option(DEFAULT_CACHE, help="With --memory: which experts stay; see mixtura methods.")
+PREFETCH = typer.Option(NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods.")
+TRACE = typer.Option(None, help="With --memory: a trace (mixtura observe) that these go by.")
 
 
 def check_words(memory: str | None, cache: str, prefetch: str, trace: Path | None) -> None:

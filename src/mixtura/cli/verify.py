@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words, wish_of
+from mixtura.cli._tiers import CACHE, PREFETCH, TRACE, check_words, wish_of
 
 if TYPE_CHECKING:
     from mixtura.running.verifying import Verified
@@ -20,9 +20,9 @@ def verify(
         None, help="Directory or hub id; without it, the specimen.", show_default=False
     ),
     memory: str = typer.Option(..., help="Memory the whole process may take, such as 8GiB."),
-    cache: str = typer.Option(DEFAULT_CACHE, help="Which experts stay; see mixtura methods."),
-    prefetch: str = typer.Option(NO_PREFETCH, help="Which are read ahead; see mixtura methods."),
-    trace: Path | None = typer.Option(None, help="A trace (mixtura observe) that these go by."),
+    cache: str = CACHE,
+    prefetch: str = PREFETCH,
+    trace: Path | None = TRACE,
     bits: int | None = typer.Option(
         None, help="Read experts that were stored with the quantizer nested at 8, 4 or 2 bits."
     ),
