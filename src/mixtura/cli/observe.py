@@ -51,8 +51,7 @@ def observe(
     check_file(save)
     check_file(report)
     _check_known(statistics)
-    wanted = [name.strip() for name in analysis.split(",") if name.strip()]
-    needs = tags_of_analyses(wanted)
+    wanted, needs = _analyses(analysis)
     from mixtura.checkpoints.skeleton import open_checkpoint
     from mixtura.data.records import readable
     from mixtura.running.observing.analyzing import analyze
@@ -78,21 +77,34 @@ def observe(
     if report is not None:
         page = readable(observation_page(resolved.name, description))
         report.write_text(page, encoding="utf-8")
+    _tell(resolved.name, description, reports, save, report, as_json=as_json)
+
+
+def _tell(
+    name: str,
+    description: Description,
+    reports: dict[str, Report],
+    save: Path | None,
+    report: Path | None,
+    *,
+    as_json: bool,
+) -> None:
     if as_json:
-        more = {"analyses": {name: one.to_dict() for name, one in reports.items()}} if reports else {}
-        typer.echo(json.dumps({"model": resolved.name, **description.to_dict(), **more}))
-    else:
-        _print(resolved.name, description)
-        _print_reports(reports)
-        for what, target in (("trace", save), ("report", report)):
-            if target is not None:
-                typer.echo(f"{what}: {target}", err=True)
+        more = {"analyses": {key: one.to_dict() for key, one in reports.items()}} if reports else {}
+        typer.echo(json.dumps({"model": name, **description.to_dict(), **more}))
+        return
+    _print(name, description)
+    _print_reports(reports)
+    for what, target in (("trace", save), ("report", report)):
+        if target is not None:
+            typer.echo(f"{what}: {target}", err=True)
 
 
-def tags_of_analyses(names: list[str]) -> dict[str, list[str]]:
-    """What analyses need observed, by the beginnings of their tags; refuses one that is not there."""
+def _analyses(named: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Analyses by their names, and what they need observed by the beginnings of their tags."""
+    names = [name.strip() for name in named.split(",") if name.strip()]
     tags = [tag for name in names for tag in header("analyses", name).tags]
-    return {
+    return names, {
         kind: [tag.partition(":")[2] for tag in tags if tag.startswith(f"{kind}:")]
         for kind in ("statistic", "needs")
     }
