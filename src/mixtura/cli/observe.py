@@ -63,13 +63,8 @@ def observe(
     resolved = resolve_model(model, assume_yes=yes)
     view = open_checkpoint(resolved.path)
     batch = read_text(view, text, max_tokens=tokens, max_length=length)
-    trace = observe_checkpoint(
-        view,
-        batch,
-        statistics=list(dict.fromkeys([*statistics, *needs["statistic"]])),
-        keep_choices="choices" in needs["needs"],
-        progress=not as_json,
-    )
+    kept, taken = "choices" in needs["needs"], list(dict.fromkeys([*statistics, *needs["statistic"]]))
+    trace = observe_checkpoint(view, batch, statistics=taken, keep_choices=kept, progress=not as_json)
     reports = {name: analyze(trace, name) for name in wanted}
     description = describe(trace)
     if save is not None:
