@@ -11,7 +11,8 @@ import torch
 from mixtura.authoring.contracts._decoded import model, samples, tokenizer
 from mixtura.errors import UserError
 from mixtura.methods import create
-from mixtura.methods.decoders.spec_ee import SpecEe, _predict, _trained
+from mixtura.methods.decoders._exits import predict, trained_predictor
+from mixtura.methods.decoders.spec_ee import SpecEe
 from mixtura.running.decoders.calibrating import calibrate_on
 from mixtura.running.decoders.entry import decode
 from mixtura.running.decoders.probing import save_calibration
@@ -30,8 +31,8 @@ def test_what_can_be_told_apart_is_learnt() -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(200, 6, generator=generator)
     right = rows[:, 0] > 0
-    made = {name: one[None] for name, one in _trained(rows, right).items()}
-    assert ((_predict(made, 0, rows) > 0.5) == right).float().mean() > 0.95
+    made = {name: one[None] for name, one in trained_predictor(rows, right).items()}
+    assert ((predict(made, 0, rows) > 0.5) == right).float().mean() > 0.95
 
 
 @torch.no_grad()

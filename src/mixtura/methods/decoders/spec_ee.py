@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from mixtura.errors import UserError, check_range
 from mixtura.methods.decoders import Branch, Candidate, Decoder, Head, ModelFacts, Probe, Prompt, Sample
+from mixtura.methods.decoders._exits import features, predict, successors_of, trained_predictor
 
 METHOD = {
     "paper": 217,
@@ -21,7 +20,6 @@ METHOD = {
     "tags": ["exits", "needs:calibration"],
 }
 _RECENT = 5
-_WIDTH = 32
 
 
 @final
@@ -47,7 +45,7 @@ class SpecEe(Decoder):
         once more. Several prompts are decoded one after another.
 
     Example:
-        >>> from mixtura.methods.decoders.spec_ee import features
+        >>> from mixtura.methods.decoders._exits import features
         >>> import torch
         >>> features(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 0.5]])).tolist()
         [[0.0, 0.0, 0.5, 0.5, 0.0, 0.0]]
@@ -87,7 +85,7 @@ class SpecEe(Decoder):
         drafts = weights["successors"][candidate.token_ids[-1]].long()
         logits = head(hidden, drafts)[None].cpu()
         before = logits.softmax(-1) if state.before is None else state.before
-        surety = _predict(weights, layer, features(logits, before))
+        surety = predict(weights, layer, features(logits, before))
         state.before = logits.softmax(-1)
         if float(surety) <= self.threshold or int(head(hidden, None).argmax()) not in drafts.tolist():
             return False
@@ -99,7 +97,7 @@ class SpecEe(Decoder):
     ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if sum(len(one.token_ids) for one in samples) < 16 or facts.num_layers < 2:
             raise UserError("spec_ee needs a model of several layers and texts of 16 tokens and more")
-        successors = self._successors(probe, samples, facts.vocabulary)
+        successors = successors_of(probe, samples, facts.vocabulary, self.drafts)
         rows: list[list[Tensor]] = [[] for _ in range(facts.num_layers - 1)]
         right: list[list[Tensor]] = [[] for _ in range(facts.num_layers - 1)]
         for one in samples:
@@ -113,29 +111,12 @@ class SpecEe(Decoder):
                 before = logits.softmax(-1)
                 drafted = (drafts == said[:, None]).any(-1)
                 right[layer].append((whole.argmax(-1) == said) & drafted)
-        trained = [_trained(torch.cat(x), torch.cat(y)) for x, y in zip(rows, right, strict=True)]
+        trained = [trained_predictor(torch.cat(x), torch.cat(y)) for x, y in zip(rows, right, strict=True)]
         shares = [float(torch.cat(y).float().mean()) for y in right]
         number = max(1, round(self.tested * len(shares)))
         layers = sorted(sorted(range(len(shares)), key=lambda layer: -shares[layer])[:number])
         tensors = {name: torch.stack([one[name] for one in trained]) for name in trained[0]}
         return {"layers": layers, "decided": shares}, tensors | {"successors": successors}
-
-    def _successors(self, probe: Probe, samples: Sequence[Sample], vocabulary: int) -> Int[Tensor, "V m"]:
-        """For each token, those that the model says most often after it; then those it says most often."""
-        after: dict[int, Counter[int]] = {}
-        often: Counter[int] = Counter(dict.fromkeys(range(self.drafts), 0))
-        for one in samples:
-            said = probe.run(one.token_ids).logits.argmax(-1).tolist()
-            for token, following in zip(one.token_ids, said, strict=True):
-                after.setdefault(token, Counter())[following] += 1
-                often[following] += 1
-        usual = [token for token, _ in often.most_common()]
-        found = torch.tensor(usual[: self.drafts], dtype=torch.int32).repeat(vocabulary, 1)
-        for token, counts in after.items():
-            own = [one for one, _ in counts.most_common(self.drafts)]
-            filled = own + [one for one in usual if one not in own]
-            found[token] = torch.tensor(filled[: self.drafts], dtype=torch.int32)
-        return found
 
 
 @final
@@ -147,32 +128,3 @@ class _State:
     layers: frozenset[int]
     exits: list[int] = field(default_factory=list)
     before: Tensor | None = None
-
-
-def features(logits: Float[Tensor, "T m"], before: Float[Tensor, "T m"]) -> Float[Tensor, "T _"]:
-    """Logits of drafts, their shares, and how these changed."""
-    shares = logits.softmax(-1)
-    return torch.cat([logits, shares, shares - before], dim=-1)
-
-
-def _predict(weights: Mapping[str, Tensor], layer: int, rows: Float[Tensor, "T _"]) -> Float[Tensor, " T"]:
-    hidden = F.relu(rows @ weights["first"][layer] + weights["first_bias"][layer])
-    return (hidden @ weights["second"][layer] + weights["second_bias"][layer]).sigmoid()
-
-
-def _trained(rows: Float[Tensor, "T _"], right: Bool[Tensor, " T"], steps: int = 300) -> dict[str, Tensor]:
-    """A predictor of one layer: one hidden layer, trained on all rows at once."""
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(1, rows.shape[1], _WIDTH, generator=generator) / rows.shape[1] ** 0.5
-    second = torch.randn(1, _WIDTH, generator=generator) / _WIDTH**0.5
-    made = {"first": first, "first_bias": torch.zeros(1, _WIDTH), "second": second}
-    made["second_bias"] = torch.zeros(1)
-    with torch.enable_grad():
-        for one in made.values():
-            one.requires_grad_()
-        optimizer = torch.optim.Adam(made.values(), lr=0.01)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.binary_cross_entropy(_predict(made, 0, rows.detach().float()), right.float()).backward()
-            optimizer.step()
-    return {name: one.detach()[0] for name, one in made.items()}
