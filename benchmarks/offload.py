@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from made import make
+
 SHARES = (0.75, 0.5, 0.25)
 NUM_TOKENS = 32
 # What a process takes beside the model, so that the limit is what the share of the weights leaves.
@@ -37,36 +39,6 @@ PROMPT = "0 1 2 3 4 5 6 7 8 9"
 
 class Refused(Exception):  # noqa: N818
     """The model cannot run in so little."""
-
-
-def make(path: Path, num_layers: int) -> None:
-    """Write the checkpoint and a tokenizer of single characters."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        max_position_embeddings=4096,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    Qwen3MoeForCausalLM(config).save_pretrained(path)
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *"0123456789 "])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
 
 
 @contextmanager
