@@ -32,10 +32,14 @@ def router_file(tmp_path: Path) -> Callable[[str], str]:
 def test_kinds_are_the_folders_that_say_so() -> None:
     found = {kind.name: kind.singular for kind in method.kinds()}
     assert found == {
+        "adapters": "adapter",
         "analyses": "analysis",
         "balancers": "balancer",
         "caches": "cache",
+        "decoders": "decoder",
+        "mergers": "merger",
         "mixers": "mixer",
+        "prefetchers": "prefetcher",
         "pruners": "pruner",
         "quantizers": "quantizer",
         "routers": "router",
