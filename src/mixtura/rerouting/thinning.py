@@ -18,11 +18,14 @@ _EQUAL = 0.02
 
 
 def thinned(
-    output: tuple[Any, ...], steering: Steering, num_experts: int, *, normalizes: bool, absent: bool
+    output: Any, steering: Steering, num_experts: int, *, normalizes: bool, absent: bool
 ) -> tuple[tuple[Any, ...], Int[Tensor, " T"] | None]:
     """What a router returned, as ``ranks``, ``least`` and ``scale`` change it; experts left of each token.
 
     Left-out experts have weight 0 and, with ``absent``, the number E, which nothing runs.
+
+    Raises:
+        UnsupportedModelError: the router returns logits alone in the installed transformers.
     """
     logits, weights, ids = logits_weights_choices(output)
     made = weights.reshape(-1, weights.shape[-1])
@@ -44,8 +47,7 @@ def thinned(
         left = keep.sum(-1)
         chosen = chosen.masked_fill(~keep, num_experts) if absent else chosen
     shown = made.to(weights.dtype).view(weights.shape), chosen.view(ids.shape)
-    changed: Any = in_order_of(output, logits, *shown)  # type: ignore[arg-type]
-    return changed, left
+    return in_order_of(output, logits, *shown), left  # type: ignore[arg-type]
 
 
 def _within(ranks: Int[Tensor, "*T 2"], chosen: Int[Tensor, "T K"]) -> Bool[Tensor, "T K"]:

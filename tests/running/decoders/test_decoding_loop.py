@@ -98,7 +98,12 @@ def test_steering_acts_inside_every_kind_of_router(family: str) -> None:
         lambda layer: Steering(logits=torch.zeros(layer.num_experts), scale=torch.ones(layer.num_experts))
     )
     words = numbers()
-    decode(inside, words, "5 9 3 7", neutral, max_new_tokens=3)
+    try:
+        decode(inside, words, "5 9 3 7", neutral, max_new_tokens=3)
+    except UnsupportedModelError as error:
+        # In older releases the block of jamba chooses, not its router.
+        assert family == "jamba" and "use a newer release" in str(error)  # noqa: PT017, PT018
+        return
     for said in neutral.said:
         torch.testing.assert_close(said[:, 0], said[:, 1])
     torch.testing.assert_close(neutral.said[0][0, 0], plain, rtol=1e-4, atol=1e-4)
