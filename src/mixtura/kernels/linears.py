@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -308,7 +308,8 @@ def packable_modules(
         for name, module in model.named_modules()
         if type(module) in types and name and id(module) not in routers
     ]
-    return [held for held in named if not _reads_weight(type(held.owner), held.attribute)]
+    # mypy does not see that classes can be hashed.
+    return [held for held in named if not _reads_weight(type(held.owner), held.attribute)]  # type: ignore[arg-type]
 
 
 def _routers(model: nn.Module) -> Iterator[nn.Module]:
@@ -321,6 +322,7 @@ def _routers(model: nn.Module) -> Iterator[nn.Module]:
                     yield found
 
 
+@cache
 def _reads_weight(owner: type, name: str) -> bool:
     """Whether code of a class reads the weight of its layer of this name, by its source."""
     reads = re.compile(rf"\bself\.{re.escape(name)}\.weight\b")
