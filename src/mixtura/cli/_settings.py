@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mixtura.errors import SettingError
+from mixtura.methods.settings import key_and_value
 
 
 def parse_settings(changes: Sequence[str]) -> dict[str, Any]:
@@ -20,11 +20,9 @@ def parse_settings(changes: Sequence[str]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for change in changes:
-        key, separator, value = change.partition("=")
-        if not separator or not key.strip():
-            raise SettingError(f"a setting is written key=value, got {change!r}")
+        key, value = key_and_value(change)
         try:
-            found[key.strip()] = json.loads(value)
+            found[key] = json.loads(value)
         except ValueError:
-            found[key.strip()] = value
+            found[key] = value
     return found

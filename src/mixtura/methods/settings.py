@@ -67,3 +67,18 @@ def _parts_fit(value: Any, plain: type[Any], parts: tuple[Any, ...]) -> bool:
     if issubclass(plain, Sequence):
         return all(fits(held, parts[0]) for held in value)
     return True
+
+
+def key_and_value(change: str) -> tuple[str, str]:
+    """The two sides of a setting that is written ``key=value``.
+
+    >>> key_and_value("beta = 0.5")
+    ('beta', ' 0.5')
+
+    Raises:
+        SettingError: it has no key.
+    """
+    key, separator, value = change.partition("=")
+    if not separator or not key.strip():
+        raise SettingError(f"a setting is written key=value, got {change!r}")
+    return key.strip(), value

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, final, get_args, get_type_hints
 
 from mixtura.data.text import DOMAINS
 from mixtura.errors import SettingError, UnknownNameError, UserError, check_range, suggest
-from mixtura.methods.settings import fits
+from mixtura.methods.settings import fits, key_and_value
 from mixtura.train.stages import Stage, check_stages
 from mixtura.train.yaml_core import parse_yaml
 
@@ -150,10 +150,8 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """
     values = _read_yaml(Path(path))
     for change in changes:
-        key, separator, value = change.partition("=")
-        if not separator or not key.strip():
-            raise SettingError(f"a setting is written key=value, got {change!r}")
-        _put(values, _full_key(key.strip()), parse_value(value, change))
+        key, value = key_and_value(change)
+        _put(values, _full_key(key), parse_value(value, change))
     return build_config(values)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from mixtura.errors import SettingError, UnknownNameError, check_range
 from mixtura.methods import header
-from mixtura.methods.settings import fits
+from mixtura.methods.settings import fits, key_and_value
 from mixtura.train.config import parse_value, record_of
 
 
@@ -168,13 +168,8 @@ def parsed_changes(changes: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingError: one is not written so.
     """
-    found: dict[str, Any] = {}
-    for change in changes:
-        key, separator, value = change.partition("=")
-        if not separator or not key.strip():
-            raise SettingError(f"a setting is written key=value, got {change!r}")
-        found[key.strip()] = parse_value(value, change)
-    return found
+    pairs = ((change, *key_and_value(change)) for change in changes)
+    return {key: parse_value(value, change) for change, key, value in pairs}
 
 
 def _places(adapter: str) -> dict[str, tuple[str, ...]]:
