@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import BudgetError, UserError
+from mixtura.errors import BudgetError
+from mixtura.methods._protected import check_protected
 from mixtura.types import Budget, Merge, Plan
 from mixtura.types.trace import LayerTrace, Trace
 
@@ -50,15 +51,11 @@ def num_stored(trace: Trace, budget: Budget) -> int:
         BudgetError: not even the smallest number that is possible fits; the message says it.
         UserError: an expert is protected that is not there.
     """
+    check_protected(trace, budget)
     whole = max((layer.shape.num_experts for layer in trace.layers), default=0)
     need = 1
     for index, experts in budget.protected.items():
         size = trace.layer(index).shape.num_experts
-        for expert in experts:
-            if not 0 <= expert < size:
-                raise UserError(
-                    f"layer {index} has experts 0 to {size - 1}; there is no expert {expert} to protect"
-                )
         need = max(need, min(len(set(experts)) + 1, size))
     if budget.num_experts is not None:
         largest, given, least = budget.num_experts, f"{budget.num_experts} experts per layer", str(need)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import BudgetError, UserError
+from mixtura.methods._protected import check_protected
 from mixtura.types import Budget, Drop, Plan
 from mixtura.types.trace import LayerTrace, Trace
 
@@ -33,7 +34,7 @@ def keep_best(trace: Trace, budget: Budget, scores: Sequence[Float[Tensor, " _"]
         BudgetError: the budget asks for fewer experts than a token needs to choose from, or than it protects.
         UserError: a score is not finite, or an expert is protected that is not there.
     """
-    _check_protected(trace, budget)
+    check_protected(trace, budget)
     kept = num_kept(trace, budget)
     drops = []
     for layer, score in zip(trace.layers, scores, strict=True):
@@ -79,17 +80,6 @@ def _why(budget: Budget) -> str:
     if budget.counts is not None:
         return "routing, protected experts and the numbers that a layer may have together need"
     return "a token chooses from" if not budget.protected else "routing and protected experts need"
-
-
-def _check_protected(trace: Trace, budget: Budget) -> None:
-    """Raise `UserError` where a budget protects a layer or expert that the trace has not."""
-    for index, experts in budget.protected.items():
-        size = trace.layer(index).shape.num_experts
-        for expert in experts:
-            if not 0 <= expert < size:
-                raise UserError(
-                    f"layer {index} has experts 0 to {size - 1}; there is no expert {expert} to protect"
-                )
 
 
 def least_kept(layer: LayerTrace, budget: Budget | None = None) -> int:
