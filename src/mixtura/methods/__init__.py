@@ -334,7 +334,7 @@ def load_method(kind_name: str, name: str) -> type[Any]:
     elif not _is_path(name):
         module = import_module(_entry_points(family.name)[name].module)
     else:
-        module = _import_file(found.path)
+        module = import_file(found.path)
     cls = getattr(module, class_name(found.name))
     base = base_class(family.name)
     if not (isinstance(cls, type) and issubclass(cls, base)):
@@ -360,10 +360,15 @@ def base_class(kind_name: str) -> type[Any]:
     return base
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """The module of a user's own file.
+
+    Raises:
+        UserError: it is no Python file, or running it fails.
+    """
     spec = spec_from_file_location(f"mixtura_outside_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{path} cannot be imported as a Python module")
+        raise UserError(f"{path} cannot be imported as a Python module; give a .py file")
     module = module_from_spec(spec)
     # Dataclasses and type hints look their module up by name.
     sys.modules[spec.name] = module

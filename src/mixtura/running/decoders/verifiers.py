@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 from mixtura.errors import UserError
+from mixtura.methods import import_file
 from mixtura.methods.decoders import Verifier
 
 _FUNCTION = "verify"
@@ -20,17 +19,7 @@ def verifier_of(path: Path) -> Verifier:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a .py file with a function verify(prompt, texts)")
-    spec = importlib.util.spec_from_file_location(f"mixtura_verifier_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} cannot be imported as a Python module; give a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[spec.name]
-        raise UserError(f"importing {path} failed: {type(error).__name__}: {error}") from error
-    found = getattr(module, _FUNCTION, None)
+    found = getattr(import_file(path), _FUNCTION, None)
     if not callable(found):
         raise UserError(f"{path} has no function verify(prompt, texts); write one that scores each text")
     verify: Verifier = found
