@@ -67,7 +67,9 @@ def test_sees_what_a_model_in_memory_shows(family: str, tmp_path: Path) -> None:
         for name, values in other.statistics.items():
             torch.testing.assert_close(mine.statistics[name], values, rtol=1e-4, atol=1e-6)
         for name, values in other.features.items():
-            torch.testing.assert_close(mine.features[name], values, rtol=1e-4, atol=1e-5)
+            # Sums of many products, in another order: as near as the largest of them allows.
+            scale = float(values.abs().max())
+            torch.testing.assert_close(mine.features[name], values, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_features_are_what_they_say(tmp_path: Path) -> None:
