@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
-from mixtura import specimen
+from mixtura.data import specimen
 
 LAYERS = 4
 _DTYPE = torch.bfloat16

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mixtura
-from mixtura import specimen
+from mixtura.data import specimen
 from mixtura.checkpoints.gguf.libraries import LlamaLibrary, llama_library
 from mixtura.checkpoints.gguf.types import NEED_IMPORTANCE, StorageType, storage_type
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint

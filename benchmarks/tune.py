@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], float]] = {
 
 def examples(split: str, count: int) -> list[Any]:
     """Tasks of the new kinds as examples."""
-    from mixtura import specimen
+    from mixtura.data import specimen
     from mixtura.checkpoints.tokenizer import load_tokenizer
     from mixtura.data import tasks
     from mixtura.data.examples import read_examples
@@ -63,7 +63,7 @@ def adapted(kind: str, settings: dict[str, Any], learned: list[Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     import mixtura
-    from mixtura import specimen
+    from mixtura.data import specimen
     from mixtura.train.tuning.run import _tokens
 
     if kind.startswith("peft"):
@@ -88,7 +88,7 @@ def measure(name: str, steps: int, per_kind: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    from mixtura import specimen
+    from mixtura.data import specimen
     from mixtura.checkpoints.tokenizer import load_tokenizer
     from mixtura.data import tasks
     from mixtura.running.evaluate import task_accuracy

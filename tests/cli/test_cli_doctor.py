@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mixtura import specimen
 from mixtura.cli.doctor import path_lines
+from mixtura.data import specimen
 from mixtura.kernels.paths import PATHS, LayerPath
 
 MODEL = str(specimen.path())

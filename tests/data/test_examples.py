@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mixtura import specimen
 from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data import specimen
 from mixtura.data.examples import Example, read_examples
 from mixtura.data.records import TextError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtura import specimen
+from mixtura.data import specimen
 from mixtura.kernels import isas
 from mixtura.running.doctor import Health, _unsupported, examine
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixtura import specimen
 from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data import specimen
 from mixtura.errors import SettingError, UnknownNameError, UserError
 from mixtura.train.config import build_config, differences
 from mixtura.train.stages import Stage, StagedSequences, stage_of

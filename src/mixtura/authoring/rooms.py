@@ -16,7 +16,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("types", "machine", "report"),
     ("methods",),
     ("kernels",),
-    ("data", "specimen"),
+    ("data",),
     ("modeling",),
     ("checkpoints",),
     ("rerouting",),
@@ -35,7 +35,7 @@ _GROUPS = (
         ("types", "kernels", "modeling", "checkpoints", "rerouting", "adapting"),
     ),
     ("what users run", ("running", "fitting", "train", "cli")),
-    ("what the rest needs", ("data", "specimen", "report", "machine", "errors")),
+    ("what the rest needs", ("data", "report", "machine", "errors")),
 )
 _WIDTH = 16
 

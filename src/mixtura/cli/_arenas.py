@@ -84,7 +84,7 @@ def _answer(asked: Asked) -> list[Any]:
 
 
 def _replay(asked: Asked) -> list[Any]:
-    from mixtura import specimen
+    from mixtura.data import specimen
     from mixtura.running.tiers.arena import hold
     from mixtura.running.tiers.page import as_csv, markdown
 

@@ -1,1 +1,1 @@
-"""Text and tasks: what models are observed on, measured on and trained on."""
+"""Text, tasks and the specimen: what models are observed on, measured on and trained on."""

@@ -99,7 +99,7 @@ def resolve_model(model: str | None, *, assume_yes: bool = False, ask: Ask | Non
     """
     path = None if model is None else Path(model).expanduser()
     if model is None or path is None or (model == _SPECIMEN and not path.exists()):
-        from mixtura import specimen
+        from mixtura.data import specimen
 
         return Resolved(specimen.path(), _SPECIMEN)
     if path.exists():

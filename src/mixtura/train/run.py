@@ -143,8 +143,8 @@ def _try(model: Any, data: Any) -> None:
 
 
 def _tokenizer(name: str) -> Any:
-    from mixtura import specimen
     from mixtura.checkpoints.tokenizer import load_tokenizer
+    from mixtura.data import specimen
 
     if name == "specimen":
         return load_tokenizer(specimen.path())

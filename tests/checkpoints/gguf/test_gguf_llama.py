@@ -14,7 +14,7 @@ from gguf_sources import CONFIGS, TEXT, save_source
 from test_gguf import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixtura import specimen
+from mixtura.data import specimen
 from mixtura.running.gguf import export_gguf
 
 llama_cpp: Any = pytest.importorskip(

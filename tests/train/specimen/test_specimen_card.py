@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from mixtura.data.specimen import path
 from mixtura.errors import CheckpointError
-from mixtura.specimen import path
 from mixtura.train.specimen import card
 from mixtura.train.specimen.card_text import card_text, table
 from mixtura.train.specimen.measure import load_by_layer, specialisation

@@ -13,8 +13,8 @@ import pytest
 import torch
 from train.train_runs import kill_when
 
-from mixtura import specimen
 from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data import specimen
 from mixtura.modeling.export import exported
 from mixtura.modeling.family import MixturaForCausalLM
 from mixtura.train.run import _model_config

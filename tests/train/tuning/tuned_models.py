@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from mixtura import specimen
+from mixtura.data import specimen
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "kappa", "sigma", "theta"]
 

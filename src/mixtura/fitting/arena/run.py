@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from mixtura import specimen
+from mixtura.data import specimen
 from mixtura.errors import BudgetError, SettingError, check_range
 from mixtura.fitting.arena.entries import PRUNERS, Entry, entries
 from mixtura.fitting.arena.exam import Sizes

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mixtura import specimen
 from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data import specimen
 from mixtura.data.text import DOMAINS, held_out
 from mixtura.data.tokens import encode_text
 from mixtura.train.text import Stream, streams_of

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mixtura.data.specimen import MODEL, path
 from mixtura.errors import CheckpointError, UserError
-from mixtura.specimen import MODEL, path
 from mixtura.train.specimen.card_text import card_text
 
 NUM_PER_TASK = 100

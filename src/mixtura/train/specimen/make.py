@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixtura.data.specimen import MODEL
 from mixtura.errors import UserError
-from mixtura.specimen import MODEL
 
 RUN = Path("build/specimen")
 

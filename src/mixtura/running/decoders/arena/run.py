@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 
-from mixtura import specimen
+from mixtura.data import specimen
 from mixtura.running.decoders.arena.entries import REFERENCE, Entry, entries
 from mixtura.running.decoders.arena.exam import Exam, Notify
 from mixtura.running.resolve import resolve_model
