@@ -43,6 +43,8 @@ _PUBLIC = {
     "decode": "mixtura.running.decoders.entry",
     "fit": "mixtura.fitting",
     "compress": "mixtura.fitting.compressing",
+    "upcycle": "mixtura.fitting.upcycling",
+    "compose": "mixtura.fitting.upcycling",
     "register_backend": "mixtura.kernels",
     "AdapterConfig": "mixtura.adapting",
     "export_lora": "mixtura.adapting.exporting",

@@ -32,6 +32,8 @@ COMMANDS = (
     "train",
     "tune",
     "merge",
+    "upcycle",
+    "compose",
     "arena",
     "methods",
     "show",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixtura.checkpoints.matrices import stored_name
-from mixtura.checkpoints.skeleton import CheckpointView, build, compute_buffers, empty_experts, read_slot
+from mixtura.checkpoints.skeleton import AnyView, build, compute_buffers, empty_experts, read_slot
 from mixtura.checkpoints.slots import Slot, slots
 from mixtura.checkpoints.stores import DiskStore, Instead
 from mixtura.checkpoints.viewing.beside import require_alone
@@ -49,7 +49,7 @@ class Streamed:
     `run` and `hidden` do that within a bound.
 
     Args:
-        view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`.
+        view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`, or a dense one.
         instead: gives what is to run in an expert's place, to try a plan without writing it: asked by the
             decoder layer's number, the expert's number and the dtype. None for one that runs as it is;
             others are not read.
@@ -65,7 +65,7 @@ class Streamed:
 
     def __init__(
         self,
-        view: CheckpointView,
+        view: AnyView,
         instead: Instead | None = None,
         *,
         dropped: Mapping[int, Collection[int]] | None = None,

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -83,14 +82,14 @@ class DenseTrace:
     """What one pass of text saw of a dense model.
 
     Attributes:
-        layers: by decoder layer.
-        embeddings: by group, the mean embedding of all its tokens.
+        layers: by decoder layer; empty where nothing ran.
+        embeddings: by group, the mean embedding of all its tokens. Only where it is asked for.
         experts: by group, the number of the source (or expert) that its text is for; -1 for none.
         negative: by group, whether its text is what that expert is *not* for.
     """
 
     layers: tuple[LayerInputs, ...]
-    embeddings: Float[Tensor, "G D"]
+    embeddings: Float[Tensor, "G D"] | None = None
     experts: tuple[int, ...]
     negative: tuple[bool, ...]
 
@@ -206,6 +205,7 @@ class SetRouter(Action):
 class Recipe:
     """What a method answers: actions, and arrays that they name by their digest.
 
+    >>> import torch
     >>> rows = torch.eye(2)
     >>> recipe = Recipe.of([SetRouter(0, "rows", rows=array_name(rows))], [rows])
     >>> list(recipe.arrays) == [recipe.actions[0].rows]
@@ -225,5 +225,5 @@ def array_name(values: Tensor) -> str:
     """The name that an action calls an array by: a digest of its type, shape and numbers."""
     kept = values.detach().contiguous()
     digest = hashlib.sha256(f"{kept.dtype} {tuple(kept.shape)}".encode())
-    digest.update(kept.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(kept.numpy().tobytes())
     return digest.hexdigest()[:32]

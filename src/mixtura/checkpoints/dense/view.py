@@ -10,9 +10,9 @@ from typing import final
 
 from mixtura.checkpoints.dense.families import DenseFamily, Traits, family_of
 from mixtura.checkpoints.packed import is_packed
-from mixtura.checkpoints.viewing.base import LayerView
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.checks import check_present
+from mixtura.checkpoints.viewing.disk import DiskLayer
 from mixtura.checkpoints.viewing.headers import TensorEntry
 from mixtura.checkpoints.viewing.meta import build_from_config, named_tensors
 from mixtura.checkpoints.viewing.opening import open_files
@@ -71,7 +71,7 @@ class DenseView(StoredView):
         )
 
     @property
-    def layers(self) -> tuple[LayerView, ...]:
+    def layers(self) -> tuple[DiskLayer, ...]:
         """None: it has no MoE layers."""
         return ()
 

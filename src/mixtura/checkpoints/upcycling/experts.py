@@ -64,8 +64,8 @@ class Workshop:
             chosen = Matrices(read_piece(gate)[ids], read_piece(up)[ids], read_piece(down)[:, ids])
         else:
             start, stop = action.neurons or (0, view.shape.d_ffn)
-            rows = (read_piece(part, start, stop) for part in (gate, up))
-            chosen = Matrices(*rows, read_piece(down)[:, start:stop])
+            rows = [read_piece(part, start, stop) for part in (gate, up)]
+            chosen = Matrices(rows[0], rows[1], read_piece(down)[:, start:stop])
         return _redrawn(chosen, action) if action.redrawn else chosen
 
     def _approached(self, action: Approach) -> Matrices:
@@ -109,4 +109,5 @@ def _towards(base: Tensor, wanted: Tensor, rank: int) -> Tensor:
     if rank >= min(base.shape):
         return wanted
     left, values, right = torch.linalg.svd(wanted.float() - base.float(), full_matrices=False)
-    return base.float() + (left[:, :rank] * values[:rank]) @ right[:rank]
+    change: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return base.float() + change

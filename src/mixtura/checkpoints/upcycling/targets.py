@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from mixtura.checkpoints.dense.families import Traits, head_dim
@@ -93,12 +93,12 @@ _COMMON = (
     "max_position_embeddings", "rope_parameters", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
     "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "original_max_position_embeddings",
 )  # fmt: skip
-_PER_EXPERT = {
-    "router": "mlp.gate.weight",
-    "gate": "mlp.experts.{e}.gate_proj.weight",
-    "up": "mlp.experts.{e}.up_proj.weight",
-    "down": "mlp.experts.{e}.down_proj.weight",
-}
+_PER_EXPERT = Names(
+    router="mlp.gate.weight",
+    gate="mlp.experts.{e}.gate_proj.weight",
+    up="mlp.experts.{e}.up_proj.weight",
+    down="mlp.experts.{e}.down_proj.weight",
+)
 
 
 def _mixtral(config: Any, traits: Traits, become: Become) -> dict[str, Any]:
@@ -190,7 +190,7 @@ TARGETS: Mapping[str, Target] = {
         architecture="Qwen3MoeForCausalLM",
         query_key_norm="head",
         biases=("none", "all"),
-        names=Names(**_PER_EXPERT),
+        names=_PER_EXPERT,
         config=_qwen3_moe,
     ),
     "flex_olmo": Target(
@@ -199,7 +199,7 @@ TARGETS: Mapping[str, Target] = {
         query_key_norm="full",
         norms="after",
         biases=("none", "all"),
-        names=Names(**_PER_EXPERT),
+        names=_PER_EXPERT,
         config=_flex_olmo,
     ),
     "granitemoeshared": Target(
@@ -226,8 +226,8 @@ TARGETS: Mapping[str, Target] = {
         biases=("none", "qkv"),
         shared="gated",
         needs_shared=True,
-        names=Names(
-            **_PER_EXPERT,
+        names=replace(
+            _PER_EXPERT,
             shared_gate="mlp.shared_expert.gate_proj.weight",
             shared_up="mlp.shared_expert.up_proj.weight",
             shared_down="mlp.shared_expert.down_proj.weight",
@@ -242,8 +242,8 @@ TARGETS: Mapping[str, Target] = {
         biases=("none", "all"),
         shared="plain",
         needs_shared=True,
-        names=Names(
-            **_PER_EXPERT,
+        names=replace(
+            _PER_EXPERT,
             shared_gate="mlp.shared_experts.gate_proj.weight",
             shared_up="mlp.shared_experts.up_proj.weight",
             shared_down="mlp.shared_experts.down_proj.weight",
@@ -265,11 +265,12 @@ def choose_target(traits: Traits, become: Become, wanted: str | None) -> Target:
         raise UnknownNameError("target family", wanted, TARGETS)
     can = [name for name, one in TARGETS.items() if not one.objections(traits, become)]
     if wanted is not None and wanted not in can:
-        lacks = _listed(TARGETS[wanted].objections(traits, become))
+        missing = _listed(TARGETS[wanted].objections(traits, become))
         others = f"{_listed(can)} can" if can else "no ordinary family can"
-        raise UnsupportedModelError(f"{wanted} cannot hold this model: it has not {lacks}; {others}")
+        raise UnsupportedModelError(f"{wanted} cannot hold this model: it has not {missing}; {others}")
     if not can:
-        reasons = "; ".join(f"{n} has not {_listed(t.objections(traits, become))}" for n, t in TARGETS.items())
+        lacks = ((name, _listed(one.objections(traits, become))) for name, one in TARGETS.items())
+        reasons = "; ".join(f"{name} has not {lacking}" for name, lacking in lacks)
         raise UnsupportedModelError(f"no ordinary MoE family can hold this model: {reasons}")
     return TARGETS[wanted or can[0]]
 
