@@ -75,7 +75,7 @@ def trace_dense(
         streamed = Streamed(sources[source], changed=changed)
         recorder = _Recorder(streamed, sums, wanted, notify)
         for place in places:
-            recorder.run(groups[place].tokens, place, f"{source + 1} of {len(runs)}")
+            recorder.run(groups[place], place, f"{source + 1} of {len(runs)}")
         recorder.close()
     return DenseTrace(
         layers=tuple(one.finished(wanted) for one in sums) if wanted.inputs else (),
@@ -194,7 +194,7 @@ class _Recorder:
     ) -> None:
         self._streamed, self._sums, self._wanted, self._notify = streamed, sums, wanted, notify
         self._valid: Tensor = torch.ones(1, 1, dtype=torch.bool)
-        self._place, self._what = 0, ""
+        self._place, self._what, self._adds = 0, "", True
         self._handles: list[Any] = []
         for number, block in enumerate(streamed.blocks):
             part: Any = block.get_submodule("mlp")
@@ -203,12 +203,13 @@ class _Recorder:
                 down = part.down_proj
                 self._handles.append(down.register_forward_pre_hook(self._before_down(number)))
 
-    def run(self, tokens: TokenBatch, place: int, what: str) -> None:
+    def run(self, group: Group, place: int, what: str) -> None:
         """Run a group's text and add what is seen."""
-        self._place, self._what = place, what
-        for rows in self._streamed.batches(*tokens.input_ids.shape, max_bytes=DEFAULT_WORKING_BYTES):
-            self._valid = tokens.attention_mask[rows].bool()
-            self._streamed.hidden(tokens.input_ids[rows], tokens.attention_mask[rows], max_bytes=_UNBOUNDED)
+        self._place, self._what, self._adds = place, what, not group.negative
+        ids, mask = group.tokens.input_ids, group.tokens.attention_mask
+        for rows in self._streamed.batches(*ids.shape, max_bytes=DEFAULT_WORKING_BYTES):
+            self._valid = mask[rows].bool()
+            self._streamed.hidden(ids[rows], mask[rows], max_bytes=_UNBOUNDED)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -219,7 +220,8 @@ class _Recorder:
         def hook(_: Any, given: tuple[Tensor, ...]) -> None:
             self._notify(f"model {self._what}, text {self._place + 1}, layer {number + 1}")
             self._sums[number].add(given[0], self._valid, self._place)
-            if self._wanted.products:
+            # What a model is not for is of no domain.
+            if self._wanted.products and self._adds:
                 self._sums[number].add_products(given[0], self._valid, self._place)
 
         return hook

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -205,7 +206,6 @@ class SetRouter(Action):
 class Recipe:
     """What a method answers: actions, and arrays that they name by their digest.
 
-    >>> import torch
     >>> rows = torch.eye(2)
     >>> recipe = Recipe.of([SetRouter(0, "rows", rows=array_name(rows))], [rows])
     >>> list(recipe.arrays) == [recipe.actions[0].rows]

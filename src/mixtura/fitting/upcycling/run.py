@@ -108,7 +108,7 @@ def carry_out(request: Request, notify: Notify) -> Upcycled:
     check_target(sources[0], request.target)
     groups, texts = _read(request, sources[0])
     with open_journal(
-        work_directory(request), _settings(request, sources, experts, groups, texts), "upcycling", ""
+        work_directory(request), _settings(request, sources, experts, groups, texts), "conversion", ""
     ) as journal:
         work = _Work(request, upcycler, sources, shape, groups, texts, journal, notify)
         made = _made(work)

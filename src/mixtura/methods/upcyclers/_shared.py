@@ -77,7 +77,7 @@ def parts_of(width: int, parts: int, what: str) -> int:
     """
     if width % parts:
         possible = [n for n in range(2, min(width, 4 * parts) + 1) if width % n == 0]
-        near = sorted(sorted(possible, key=lambda n: abs(n - parts))[:4])
+        near = sorted(sorted(possible, key=lambda n: (abs(n - parts), -n))[:4])
         raise UnmetError(
             f"{what} is {width} wide, which {parts} equal parts do not make; numbers near that do: "
             f"{', '.join(map(str, near)) or 'none'}"
