@@ -5,7 +5,7 @@
 PYTHON is an interpreter of an environment that has mergekit (PyPI). Two things are made in DIRECTORY, if they
 are not there. For size: three dense models of Llama 3.2 1B's width (2048, feed-forward 8192), four layers of
 random weights in bfloat16. Where control groups of version 1 allow a limit of memory (as root), both run
-under one that is smaller than one model's weights, too. For loss: a small dense model that is trained on text that
+under one smaller than a model's weights, too. For loss: a small dense model that is trained on text that
 comes with mixtura, and three that are trained on from it, each on one domain; perplexity by domain is that of
 held-out text, computed in the same way for all. Results go to `results/upcycle.json`.
 """

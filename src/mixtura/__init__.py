@@ -45,6 +45,7 @@ _PUBLIC = {
     "compress": "mixtura.fitting.compressing",
     "upcycle": "mixtura.fitting.upcycling",
     "compose": "mixtura.fitting.upcycling",
+    "condense": "mixtura.checkpoints.upcycling.back",
     "register_backend": "mixtura.kernels",
     "AdapterConfig": "mixtura.adapting",
     "export_lora": "mixtura.adapting.exporting",

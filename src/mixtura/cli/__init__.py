@@ -34,6 +34,7 @@ COMMANDS = (
     "merge",
     "upcycle",
     "compose",
+    "condense",
     "arena",
     "methods",
     "show",

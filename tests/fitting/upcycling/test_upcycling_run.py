@@ -139,7 +139,7 @@ def test_training_goes_on_from_it(dense: tuple[Path, ...], tmp_path: Path) -> No
     )  # fmt: skip
     data = [{"input_ids": ids, "labels": ids}] * 16
     first = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
-    Trainer(model, arguments, train_dataset=data).train()  # type: ignore[arg-type]
+    Trainer(model, arguments, train_dataset=data).train()
     last = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
     assert last < 0.7 * first
     after = dict(model.named_parameters())
