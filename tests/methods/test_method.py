@@ -44,6 +44,7 @@ def test_kinds_are_the_folders_that_say_so() -> None:
         "quantizers": "quantizer",
         "routers": "router",
         "statistics": "statistic",
+        "upcyclers": "upcycler",
     }
     assert method.kind("analysis") == method.kind("analyses")
 

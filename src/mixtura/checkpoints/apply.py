@@ -7,17 +7,12 @@ work is continued by the same call, to the same bytes.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import final
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import mixtura
 from mixtura.checkpoints.applying.blueprint import Blueprint, blueprint
@@ -27,14 +22,14 @@ from mixtura.checkpoints.applying.config import config_json
 from mixtura.checkpoints.applying.shards import Shard, index_json, pack_shards, write_text
 from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
+from mixtura.checkpoints.applying.writing import failures_handled, write_shards
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.packed import EXPERTS_FILE, PLAN_FILE
 from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.packed import PackedView
 from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
-from mixtura.errors import MixturaError, OutputError, SettingError, UserError
-from mixtura.report.screen import screen
+from mixtura.errors import MixturaError, SettingError, UserError
 from mixtura.types import Plan
 
 __all__ = ["apply_plan", "card_text", "check_plan", "planned_num_bytes"]
@@ -105,10 +100,10 @@ def apply_plan(
     shards = pack_shards(made.blueprint.units, shard_bytes)
     with staging:
         if not staging.was_published:
-            with _failures_handled(staging):
+            with failures_handled(staging):
                 small = side_files(source)
                 room = sum((source / path).stat().st_size for path in small)
-                _write_shards(staging, shards, room, progress=progress, workers=workers)
+                write_shards(staging, shards, room, progress=progress, workers=workers)
                 copy_side_files(source, small, staging.model)
                 _write_own_files(staging.model, shards, made)
         return staging.publish()
@@ -209,70 +204,6 @@ def _check_opens(written: Path, *, ordinary: bool) -> None:
         raise MixturaError(f"what was written to {written} does not open: {error}") from error
 
 
-@contextmanager
-def _failures_handled(staging: Staging) -> Iterator[None]:
-    """Leave behind what can be continued, and say how; remove what cannot."""
-    try:
-        yield
-    except OutputError:
-        staging.drop_unfinished()
-        raise
-    except UserError:
-        staging.discard()
-        raise
-    except OSError as error:
-        failure = staging.failure(error)
-        staging.drop_unfinished()
-        raise failure from None
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(staging.how_to_continue())
-        raise
-
-
-def _write_shards(
-    staging: Staging, shards: tuple[Shard, ...], room: int, *, progress: bool, workers: int
-) -> None:
-    """Write the shards that are not there yet, if there is room for them and `room` bytes more."""
-    finished = staging.finished(shards)
-    names = {shard.name for shard in finished}
-    waiting = [shard for shard in shards if shard.name not in names]
-    staging.check_space(sum(shard.num_bytes for shard in waiting) + room)
-    total = sum(shard.num_bytes for shard in shards)
-    with _progress_bar(staging.out.name, total, shown=progress) as advance:
-        advance(sum(shard.num_bytes for shard in finished))
-        if workers == 1:
-            for shard in waiting:
-                shard.write(staging.model, advance)
-            return
-        _write_at_once(waiting, staging.model, advance, workers)
-
-
-def _write_at_once(shards: list[Shard], folder: Path, advance: Callable[[int], None], workers: int) -> None:
-    """Write several shards at a time; the first error or an interrupt stops them all."""
-    stopped = threading.Event()
-
-    def advance_or_stop(num_bytes: int) -> None:
-        if stopped.is_set():
-            raise _StoppedError
-        advance(num_bytes)
-
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(shard.write, folder, advance_or_stop) for shard in shards]
-        try:
-            wait(futures, return_when="FIRST_EXCEPTION")
-        finally:
-            stopped.set()
-            for future in futures:
-                future.cancel()
-    for future in futures:
-        if future.done() and not future.cancelled() and not isinstance(future.exception(), _StoppedError):
-            future.result()
-
-
-class _StoppedError(Exception):
-    """Another shard failed, so this one is not finished."""
-
-
 def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> None:
     """The small files that are not the source's."""
     view, plan = made.view, made.plan
@@ -286,17 +217,3 @@ def _write_own_files(folder: Path, shards: tuple[Shard, ...], made: _Made) -> No
     facts = _facts(view, plan, made.blueprint, names, made.measured)
     write_text(folder / "README.md", model_card(facts))
     _check_opens(folder, ordinary=made.blueprint.ordinary)
-
-
-@contextmanager
-def _progress_bar(name: str, total_bytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error; what is yielded moves it on by so many bytes."""
-    size = DownloadColumn(binary_units=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), size, TimeRemainingColumn())
-    with Progress(*columns, console=screen(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(f"writing {name}", total=total_bytes)
-
-        def advance(num_bytes: int) -> None:
-            bar.advance(task, num_bytes)
-
-        yield advance

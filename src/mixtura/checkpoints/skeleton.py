@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.matrices import forms_in, pack_skeleton, part_of
 from mixtura.checkpoints.nesting import Widths, check_named
 from mixtura.checkpoints.packed import is_packed
@@ -36,6 +37,8 @@ BACKEND = "mixtura"
 _INITIALIZED = "_is_hf_initialized"
 
 CheckpointView = DiskView | PackedView
+# What can be built and streamed: a model without experts as well.
+AnyView = CheckpointView | DenseView
 
 
 def open_checkpoint(path: str | Path, *, bits: Widths | None = None) -> CheckpointView:
@@ -57,7 +60,7 @@ def open_checkpoint(path: str | Path, *, bits: Widths | None = None) -> Checkpoi
     return DiskView(path)
 
 
-def build(view: CheckpointView, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def build(view: AnyView, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a checkpoint, in evaluation mode, its experts on mixtura's backend, without weights.
 
     MoE layers have as many experts as the checkpoint stores, which may differ from layer to layer.
@@ -104,7 +107,7 @@ def empty_experts(model: PreTrainedModel, layer: LayerView) -> Any:
     return experts
 
 
-def read_slot(slot: Slot, view: CheckpointView) -> Tensor | None:
+def read_slot(slot: Slot, view: AnyView) -> Tensor | None:
     """The stored value of a slot; None where the checkpoint has none, which its family allows."""
     name = next((name for name in slot.names if name in view.sources), None)
     if name is not None:
@@ -151,7 +154,7 @@ def _on_meta(cls: type[nn.Module], config: Any, dtype: torch.dtype) -> PreTraine
     return model
 
 
-def _untie(model: PreTrainedModel, view: CheckpointView) -> None:
+def _untie(model: PreTrainedModel, view: AnyView) -> None:
     """Take tied parameters apart that the checkpoint stores under several names with other values.
 
     transformers believes such a checkpoint more than its config.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixtura.checkpoints.matrices import stored_name
-from mixtura.checkpoints.skeleton import CheckpointView, build, compute_buffers, empty_experts, read_slot
+from mixtura.checkpoints.skeleton import AnyView, build, compute_buffers, empty_experts, read_slot
 from mixtura.checkpoints.slots import Slot, slots
 from mixtura.checkpoints.stores import DiskStore, Instead
 from mixtura.checkpoints.viewing.beside import require_alone
@@ -49,7 +49,7 @@ class Streamed:
     `run` and `hidden` do that within a bound.
 
     Args:
-        view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`.
+        view: the checkpoint, from `mixtura.checkpoints.skeleton.open_checkpoint`, or a dense one.
         instead: gives what is to run in an expert's place, to try a plan without writing it: asked by the
             decoder layer's number, the expert's number and the dtype. None for one that runs as it is;
             others are not read.
@@ -65,7 +65,7 @@ class Streamed:
 
     def __init__(
         self,
-        view: CheckpointView,
+        view: AnyView,
         instead: Instead | None = None,
         *,
         dropped: Mapping[int, Collection[int]] | None = None,
@@ -203,15 +203,15 @@ class Streamed:
     def bytes_per_token(self, length: int) -> int:
         """Bytes of activations that a token of a sequence takes at the widest place of a layer, about."""
         shapes = [(layer.shape, layer.top_k) for layer in self.view.layers]
-        width = max(shape.d_model for shape, _ in shapes)
+        config = self.model.config.get_text_config()
+        width = max((shape.d_model for shape, _ in shapes), default=int(config.hidden_size))
         matrices = (p for block in self._blocks for p in block.parameters() if p.ndim == 2)
         widest = max((max(matrix.shape) for matrix in matrices), default=width)
         # Residual, norms in float32 and attention beside the rows of all chosen experts; an expert of
         # many tokens has their hidden features as well.
-        experts = max(top_k * shape.d_model + 3 * shape.d_expert for shape, top_k in shapes)
+        experts = max((top_k * shape.d_model + 3 * shape.d_expert for shape, top_k in shapes), default=0)
         activations = (10 * width + 3 * widest + experts) * max(self.model.dtype.itemsize, 2)
         # The mask has a column per token; attention that is not fused has one per head as well.
-        config = self.model.config.get_text_config()
         heads = int(config.num_attention_heads) if config._attn_implementation == "eager" else 0
         return int(activations) + length * (4 + 6 * heads)
 
@@ -296,8 +296,7 @@ class Streamed:
     @cached_property
     def _blocks(self) -> dict[nn.Module, tuple[nn.Module, ...]]:
         """Every decoder layer with all modules in it."""
-        stacks = {layer.stack.partition(".*")[0] for layer in self.view.layers}
-        found = (block for name in stacks for block in self.model.get_submodule(name).children())
+        found = (block for name in self.view.stacks for block in self.model.get_submodule(name).children())
         return {block: tuple(block.modules()) for block in found}
 
     def _hook(self, module: nn.Module, members: tuple[nn.Module, ...]) -> None:

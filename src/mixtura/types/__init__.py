@@ -189,6 +189,8 @@ class Merge(Action):
 class Plan:
     """What to do to a checkpoint, in order. The empty plan leaves it as it is.
 
+    ``other_digests`` are those of further checkpoints, where one is made of several.
+
     >>> plan = Plan("sha256:0", (Drop(3, (1, 5)), Quantize(0, 2, "round_to_nearest", {"bits": 4})))
     >>> Plan.from_json(plan.to_json()) == plan
     True
@@ -196,6 +198,7 @@ class Plan:
 
     source_digest: str
     actions: tuple[Action, ...] = ()
+    other_digests: tuple[str, ...] = ()
 
     def dropped(self) -> dict[int, tuple[int, ...]]:
         """Experts removed by layer, ascending; layers that lose none are absent."""
@@ -223,11 +226,13 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text, the same bytes for the same plan."""
-        values = {
+        values: dict[str, Any] = {
             "version": 1,
             "source_digest": self.source_digest,
             "actions": [action.to_dict() for action in self.actions],
         }
+        if self.other_digests:
+            values["other_digests"] = list(self.other_digests)
         return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
     @staticmethod
@@ -246,7 +251,8 @@ class Plan:
         if not isinstance(values, dict) or values.get("version") != 1:
             raise UserError("this is not a plan of version 1; write it again with this mixtura")
         actions = tuple(Action.from_dict(action) for action in values["actions"])
-        return Plan(str(values["source_digest"]), actions)
+        others = tuple(map(str, values.get("other_digests", ())))
+        return Plan(str(values["source_digest"]), actions, others)
 
 
 @final

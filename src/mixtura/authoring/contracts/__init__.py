@@ -30,7 +30,12 @@ from mixtura.authoring.contracts._core import (
     slow,
     subject,
 )
-from mixtura.authoring.contracts._samples import relabelled, sample_routing, sample_trace
+from mixtura.authoring.contracts._samples import (
+    relabelled,
+    sample_dense_trace,
+    sample_routing,
+    sample_trace,
+)
 
 __all__ = [
     "Check",
@@ -42,6 +47,7 @@ __all__ = [
     "relabelled",
     "require",
     "run",
+    "sample_dense_trace",
     "sample_routing",
     "sample_trace",
     "slow",

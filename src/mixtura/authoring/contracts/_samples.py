@@ -14,6 +14,7 @@ from torch import Tensor
 from mixtura.methods import names
 from mixtura.types import LayerShape, Routing
 from mixtura.types.trace import LayerTrace, Trace
+from mixtura.types.upcycling import DenseShape, DenseTrace, LayerInputs
 
 DOMAINS = ("prose", "code")
 
@@ -148,3 +149,32 @@ def _statistic(name: str, seed: int, counts: Int[Tensor, "M E"]) -> Float[Tensor
     """Made-up values per expert and domain, the same whatever other statistics there are."""
     generator = torch.Generator().manual_seed(crc32(name.encode()) + seed)
     return torch.rand(counts.shape, generator=generator) * (counts > 0)
+
+
+def sample_dense_trace(dense: DenseShape, seed: int = 0, *, num_groups: int = 1) -> DenseTrace:
+    """What made-up text saw of a dense model: group i is for source i, four sequences of ten tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for _ in range(dense.num_layers):
+        inputs = torch.randn(num_groups, 4, 10, dense.d_model, generator=generator)
+        inputs += torch.randn(num_groups, 1, 1, dense.d_model, generator=generator)
+        flat = torch.cat([inputs.reshape(-1, dense.d_model), torch.ones(40 * num_groups, 1)], 1).double()
+        of = torch.arange(num_groups).repeat_interleave(40)
+        layers.append(
+            LayerInputs(
+                means=inputs.mean((1, 2)),
+                lasts=inputs[:, :, -1].mean(1),
+                counts=torch.full((num_groups,), 40),
+                products=flat.T @ flat,
+                targets=flat.T @ torch.nn.functional.one_hot(of, num_groups).double(),
+                activations=torch.rand(dense.d_ffn, generator=generator),
+                often=torch.rand(dense.d_ffn, generator=generator),
+            )
+        )
+    embeddings = torch.randn(num_groups, dense.d_model, generator=generator)
+    return DenseTrace(
+        layers=tuple(layers),
+        embeddings=embeddings,
+        experts=tuple(range(num_groups)),
+        negative=(False,) * num_groups,
+    )

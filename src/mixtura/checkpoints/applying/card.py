@@ -109,7 +109,9 @@ def model_card(facts: CardFacts) -> str:
     load = (_ORDINARY if facts.ordinary else _PACKED).format(name=facts.name)
     lines = [
         "---",
-        _metadata(facts),
+        card_metadata(
+            facts.source, facts.source_name, library="transformers" if facts.ordinary else "mixtura"
+        ),
         "---",
         "",
         f"# {facts.name}",
@@ -144,12 +146,12 @@ def model_card(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-def _metadata(facts: CardFacts) -> str:
-    kept: dict[str, Any] = {k: v for k, v in _source_metadata(facts.source).items() if k in _KEPT_METADATA}
-    base, _, _ = facts.source_name.partition("@")
-    if "/" in base:
+def card_metadata(source: Path, source_name: str, *, library: str) -> str:
+    """The YAML at the head of a card: what stands at the head of the source's that is true here, too."""
+    kept: dict[str, Any] = {k: v for k, v in _source_metadata(source).items() if k in _KEPT_METADATA}
+    base, _, _ = source_name.partition("@")
+    if "/" in base and not base.startswith(("/", ".")):
         kept["base_model"] = base
-    library = "transformers" if facts.ordinary else "mixtura"
     data = ModelCardData(library_name=library, tags=["mixture-of-experts", "mixtura"], **kept)
     return data.to_yaml().strip()
 

@@ -181,6 +181,11 @@ class ModelView(ABC):
         """Bytes of all tensors as they are stored."""
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """Module paths of what holds the decoder layers: ``model.layers``."""
+        return tuple(dict.fromkeys(layer.stack.partition(".*")[0] for layer in self.layers))
+
+    @property
     def model_type(self) -> str:
         """transformers' name of the family: ``qwen3_moe``."""
         return str(self.config.model_type)

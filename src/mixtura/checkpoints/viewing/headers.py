@@ -97,7 +97,9 @@ def _check_start(file: Path, start: bytes, length: int, size: int) -> None:
     instead = stand_in(start)
     if instead is not None:
         raise CheckpointError(f"{file} {instead}")
-    if start.startswith(_PICKLE_STARTS):
+    # The length of a header may happen to be the numbers that a pickle begins with.
+    begins_well = start[8:9] == b"{" and length <= size - 8
+    if start.startswith(_PICKLE_STARTS) and not begins_well:
         raise UnsupportedModelError(PICKLE_ADVICE.format(where=f"{file}, whatever its name,"))
     other = _OTHER_FORMATS.get(start[:4])
     if other is not None:

@@ -1,0 +1,229 @@
+"""Making a Mixture-of-Experts model of dense ones: what a method is told, and the actions it answers with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mixtura.errors import UserError, check_range
+from mixtura.types import Action
+
+RouterInit = Literal["zeros", "normal", "rows"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseShape:
+    """Sizes of a dense model, as a method that makes experts of it is told them.
+
+    Attributes:
+        d_model: D.
+        d_ffn: F, the width of its feed-forward parts.
+        num_layers: L, its decoder layers; all have such a part.
+    """
+
+    d_model: int
+    d_ffn: int
+    num_layers: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpcycleShape:
+    """What is to come out: E experts a layer, K of them for a token.
+
+    Raises:
+        SettingError: K is not in [1, E], or there are fewer than two experts.
+    """
+
+    num_experts: int
+    top_k: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("upcycle", "--experts", self.num_experts, 2, 1 << 16)
+        check_range("upcycle", "--top-k (at most the number of experts)", self.top_k, 1, self.num_experts)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInputs:
+    """What was seen of one feed-forward part of a dense model. The letter G counts groups of text.
+
+    Attributes:
+        means: by group, the mean over sequences of each one's mean input; inputs are normed states, which
+            are what a router in this place is given. Padding is not among them.
+        lasts: by group, the mean over sequences of the input of each one's last token.
+        products: XᵀX over all tokens, a column of ones beside the inputs. Only where it is asked for.
+        targets: Xᵀ times which group a token is of; with ``products``.
+        counts: tokens by group.
+        activations: mean of the absolute inputs of the down projection, by neuron. Only where asked for.
+        often: how often a neuron's absolute activation is among a token's ten largest, by neuron; with
+            ``activations``.
+    """
+
+    means: Float[Tensor, "G D"]
+    lasts: Float[Tensor, "G D"]
+    counts: Int[Tensor, " G"]
+    products: Float[Tensor, "D1 D1"] | None = None
+    targets: Float[Tensor, "D1 G"] | None = None
+    activations: Float[Tensor, " F"] | None = None
+    often: Float[Tensor, " F"] | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTrace:
+    """What one pass of text saw of a dense model.
+
+    Attributes:
+        layers: by decoder layer; empty where nothing ran.
+        embeddings: by group, the mean embedding of all its tokens. Only where it is asked for.
+        experts: by group, the number of the source (or expert) that its text is for; -1 for none.
+        negative: by group, whether its text is what that expert is *not* for.
+    """
+
+    layers: tuple[LayerInputs, ...]
+    embeddings: Float[Tensor, "G D"] | None = None
+    experts: tuple[int, ...]
+    negative: tuple[bool, ...]
+
+    def rows(self, values: Float[Tensor, "G D"], num_experts: int) -> Float[Tensor, "E D"]:
+        """A row an expert: what its groups have, less what the groups have that it is not for.
+
+        Raises:
+            UserError: an expert has no text.
+        """
+        made = []
+        for expert in range(num_experts):
+            plus, minus = self._of(expert, negative=False), self._of(expert, negative=True)
+            if not plus:
+                raise UserError(
+                    f"there are no prompts for source {expert}; give --prompts a file with some for each"
+                )
+            row = values[plus].mean(0)
+            made.append(row - values[minus].mean(0) if minus else row)
+        return torch.stack(made)
+
+    def _of(self, expert: int, *, negative: bool) -> list[int]:
+        pairs = enumerate(zip(self.experts, self.negative, strict=True))
+        return [place for place, (own, no) in pairs if own == expert and no == negative]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Become(Action):
+    """The family of the result and what its config says besides; ``shared_width`` is 0 for none."""
+
+    kind: ClassVar[str] = "become"
+
+    family: str
+    num_experts: int
+    top_k: int
+    d_expert: int
+    shared_width: int
+    settings: dict[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Carry(Action):
+    """Every tensor outside the feed-forward parts: of one source as it is, of several their weighted sum."""
+
+    kind: ClassVar[str] = "carry"
+
+    sources: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Build(Action):
+    """One expert of a layer, of neurons of a source's feed-forward part.
+
+    Attributes:
+        layer: the decoder layer.
+        expert: its number; None for the expert that every token visits, whose output is added as it is.
+        source: number of the source.
+        neurons: all (None), those from a first to before a last, or the name of an array of numbers.
+        scale: what the down projection is multiplied with.
+        redrawn: share of its neurons whose weights are drawn anew, from a normal distribution with mean and
+            deviation of what they replace.
+        seed: of the draw.
+    """
+
+    kind: ClassVar[str] = "build"
+
+    layer: int
+    expert: int | None
+    source: int
+    neurons: tuple[int, int] | str | None = None
+    scale: float = 1.0
+    redrawn: float = 0.0
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Approach(Action):
+    """One expert of a layer: a base's feed-forward part and a change of low rank towards another source's.
+
+    The change of each matrix is the best of that rank: the first ``rank`` terms of its singular value
+    decomposition.
+    """
+
+    kind: ClassVar[str] = "approach"
+
+    layer: int
+    expert: int
+    source: int
+    base: int
+    rank: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SetRouter(Action):
+    """The router of a layer: zeros, drawn from a normal distribution, or the rows of an array."""
+
+    kind: ClassVar[str] = "set_router"
+
+    layer: int
+    init: RouterInit
+    std: float = 0.0
+    seed: int = 0
+    rows: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a method answers: actions, and arrays that they name by their digest.
+
+    >>> rows = torch.eye(2)
+    >>> recipe = Recipe.of([SetRouter(0, "rows", rows=array_name(rows))], [rows])
+    >>> list(recipe.arrays) == [recipe.actions[0].rows]
+    True
+    """
+
+    actions: tuple[Action, ...]
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(actions: Sequence[Action], arrays: Sequence[Tensor] = ()) -> Recipe:
+        """Actions with their arrays."""
+        return Recipe(tuple(actions), {array_name(one): one for one in arrays})
+
+
+def array_name(values: Tensor) -> str:
+    """The name that an action calls an array by: a digest of its type, shape and numbers."""
+    kept = values.detach().contiguous()
+    digest = hashlib.sha256(f"{kept.dtype} {tuple(kept.shape)}".encode())
+    digest.update(kept.numpy().tobytes())
+    return digest.hexdigest()[:32]

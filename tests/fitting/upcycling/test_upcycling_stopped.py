@@ -1,0 +1,83 @@
+"""A composition that is killed goes on to the same bytes; other settings are refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import run_mixtura
+
+pytestmark = pytest.mark.slow
+
+# Every record and file is renamed into its place when it is whole, so these are the moments that differ.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+left = int(sys.argv.pop(1))
+def counted(rename):
+    def replace(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(*arguments, **named)
+    return replace
+os.replace, Path.replace = counted(os.replace), counted(Path.replace)
+from mixtura.cli import main
+main()
+"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(dense: tuple[Path, ...], prompts: Path, text: Path, out: Path) -> list[str]:
+    models = [str(path) for path in dense]
+    more = ["--method", "dume", "--prompts", str(prompts), "--text", str(text), "--top-k", "1"]
+    return ["compose", *models, *more, "--length", "64", "--out", str(out)]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    names = sorted(path for path in directory.iterdir() if path.name != "upcycled.json")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    dense: tuple[Path, ...], prompts: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = run_mixtura(*arguments(dense, prompts, text, out))
+    assert done.returncode == 0, done.stderr
+    return digests(out)
+
+
+# The plan's arrays; the weights; the model's directory; the card; the result.
+@pytest.mark.parametrize("moment", [2, 5, 9, 10, 11])
+def test_goes_on_to_the_same_bytes_after_a_kill(
+    moment: int,
+    dense: tuple[Path, ...],
+    prompts: Path,
+    text: Path,
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    own = arguments(dense, prompts, text, out)
+    command = [sys.executable, "-c", KILLED, str(moment), *own]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    assert (tmp_path / "out.work").is_dir()
+    if moment == 2:
+        others = [one if one != "1" else "2" for one in own]
+        refused = run_mixtura(*others)
+        assert refused.returncode == 2
+        assert "holds a conversion begun with other settings (top_k was 1, is now 2)" in refused.stderr
+    done = run_mixtura(*own)
+    assert done.returncode == 0, done.stderr
+    assert digests(out) == undisturbed
+    assert not (tmp_path / "out.work").exists()
