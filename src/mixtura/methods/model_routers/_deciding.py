@@ -72,7 +72,10 @@ def ineligible(prompt: Prompt, card: ModelCard, budget: float | None) -> str:
     dearest = dearest_answer(prompt, card)
     if dearest is None:
         return "its prices are not known, and there is a budget"
-    return f"an answer may cost {dearest:.0f} pico-dollars of {budget:.0f}" if dearest > budget else ""
+    if dearest <= budget:
+        return ""
+    limit, most = (amount / PICO_PER_DOLLAR for amount in (budget, dearest))
+    return f"an answer may cost ${most:.3g}, more than the budget of ${limit:.3g}"
 
 
 def dearest_answer(prompt: Prompt, card: ModelCard) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -26,12 +26,12 @@ class Curve:
 
     choices: Int[np.ndarray, "N P"]
 
-    def points(
-        self, scores: Float[np.ndarray, "P M"], costs: Float[np.ndarray, "P M"], rows: Int[np.ndarray, " R"]
-    ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-        """Mean true cost and mean true score of some prompts, by price."""
-        chosen = self.choices[:, rows]
-        return costs[rows, chosen].mean(1), scores[rows, chosen].mean(1)
+    def per_prompt(
+        self, scores: Float[np.ndarray, "P M"], costs: Float[np.ndarray, "P M"]
+    ) -> tuple[Float[np.ndarray, "N P"], Float[np.ndarray, "N P"]]:
+        """True cost and true score of each prompt, by price."""
+        rows = np.arange(self.choices.shape[1])
+        return costs[rows, self.choices], scores[rows, self.choices]
 
 
 def curve(expected: Scores, cards: Sequence[ModelCard]) -> Curve:
@@ -52,16 +52,20 @@ def curve(expected: Scores, cards: Sequence[ModelCard]) -> Curve:
 def area(cost: Float[np.ndarray, " N"], quality: Float[np.ndarray, " N"], low: float, high: float) -> float:
     """Mean quality over budgets from ``low`` to ``high``, mixing two neighbouring points for one between.
 
-    Money that a curve has no use for is not spent: beyond its dearest point its quality stays. Below its
-    cheapest point it has that point's quality, which nothing cheaper than ``low`` can have.
+    Money that a curve has no use for is not spent: beyond its dearest point its quality stays.
+
+    Args:
+        cost: of the points; the cheapest should cost no more than ``low``, or its quality is taken for that
+            of all budgets below.
+        quality: of the points.
+        low: the least budget.
+        high: the greatest, above ``low``.
 
     >>> area(np.array([0.0, 1.0]), np.array([0.0, 1.0]), 0.0, 1.0)
     0.5
     """
     order = np.lexsort((quality, cost))
     at, value = cost[order], quality[order]
-    if high <= low:
-        return float(value[-1])
     inner = at[(at > low) & (at < high)]
     grid = np.concatenate([[low], inner, [high]])
     heights = np.interp(grid, at, value)
@@ -90,11 +94,14 @@ def _turns_up(cost: np.ndarray, quality: np.ndarray, a: int, b: int, c: int) -> 
     return bool(rise * width <= further * run)
 
 
-def interval(
-    measure: Callable[[Int[np.ndarray, " R"]], float], num_rows: int, num_draws: int, seed: int
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a measure over prompts drawn with replacement."""
+def resampled(num_prompts: int, num_draws: int, seed: int) -> Float[np.ndarray, "P D"]:
+    """Weights of prompts: first each alike, then as often as they are drawn with replacement."""
     generator = np.random.default_rng(seed)
-    values = [measure(generator.integers(num_rows, size=num_rows)) for _ in range(num_draws)]
-    low, high = np.quantile(values, [0.025, 0.975])
+    drawn = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_draws).T
+    return np.concatenate([np.ones((num_prompts, 1)), drawn], axis=1) / num_prompts
+
+
+def middle(values: Float[np.ndarray, " D"]) -> tuple[float, float]:
+    """The ends of the 95 % bootstrap interval: of all draws but the first, which is the estimate."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
     return float(low), float(high)
