@@ -10,6 +10,8 @@ from jaxtyping import Float
 from mixtura.methods.model_routers._shared import filled, sigmoid
 
 _ROUNDS: Final = 300
+# Slopes of the mean loss that are as good as none.
+_FLAT: Final = 1e-6
 
 
 def fit_heads(
@@ -39,7 +41,10 @@ def fit_heads(
     pace = 1.0
     for _ in range(_ROUNDS):
         wrong = np.where(seen, sigmoid(points @ ahead) - values, 0.0) / count
-        moved = ahead - step * (points.T @ wrong + decays * ahead)
+        slope = points.T @ wrong + decays * ahead
+        if np.abs(slope).max(initial=0.0) < _FLAT:
+            break
+        moved = ahead - step * slope
         # Starting the acceleration anew where it overshoots keeps it from swinging.
         turned = (((ahead - moved) * (moved - weights)).sum(0) > 0).any()
         faster = 1.0 if turned else (1 + (1 + 4 * pace**2) ** 0.5) / 2

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from mixtura.errors import UnknownNameError, UserError
 from mixtura.methods import header, own_names
 from mixtura.running.composing.calibrating import calibration_error
-from mixtura.running.composing.encoder import Encode, HashedTfidf
+from mixtura.running.composing.encoder import Encode, HashedTfidf, Remembered
 from mixtura.running.composing.fitted import FittedRouter, fit_model_router
 from mixtura.running.composing.measures import area, curve, hull, middle, resampled
 from mixtura.running.composing.tables import ReplayTable, split
@@ -166,6 +166,7 @@ def _one_split(
         hashed = HashedTfidf()
         hashed.fit([prompt.text for prompt in train.prompts])
         encode = hashed
+    encode = Remembered(encode)
     singles = _known_costs(train, train).mean(0)
     weights = resampled(len(test.prompts), NUM_DRAWS, seed)
     exam = _Exam(test, _known_costs(test, train), weights, int(singles.argmin()))

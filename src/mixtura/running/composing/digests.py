@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 
-def fraction(text: str, seed: int) -> float:
+def fraction(text: str, seed: int | str) -> float:
     """A number in [0, 1) that text and seed settle, as if drawn at random.
 
     >>> round(fraction("a", 0), 3) == round(fraction("a", 0), 3) != round(fraction("a", 1), 3)

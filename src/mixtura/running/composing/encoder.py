@@ -61,6 +61,25 @@ class HashedTfidf:
         return (hashes % self.width + 1) * np.where((hashes >> 24) & 1, 1, -1)
 
 
+@final
+class Remembered:
+    """An encoder that is asked each text once; the rest is remembered."""
+
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
+        self._rows: dict[str, np.ndarray] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "P C"]:
+        """One row a text."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        if new or not texts:
+            found = np.asarray(self._encode(new), dtype=float)
+            if not texts:
+                return found
+            self._rows |= dict(zip(new, found, strict=True))
+        return np.stack([self._rows[text] for text in texts])
+
+
 def unit_rows(rows: Float[np.ndarray, "P C"]) -> Float[np.ndarray, "P C"]:
     """The rows with length one; rows of zeros stay."""
     out: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -196,7 +196,8 @@ def fit_model_router(
         encode = HashedTfidf()
         encode.fit([prompt.text for prompt in table.prompts])
     method: ModelRouter = create("model_routers", name, **given)
-    held, rest = split(table, _CALIBRATION_SHARE, seed)
+    # Not by the seed alone: the table may be one side of a split by that.
+    held, rest = split(table, _CALIBRATION_SHARE, f"calibration {seed}")
     calibration = Calibration()
     if len(held.prompts) >= _LEAST_CALIBRATION and len(rest.prompts) > len(held.prompts):
         method.fit(lessons_of(rest, encode))

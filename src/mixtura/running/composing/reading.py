@@ -33,13 +33,14 @@ _FIELDS: Final = ("context", "max_output", "num_bytes")
 _WORDS: Final = ("description", "address", "model")
 
 
-def read_table(path: Path, cards: Path | None = None) -> ReplayTable:
+def read_table(path: str | Path, cards: str | Path | None = None) -> ReplayTable:
     """A table from a file, with the cards of another.
 
     Raises:
         UserError: a file is missing or not of its format, a column is missing or a value is none.
     """
-    known = () if cards is None else read_cards(cards)
+    path = Path(path)
+    known = () if cards is None else read_cards(Path(cards))
     prompts: dict[str, Prompt] = {}
     outcomes = []
     for number, row in enumerate(_rows(path), start=1):

@@ -146,7 +146,7 @@ def _averaged(
     return out
 
 
-def split(table: ReplayTable, share: float, seed: int) -> tuple[ReplayTable, ReplayTable]:
+def split(table: ReplayTable, share: float, seed: int | str) -> tuple[ReplayTable, ReplayTable]:
     """Two tables of different prompts, the first with about ``share`` of them.
 
     Which prompt goes where is settled by its text (its id where it has none) and the seed, whatever else is
