@@ -39,6 +39,7 @@ def test_kinds_are_the_folders_that_say_so() -> None:
         "decoders": "decoder",
         "mergers": "merger",
         "mixers": "mixer",
+        "model_routers": "model_router",
         "prefetchers": "prefetcher",
         "pruners": "pruner",
         "quantizers": "quantizer",

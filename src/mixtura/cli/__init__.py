@@ -18,7 +18,8 @@ from mixtura.errors import EXIT_USER_ERROR, MixturaWarning, UserError, one_line
 from mixtura.machine.waiting import wait_asleep
 
 # Command -> line shown by `mixtura --help`; the function of that name lives in the file of that name
-# (`new` is a file, too, though a hyphen in a command would be an underscore in its file).
+# (`new` is a file, too, though a hyphen in a command would be an underscore in its file). A command that has
+# commands of its own is an app of that name.
 COMMANDS = (
     "fit",
     "compress",
@@ -35,6 +36,7 @@ COMMANDS = (
     "upcycle",
     "compose",
     "condense",
+    "route",
     "arena",
     "methods",
     "show",
@@ -81,7 +83,11 @@ def build_app() -> typer.Typer:
         del version
 
     for name in COMMANDS:
-        app.command(name)(getattr(import_module(f"mixtura.cli.{name}"), name))
+        found = getattr(import_module(f"mixtura.cli.{name}"), name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
     return app
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Annotated, Any, Final, final
 
 import typer
 
@@ -24,6 +24,9 @@ class Asked:
     model: Path | None
     out: Path
     runs: Path
+    table: Path | None = None
+    cards: Path | None = None
+    about: str = ""
 
     def shared(self) -> dict[str, Any]:
         """What arenas take whose single runs are kept."""
@@ -97,6 +100,24 @@ def _replay(asked: Asked) -> list[Any]:
     return [*table]
 
 
+def _compose(asked: Asked) -> list[Any]:
+    from mixtura.running.composing.arena import hold
+    from mixtura.running.composing.page import as_csv, markdown
+    from mixtura.running.composing.planted import planted
+    from mixtura.running.composing.reading import read_table
+
+    if asked.tokens is not None or asked.model is not None:
+        raise SettingError("--tokens and --model are for models that run; model routers take --table")
+    about = asked.about or ("A made-up table with four tasks." if asked.table is None else "")
+    source = planted(_PLANTED_PROMPTS) if asked.table is None else read_table(asked.table, asked.cards)
+    table = hold(source, asked.names, asked.seeds, _notify)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    page = markdown(table, source, asked.seeds, about)
+    (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
+    (asked.out / f"{asked.kind}.csv").write_text(as_csv(table), encoding="utf-8")
+    return [*table]
+
+
 def _show_trained(table: list[Any]) -> None:
     rows = []
     for one in table:
@@ -133,6 +154,21 @@ def _show_replayed(table: list[Any]) -> None:
     _show(["room", "name", "hit rate", "read a token", "misses to belady"], rows, left=(1,))
 
 
+def _show_composed(table: list[Any]) -> None:
+    rows = [
+        [
+            one.name,
+            f"{one.area:.4f}",
+            f"{one.over_hull:+.4f}",
+            f"{one.quality:.4f}",
+            f"{one.cost:.4g}",
+            one.verdict,
+        ]
+        for one in table
+    ]
+    _show(["name", "area", "over hull", "quality", "$ a thousand", "verdict"], rows, left=(0, 5))
+
+
 def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> None:
     from mixtura.report.screen import screen, show_table
 
@@ -140,6 +176,16 @@ def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> Non
 
 
 _REPLAYED_TOKENS: Final = 2048
+_PLANTED_PROMPTS: Final = 600
+# What an arena of whole models is held on.
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of model_routers: a table of outcomes (.jsonl, .csv, .parquet); a made-up one without it."
+    ),
+]
+Cards = Annotated[Path | None, typer.Option(help="Of model_routers: cards of the table's models (JSON).")]
+About = Annotated[str, typer.Option(help="Of model_routers: a sentence on the table's source, for the page.")]
 _TRAINED, _SHRUNK = Arena(_train, _show_trained), Arena(_shrink, _show_shrunk)
 ARENAS: Final[Mapping[str, Arena]] = {
     "routers": _TRAINED,
@@ -149,4 +195,5 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "mergers": _SHRUNK,
     "decoders": Arena(_answer, _show_answered),
     "caches": Arena(_replay, _show_replayed),
+    "model_routers": Arena(_compose, _show_composed),
 }

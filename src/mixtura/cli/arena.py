@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mixtura.cli._arenas import ARENAS, Asked
+from mixtura.cli._arenas import ARENAS, About, Asked, Cards, Table
 from mixtura.cli._places import check_folder
 from mixtura.errors import SettingError, UnknownNameError
 
@@ -17,7 +17,9 @@ def arena(
     kind: str = typer.Argument(help=f"{', '.join([*ARENAS][:-1])} or {[*ARENAS][-1]}."),
     only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
     seeds: int = typer.Option(
-        3, min=1, help="Trainings of each method; of pruners, mergers and caches, texts."
+        3,
+        min=1,
+        help="Trainings of each method; of pruners, mergers and caches, texts; of model_routers, splits.",
     ),
     tokens: int | None = typer.Option(
         None,
@@ -31,6 +33,9 @@ def arena(
     ),
     out: Path = typer.Option(Path("arena"), help="Directory of the page, the table and the picture."),
     runs: Path = typer.Option(Path("build/arena"), help="Directory of the results of single runs."),
+    table: Table = None,
+    cards: Cards = None,
+    about: About = "",
     threads: int | None = typer.Option(None, min=1, help="CPU threads to work with."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON list of objects."),
 ) -> None:
@@ -38,8 +43,9 @@ def arena(
 
     Of decoders: a model answers the same questions by each. Of pruners: keep three quarters, a half and a
     quarter of a model's experts by every criterion, and measure what is left; of mergers the same, experts
-    being averaged. Of caches: replay what a model chose on text, with room for some of its experts. Runs
-    that are done are kept: the same command goes on where it was stopped.
+    being averaged. Of caches: replay what a model chose on text, with room for some of its experts. Of
+    model_routers: learn from half of a table of answers, and route the other half. Runs that are done are
+    kept: the same command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """
@@ -54,14 +60,19 @@ def arena(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    asked = Asked(kind=kind, names=names, seeds=seeds, tokens=tokens, model=model, out=out, runs=runs)
+    asked = Asked(
+        kind=kind, names=names, seeds=seeds, tokens=tokens, model=model, out=out, runs=runs,
+        table=table, cards=cards, about=about,
+    )  # fmt: skip
+    if kind != "model_routers" and (table or cards or about):
+        raise SettingError(f"--table, --cards and --about are for model_routers, not for {kind}")
     try:
-        table = ARENAS[kind].hold(asked)
+        standings = ARENAS[kind].hold(asked)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the runs in {runs}", err=True)
         raise
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in table], indent=1))
+        typer.echo(json.dumps([asdict(one) for one in standings], indent=1))
         return
-    ARENAS[kind].show(table)
+    ARENAS[kind].show(standings)
     typer.echo(f"the page is {out / kind}.md", err=True)

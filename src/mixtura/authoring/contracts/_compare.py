@@ -24,6 +24,8 @@ def same(left: Any, right: Any) -> bool:
         return False
     if isinstance(left, Tensor):
         return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right, equal_nan=left.dtype.kind in "fc")
     if is_dataclass(left):
         return all(same(getattr(left, item.name), getattr(right, item.name)) for item in fields(left))
     if isinstance(left, Mapping):

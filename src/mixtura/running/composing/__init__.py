@@ -1,0 +1,1 @@
+"""Whole models as experts: tables of what they answered, routers fitted on them, measured and asked."""
