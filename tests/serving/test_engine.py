@@ -1,4 +1,4 @@
-"""Requests that run together get what they would get alone, come and go at any step, and leave nothing behind."""
+"""Requests together get what they would get alone, come and go at any step, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_from_disk_as_in_memory_and_a_shard_that_goes(tmp_path: Path) -> None:
         (shard,) = path.glob("*.safetensors")
         whole = shard.read_bytes()
         shard.write_bytes(whole[: len(whole) // 4])
-        broken = answered(engine, *(asked(text[:-1] + [60]) for text in texts))
+        broken = answered(engine, *(asked([*text[:-1], 60]) for text in texts))
         failed = [answer.error for answer in broken if answer.error is not None]
         assert failed
         assert all(isinstance(error, CheckpointError) for error in failed)

@@ -26,6 +26,8 @@ COMMANDS = (
     "doctor",
     "observe",
     "generate",
+    "serve",
+    "chat",
     "verify",
     "calibrate",
     "export",

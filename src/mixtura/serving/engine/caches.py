@@ -1,4 +1,4 @@
-"""Caches of keys and values of running texts: what they take, copies of their beginnings, one step of several."""
+"""Caches of keys and values of running texts: what they take, and copies of their beginnings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.running.generation import ReservedLayer, reserved_cache
@@ -43,7 +43,8 @@ class CacheCost:
 def measured_cost(model: PreTrainedModel) -> CacheCost:
     """What texts take, from two short ones that are read.
 
-    Layers whose room is taken once take exactly that; others grow by copies, and twice what they hold is counted.
+    Layers whose room is taken once take exactly that; others grow by copies, and twice what they hold is
+    counted.
     """
     held = [_held_after(model, num) for num in _PROBES]
     (exact_short, grown_short), (exact_long, grown_long) = held
@@ -97,8 +98,8 @@ def beginning_of(
 ) -> Cache | None:
     """A cache with room for ``room`` tokens that holds a copy of the first ``num_tokens`` of another's.
 
-    The other must hold all of them, or be exactly so long. With ``consume`` its layers are given back one by one,
-    so that there are never two of the whole.
+    The other must hold all of them, or be exactly so long. With ``consume`` its layers are given back one by
+    one, so that there are never two of the whole.
     """
     made = reserved_cache(model, room)
     if made is None:
@@ -149,48 +150,3 @@ def shorten(cache: Any, num_tokens: int) -> None:
             layer.__dict__.pop("mixtura_room", None)
             layer.keys, layer.values = (one.clone() for one in _first(layer, num_tokens))
             layer.cumulative_length = num_tokens
-
-
-@final
-class GatheredLayer(DynamicLayer):
-    """One layer of several texts' caches, side by side for a step of one token each.
-
-    New keys and values go to the texts' own layers. What a model gets to see is a copy of all of them, filled up
-    behind the shorter ones, which a mask must shut out.
-    """
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        super().__init__()
-        self._layers = tuple(layers)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add a token's keys and values ``[S, H, 1, D]`` of each text; returns those of all tokens."""
-        del args, kwargs
-        found = [
-            layer.update(key_states[row : row + 1], value_states[row : row + 1])
-            for row, layer in enumerate(self._layers)
-        ]
-        longest = max(keys.shape[-2] for keys, _ in found)
-        return _padded([keys for keys, _ in found], longest), _padded(
-            [values for _, values in found], longest
-        )
-
-    def get_seq_length(self) -> int:
-        """Tokens of the longest text."""
-        return max(int(layer.get_seq_length()) for layer in self._layers)
-
-
-def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
-    first = parts[0]
-    # Zeros and not what lay there before: a weight of nothing times that must be nothing.
-    made = first.new_zeros(len(parts), first.shape[1], length, first.shape[3])
-    for row, part in enumerate(parts):
-        made[row, :, : part.shape[-2]] = part[0]
-    return made
-
-
-def gathered(caches: Sequence[Any]) -> Cache:
-    """The caches of several texts as one, for a step of one token each; see `GatheredLayer`."""
-    return Cache(layers=[GatheredLayer(layers) for layers in zip(*(c.layers for c in caches), strict=True)])

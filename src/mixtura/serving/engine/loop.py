@@ -14,7 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixtura.errors import CheckpointError, UserError
+from mixtura.errors import CheckpointError, UnmetError, UserError
+from mixtura.report.units import format_bytes
+from mixtura.running.decoding import decoding_config
+from mixtura.running.memory.available import available_bytes
+from mixtura.serving.engine.caches import measured_cost
 from mixtura.serving.engine.counting import Counts
 from mixtura.serving.engine.passing import Passes
 from mixtura.serving.engine.prefixes import Prefixes
@@ -24,6 +28,8 @@ from mixtura.serving.engine.rows import Row
 # How long the engine sleeps when there is nothing to do; whoever brings work wakes it.
 _IDLE_S: Final = 0.5
 _LEAST_RETRY_S, _MOST_RETRY_S = 1, 60
+# Full contexts that the memory for caches holds where nobody says how large it is to be.
+DEFAULT_TEXTS: Final = 4
 
 
 @final
@@ -46,8 +52,8 @@ class Limits:
 class Engine:
     """Runs requests through a model, several at once; a request comes and goes between any two steps.
 
-    Each step reads a part of one prompt, so that no long prompt keeps others from their tokens, then gives every
-    running text one token. Who comes first starts first, once its memory can be set apart.
+    Each step reads a part of one prompt, so that no long prompt keeps others from their tokens, then gives
+    every running text one token. Who comes first starts first, once its memory can be set apart.
 
     Args:
         model: a causal language model; nobody else may run it meanwhile.
@@ -65,7 +71,7 @@ class Engine:
         self.passes = passes
         self.counts = Counts()
         self._tokenizer = tokenizer
-        self._end_ids = _end_ids(model)
+        self.end_ids = _end_ids(model)
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._lock = threading.Lock()
@@ -101,7 +107,7 @@ class Engine:
         for one in asked:
             self.check(one)
         rows = [
-            Row(one, on_piece, self._tokenizer, self._end_ids)
+            Row(one, on_piece, self._tokenizer, self.end_ids)
             for one, on_piece in zip(asked, on_pieces, strict=True)
         ]
         with self._lock:
@@ -135,18 +141,19 @@ class Engine:
         if cost.of(prompt + new) > limit:
             raise TooLongError(
                 f"the prompt's {prompt} tokens and {new} of the answer are more than the "
-                f"{cost.tokens_in(limit)} that this server has memory for; shorten the prompt or lower max_tokens"
+                f"{cost.tokens_in(limit)} that this server has memory for; shorten the prompt or lower "
+                "max_tokens"
             )
 
     def retry_after_s(self) -> int:
-        """When a refused request may find room: what the tokens that are still to come take at today's rate."""
+        """When a refused request may find room, by the tokens that are still to come and today's rate."""
         rows = [*self._running, *self._waiting]
         left = sum(max(row.asked.max_new_tokens - row.num_new, 1) for row in rows)
         rate = self.counts.tokens_per_second() or 10.0
         return int(min(max(left / rate / max(len(rows), 1), _LEAST_RETRY_S), _MOST_RETRY_S))
 
     def close(self, grace_s: float) -> bool:
-        """Take no more requests, let what runs and waits come to its end, then stop; whether all did in time."""
+        """Take no more requests, let those that there are end, then stop; whether all did in time."""
         with self._lock:
             self._is_closing = True
         deadline = time.monotonic() + grace_s
@@ -176,7 +183,7 @@ class Engine:
                 self._read()
                 self._step()
             except Exception as error:
-                # A fault of ours must not leave anybody waiting for an answer, nor the server without an engine.
+                # A fault of ours must leave nobody waiting, nor the server without an engine.
                 for row in [*self._running]:
                     self._fail(row, error)
         for row in [*self._running, *self._waiting]:
@@ -298,23 +305,35 @@ def engine_of(
     model: PreTrainedModel,
     tokenizer: Any,
     limits: Limits,
-    cache_bytes: int,
+    cache_bytes: int | None = None,
     *,
     keeps_prefixes: bool = True,
 ) -> Engine:
-    """An engine that runs, with so many bytes for the caches of all texts.
+    """An engine that runs.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's.
+        limits: what to take on.
+        cache_bytes: for the caches of all texts; by default what four texts of the whole context take.
+        keeps_prefixes: whether beginnings are kept to not be read again.
 
     Raises:
-        UserError: they are too few for one text of the context.
+        UserError: the model cannot generate.
+        UnmetError: so much memory is not free, or too little for one text of the context.
     """
-    from mixtura.report.units import format_bytes
-    from mixtura.serving.engine.caches import measured_cost
-
+    decoding_config(model)
     cost = measured_cost(model)
-    if cost.of(limits.context) > cache_bytes:
-        raise UserError(
-            f"{format_bytes(cache_bytes)} for keys and values are too little for one text of {limits.context} "
+    limit = DEFAULT_TEXTS * cost.of(limits.context) if cache_bytes is None else cache_bytes
+    if cost.of(limits.context) > limit:
+        raise UnmetError(
+            f"{format_bytes(limit)} for keys and values are too little for one text of {limits.context} "
             f"tokens, which takes {format_bytes(cost.of(limits.context))}; give more, or a shorter context"
         )
-    prefixes = Prefixes(model, cost, cache_bytes, keeps=keeps_prefixes)
+    if limit > available_bytes():
+        raise UnmetError(
+            f"{format_bytes(limit)} for keys and values are more than the {format_bytes(available_bytes())} "
+            "that are free; give less, or a shorter context"
+        )
+    prefixes = Prefixes(model, cost, limit, keeps=keeps_prefixes)
     return Engine(model, tokenizer, Passes(model), prefixes, limits)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from mixtura.kernels.several import SideBySide
 from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.running.generation import (
     ReservedLayer,
@@ -19,7 +20,7 @@ from mixtura.running.generation import (
     reserved_cache,
     spread_ids,
 )
-from mixtura.serving.engine.caches import gathered, shorten
+from mixtura.serving.engine.caches import shorten
 from mixtura.serving.engine.rows import PROMPT_LOGITS, Row
 
 # Texts that run together: what the compiled step takes.
@@ -34,9 +35,9 @@ _TOLERANCE: Final = 3e-2
 class Passes:
     """Runs texts through a model, each with a cache of its own.
 
-    Whether several texts can take a step in one pass is tried once, on texts of different lengths beside the same
-    texts alone; a family for which that gives something else, or whose cache cannot be laid side by side, takes
-    its steps one text after the other.
+    Whether several texts can take a step in one pass is tried once, on texts of different lengths beside the
+    same texts alone; a family for which that gives something else, or whose cache cannot be laid side by
+    side, takes its steps one text after the other.
 
     Args:
         model: a causal language model.
@@ -113,15 +114,11 @@ class Passes:
 
     def _step_together(self, rows: Sequence[Row]) -> list[Float[Tensor, " V"]]:
         ids = torch.tensor([[row.ids[-1]] for row in rows])
-        lengths = torch.tensor([row.num_read for row in rows])
-        mask = (torch.arange(int(lengths.max()) + 1) <= lengths[:, None]).long()
-        cache = gathered([row.cache for row in rows])
-        places = lengths[:, None]
+        cache = SideBySide([row.cache for row in rows])
         device = self.model.device
+        seen = {"attention_mask": cache.mask().to(device), "position_ids": cache.places().to(device)}
         try:
-            outputs = self._forward(
-                ids, cache, 1, attention_mask=mask.to(device), position_ids=places.to(device)
-            )
+            outputs = self._forward(ids, cache, 1, **seen)
         except Exception:
             self._take_back(rows)
             raise

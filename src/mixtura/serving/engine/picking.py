@@ -28,8 +28,8 @@ def processors_for(
 ) -> tuple[float, LogitsProcessorList]:
     """The temperature of a request, and transformers' own processors of logits for it.
 
-    What the model's ``generation_config.json`` says of drawing is heeded as `mixtura generate` heeds it, but for
-    guidance by a second pass.
+    What the model's ``generation_config.json`` says of drawing is heeded as `mixtura generate` heeds it, but
+    for guidance by a second pass.
 
     Raises:
         UserError: an entry of that file is wrong.

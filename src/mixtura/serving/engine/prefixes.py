@@ -33,8 +33,8 @@ class Entry:
 class Prefixes:
     """Memory for caches: reserved by running texts, and what is left filled with beginnings read before.
 
-    A running text's memory is set apart for all that it may come to before it starts, so nothing that runs can
-    run out. Beginnings go, the longest unused first, when a text needs their memory.
+    A running text's memory is set apart for all that it may come to before it starts, so nothing that runs
+    can run out. Beginnings go, the longest unused first, when a text needs their memory.
 
     Args:
         model: makes the caches.
@@ -65,7 +65,7 @@ class Prefixes:
         return len(self._entries)
 
     def admit(self, row: Row, running: Sequence[Row]) -> bool:
-        """Set memory apart for a row and give it what was read of its prompt before; False for no room now."""
+        """Set memory apart for a row, and give it what was read of it before; False for no room now."""
         needed = self.cost.of(row.room)
         if self.running_bytes + needed > self.limit_bytes:
             return False

@@ -13,7 +13,7 @@ _MOST_BROKEN = 6
 
 @final
 class TextReader:
-    """The text of tokens that come one by one: whole characters only, and nothing that may begin a stop string.
+    """The text of tokens that come one by one: whole characters, and nothing that may begin a stop.
 
     Args:
         tokenizer: the model's.
