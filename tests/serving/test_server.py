@@ -272,10 +272,9 @@ def test_each_token_of_every_pass_is_counted_once(server: Server) -> None:
 def test_a_client_that_goes_frees_its_place(server: Server) -> None:
     engine = server.opened.engine
     before = engine.counts.finished["cancelled"]
-    body = json.dumps({"prompt": "1 + 1 =", "max_tokens": 240, "stream": True, "logit_bias": {"0": -100}})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    sent = post_of({"prompt": "1 + 1 =", "max_tokens": 240, "stream": True, "logit_bias": {"0": -100}})
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall((head + body).encode())
+        client.sendall(sent)
         assert b"data:" in client.recv(4096) + client.recv(4096)
     wait_for(lambda: engine.num_running == 0)
     assert engine.counts.finished["cancelled"] == before + 1
@@ -283,12 +282,11 @@ def test_a_client_that_goes_frees_its_place(server: Server) -> None:
 
 
 def test_a_client_that_reads_slowly_keeps_nobody_waiting(server: Server, said: str) -> None:
-    body = json.dumps({"prompt": "1 + 1 =", "max_tokens": 200, "stream": True, "n": 2})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    sent = post_of({"prompt": "1 + 1 =", "max_tokens": 200, "stream": True, "n": 2})
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         slow.connect(("127.0.0.1", server.port))
-        slow.sendall((head + body).encode())
+        slow.sendall(sent)
         time.sleep(0.1)
         _, answer, _ = server.ask("/v1/chat/completions", CHAT)
         assert answer["choices"][0]["message"]["content"] == said
@@ -297,10 +295,9 @@ def test_a_client_that_reads_slowly_keeps_nobody_waiting(server: Server, said: s
 
 def test_too_many_are_told_when_to_come_again(server: Server) -> None:
     long = {"prompt": ["1 + 1 ="] * 12, "max_tokens": 200, "stream": True, "logit_bias": {"0": -100}}
-    body = json.dumps(long)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    sent = post_of(long)
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall((head + body).encode())
+        client.sendall(sent)
         wait_for(lambda: server.opened.engine.num_waiting >= 8)
         status, answer, headers = server.ask("/v1/chat/completions", CHAT)
     assert status == 429
@@ -370,6 +367,13 @@ def test_a_shard_that_goes_while_serving_from_disk(tmp_path: Path) -> None:
         assert server.ask("/ready")[0] == 200
     finally:
         server.opened.engine.close(0)
+
+
+def post_of(body: dict[str, Any]) -> bytes:
+    """A request as it goes over the wire."""
+    text = json.dumps(body)
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(text)}", "", text]).encode()
 
 
 def wait_for(what: Any) -> None:

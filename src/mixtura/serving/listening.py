@@ -17,7 +17,7 @@ from mixtura.serving.api.guarding import App
 def serve_until_told(app: App, listening: socket.socket, grace_s: float, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; answers that are on their way have so many seconds to end."""
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,

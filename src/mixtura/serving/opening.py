@@ -82,7 +82,8 @@ def open_model(
         CheckpointError: the directory is missing, incomplete or damaged.
     """
     tokenizer = load_tokenizer(path)
-    cache_bytes, loads = serving.cache_bytes, ()
+    cache_bytes = serving.cache_bytes
+    loads: tuple[tuple[int, Any], ...] = ()
     if is_own_model(path):
         model = load(path)
         context = _context(model.config, serving.context)

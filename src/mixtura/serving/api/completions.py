@@ -63,7 +63,7 @@ class _Completion:
         if not prompt:
             raise ApiError("the prompt is empty; give some text to continue", param="prompt")
         if isinstance(prompt[0], int):
-            return [service.check_tokens(prompt)]  # type: ignore[arg-type]
+            return [service.check_tokens(prompt)]
         if len(prompt) * self._request.n > MOST_CHOICES:
             raise ApiError(
                 f"{len(prompt)} prompts with {self._request.n} answers each are more than the {MOST_CHOICES} "
@@ -71,7 +71,7 @@ class _Completion:
                 param="prompt",
             )
         return [
-            service.encode(one, begin=True) if isinstance(one, str) else service.check_tokens(one)  # type: ignore[arg-type]
+            service.encode(one, begin=True) if isinstance(one, str) else service.check_tokens(one)
             for one in prompt
         ]
 

@@ -82,13 +82,13 @@ def _num_bytes(held: Sequence[Any]) -> int:
 
 def holds_all(cache: Any, num_tokens: int) -> bool:
     """Whether every layer of a cache of so many tokens still has keys and values of each of them."""
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache, "layers", None) or ()
     return bool(layers) and all(_layer_holds_all(layer, num_tokens) for layer in layers)
 
 
 def _layer_holds_all(layer: Any, num_tokens: int) -> bool:
     if type(layer) is DynamicSlidingWindowLayer:
-        return num_tokens < layer.sliding_window
+        return num_tokens < int(layer.sliding_window)
     # Layers that share another's keys and values, or keep none, hold nothing of their own.
     return isinstance(layer, ReservedLayer) and (not layer.is_initialized or layer.keys is not None)
 

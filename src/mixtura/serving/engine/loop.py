@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mixtura.errors import CheckpointError, UnmetError, UserError
 from mixtura.report.units import format_bytes
-from mixtura.running.decoding import decoding_config
+from mixtura.running.decoding import StopStrings, decoding_config
 from mixtura.running.memory.available import available_bytes
 from mixtura.serving.engine.caches import measured_cost
 from mixtura.serving.engine.counting import Counts
@@ -72,6 +72,7 @@ class Engine:
         self.counts = Counts()
         self._tokenizer = tokenizer
         self.end_ids = _end_ids(model)
+        self._stops = StopStrings(model, tokenizer, 0).strings
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._lock = threading.Lock()
@@ -107,7 +108,7 @@ class Engine:
         for one in asked:
             self.check(one)
         rows = [
-            Row(one, on_piece, self._tokenizer, self.end_ids)
+            Row(replace(one, stops=one.stops + self._stops), on_piece, self._tokenizer, self.end_ids)
             for one, on_piece in zip(asked, on_pieces, strict=True)
         ]
         with self._lock:

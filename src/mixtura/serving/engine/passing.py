@@ -145,7 +145,7 @@ class Passes:
 
     @staticmethod
     def _can_gather(cache: Any) -> bool:
-        layers = getattr(cache, "layers", None)
+        layers = getattr(cache, "layers", None) or ()
         return bool(layers) and all(
             isinstance(layer, ReservedLayer) or type(layer) is DynamicSlidingWindowLayer for layer in layers
         )

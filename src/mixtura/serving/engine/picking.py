@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from jaxtyping import Float
@@ -14,13 +14,16 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from mixtura.running.decoding import decoding_config
 from mixtura.serving.engine.records import Guide, Likely, Sampling, Token
 
+_HOTTEST: Final = 100
+
 
 def default_temperature(model: PreTrainedModel) -> float:
     """The temperature where a request gives none: the model's own if its configuration has one, else 1."""
     own: Any = getattr(model, "generation_config", None)
     found = getattr(own, "temperature", None)
-    is_number = isinstance(found, int | float) and not isinstance(found, bool)
-    return float(found) if is_number and 0 <= float(found) <= 100 else 1.0
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= _HOTTEST:
+        return 1.0
+    return float(found)
 
 
 def processors_for(
@@ -96,7 +99,7 @@ class Picker:
             token = int(scores.argmax())
         else:
             ids = torch.tensor([self._ids])
-            shaped = self._processors(ids, scores[None].clone())[0]  # type: ignore[arg-type]
+            shaped = self._processors(ids, scores[None].clone())[0]
             token = int(torch.multinomial(shaped.softmax(-1), 1, generator=self._generator))
         self._ids.append(token)
         self._counts[token] += 1
