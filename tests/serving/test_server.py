@@ -47,8 +47,8 @@ LARGE = 1 << 16
 class Server:
     """A server in a thread of this process, and what it answers."""
 
-    def __init__(self, path: Path, keys: tuple[str, ...] = (), **serving: Any) -> None:
-        self.opened = open_model(path, Serving(context=256, running=4, waiting=8, **serving))
+    def __init__(self, path: Path, keys: tuple[str, ...] = (), context: int = 256, **serving: Any) -> None:
+        self.opened = open_model(path, Serving(context=context, running=4, waiting=8, **serving))
         settings = Settings(name="tiny", default_tokens=16, most_body_bytes=LARGE)
         service = Service(self.opened.engine, self.opened.tokenizer, settings)
         watch = Watch(self.opened.engine, "tiny", self.opened.loads)
@@ -326,7 +326,7 @@ def test_the_official_client(server: Server, said: str) -> None:
 
 
 def test_keys_are_asked_for(tmp_path: Path) -> None:
-    server = Server(save_tiny(tmp_path), keys=("secret", "other"))
+    server = Server(save_tiny(tmp_path), keys=("secret", "other"), context=64)
     try:
         assert server.ask("/v1/models")[0] == 401
         assert server.ask("/metrics")[0] == server.ask("/stats")[0] == 401
@@ -347,7 +347,7 @@ def test_a_shard_that_goes_while_serving_from_disk(tmp_path: Path) -> None:
 
     path = save_tiny(tmp_path)
     wish = Wish(pool_slots=4)
-    server = Server(path, memory=wish)
+    server = Server(path, memory=wish, context=64)
     try:
         request = {"prompt": "abc def", "temperature": 0, "max_tokens": 6}
         status, before, _ = server.ask("/v1/completions", request)

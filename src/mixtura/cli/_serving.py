@@ -81,9 +81,6 @@ def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str
     from mixtura.report.units import parse_bytes
 
     cache_bytes = None if served.cache_memory is None else parse_bytes(served.cache_memory)
-    if served.running > 1:
-        # What answers requests is there before memory is divided, and counts.
-        import mixtura.serving.api.app  # noqa: F401
     from mixtura.running.resolve import resolve_model
     from mixtura.serving.opening import Serving, open_model
 

@@ -19,8 +19,8 @@ from mixtura.running.tiers.opening import DEFAULT_CONTEXT, Wish
 from mixtura.serving.engine.loop import DEFAULT_TEXTS, Engine, Limits, engine_of
 from mixtura.serving.engine.rows import PROMPT_LOGITS
 
-# What answering takes beside the model: requests, answers that wait to be read, their text.
-_ANSWERING_BYTES: Final = 24 << 20
+# What answering takes beside the model: its libraries (33 MiB measured), requests, answers that wait to be read.
+_ANSWERING_BYTES: Final = 64 << 20
 _LOGITS_COPIES: Final = 3
 
 
