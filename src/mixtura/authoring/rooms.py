@@ -22,7 +22,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("rerouting",),
     ("adapting",),
     ("running",),
-    ("train",),
+    ("serving", "train"),
     ("fitting",),
     ("authoring",),
     ("cli",),
@@ -34,7 +34,7 @@ _GROUPS = (
         "the core: what every method stands on",
         ("types", "kernels", "modeling", "checkpoints", "rerouting", "adapting"),
     ),
-    ("what users run", ("running", "fitting", "train", "cli")),
+    ("what users run", ("running", "serving", "fitting", "train", "cli")),
     ("what the rest needs", ("data", "report", "machine", "errors")),
 )
 _WIDTH = 16

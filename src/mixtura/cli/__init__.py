@@ -27,6 +27,8 @@ COMMANDS = (
     "doctor",
     "observe",
     "generate",
+    "serve",
+    "chat",
     "verify",
     "calibrate",
     "export",

@@ -82,8 +82,10 @@ def word_chat(
     where: str,
     *,
     add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """A conversation as the model's chat template words it.
+    """A conversation as the model's chat template words it; ``variables`` are others that the template knows.
 
     Raises:
         TextError: there is no such template, or it does not take these messages.
@@ -92,7 +94,11 @@ def word_chat(
         raise TextError(f'the messages in {where} need a model with a chat template; give "text" instead')
     try:
         worded = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **(variables or {}),
         )
     except Exception as error:
         # A template is a program of the model's author, and raises what it likes.

@@ -20,6 +20,7 @@ from mixtura.kernels.activations import PARAMETERS, Activation, recognise
 from mixtura.kernels.compiled import is_recorded, why_not_native
 from mixtura.kernels.experts import ExpertMath, StackedExperts
 from mixtura.kernels.few import NativeLayer, layer_of, run_few
+from mixtura.kernels.loads import count, loads_of
 from mixtura.kernels.records import AssignmentObserver, ExpertStore
 from mixtura.kernels.routed import run_routed
 from mixtura.types import Change, MatrixShape
@@ -64,6 +65,9 @@ def run_module(
         return torch.empty_like(hidden_states)
     observer: AssignmentObserver | None = getattr(module, "mixtura_observer", None)
     store: ExpertStore | None = getattr(module, "mixtura_store", None)
+    loads = loads_of(module)
+    if loads is not None:
+        count(loads, top_k_index)
     math = math_of(module)
     source = _parameters_of(module) if store is None else store
     needs_grad = torch.is_grad_enabled() and any(

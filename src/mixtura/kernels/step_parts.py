@@ -21,6 +21,7 @@ from mixtura.kernels.backend import experts_layer, math_of
 from mixtura.kernels.compiled import NUMBERS, is_plain, native, rows_of
 from mixtura.kernels.declined import Declined
 from mixtura.kernels.linears import FewRowsLinear, PackedLinear
+from mixtura.kernels.loads import loads_of
 from mixtura.kernels.matrices import dense_matrix
 from mixtura.kernels.step_router import find_router
 
@@ -246,7 +247,10 @@ def _mixture_of(block: Any, norm: Part, dtype: torch.dtype) -> Part:
     if not _covers(block, parts, besides=experts):
         raise Declined("its block of experts has parameters that have no place in the compiled one")
     record = extension.Mixture(norm.record, router.record, layer.record, math.known.record(), shared.record)
-    made = Part(record, [layer])
+    loads = loads_of(experts)
+    if loads is not None:
+        record.count(loads.data_ptr())
+    made = Part(record, [layer, loads])
     made.take(norm, *parts)
     return made
 

@@ -19,11 +19,12 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from mixtura.kernels.compiled import NUMBERS, is_plain, native, options, way_for
 from mixtura.kernels.declined import Declined
-from mixtura.kernels.step_cache import can_grow, grow
-from mixtura.kernels.step_calls import grown_place, mask_of
+from mixtura.kernels.several import SideBySide
+from mixtura.kernels.step_cache import can_grow
 from mixtura.kernels.step_embedding import embedded, plain_table
 from mixtura.kernels.step_layer import QuickLayer, found_of, remade_from, under
 from mixtura.kernels.step_parts import Part, norm_part, others_in
+from mixtura.kernels.step_rows import place_of, texts_of
 from mixtura.kernels.step_trial import WATCHED, Found
 from mixtura.kernels.step_turning import Turning
 from mixtura.kernels.step_watch import Unchanged
@@ -199,12 +200,11 @@ class Stack:
 
     def _run(self, model: Any, ids: Tensor, named: dict[str, Any]) -> Any:
         cached = given_cache(named)
-        if type(cached) is not DynamicCache:
+        if type(cached) not in (DynamicCache, SideBySide):
             raise Declined(f"its cache is a {type(cached).__name__}")
         if asked := _asked_besides(named):
             raise Declined(f"its decoder is asked for {asked}")
-        past = cached.get_seq_length()
-        if not past or not _all_seen(named.get("attention_mask"), named.get("position_ids"), ids, past):
+        if not _stand_behind(cached, named.get("attention_mask"), named.get("position_ids"), ids):
             raise Declined("a sequence begins, is padded, or stands elsewhere than right behind its cache")
         looked = self._looked
         if looked is None or not looked.unchanged.holds_for(model):
@@ -214,9 +214,10 @@ class Stack:
         checked, output = looked.checked, looked.output
         assert checked is not None
         assert output is not None
-        if not checked.windows_fit(cached, past + 1):
-            raise Declined("its cache holds more than the window that its layers see")
-        return output.of(_step(model, ids, checked, cached, past), cached)
+        for one in texts_of(cached):
+            if not checked.windows_fit(one, one.get_seq_length() + 1):
+                raise Declined("its cache holds more than the window that its layers see")
+        return output.of(_step(model, ids, checked, cached), cached)
 
     def _look(self, model: Any) -> _Looked:
         """Look through a decoder and try it; a refusal is kept until something changes."""
@@ -279,32 +280,34 @@ def _tried(model: Any, checked: _Checked) -> _Output:
     expected = own.forward(model, tokens[:, 3:], **with_cache(theirs), use_cache=True)
     if not isinstance(expected, OrderedDict) or set(expected) != _RESULTS:
         raise Declined("its decoder returns other things than hidden states and a cache")
-    found, wanted = _step(model, tokens[:, 3:], checked, ours, 3), expected["last_hidden_state"]
+    found, wanted = _step(model, tokens[:, 3:], checked, ours), expected["last_hidden_state"]
     tolerance = 1e-5 if wanted.dtype == torch.float32 else 2e-2
     if not float((found - wanted).float().norm()) <= tolerance * float(wanted.float().norm()):
         raise Declined("its decoder, tried as a whole, computes something else")
     return _Output(type(expected), dict.fromkeys(vars(expected)))
 
 
-def _step(model: Any, ids: Tensor, checked: _Checked, cached: Any, past: int) -> Tensor:
+def _step(model: Any, ids: Tensor, checked: _Checked, cached: Any) -> Tensor:
     extension = native()
     assert extension is not None
     dtype = checked.dtype
     x = embedded(model, checked.embedding, ids)
     if type(x) is not Tensor or not is_plain(x) or x.dtype != dtype or not x.is_contiguous():
         raise Declined(f"its embeddings are not contiguous {dtype} in the processor's memory")
-    if cached.offloading or len(cached.layers) < len(checked.layers):
+    texts = texts_of(cached)
+    if any(one.offloading or len(one.layers) < len(checked.layers) for one in texts):
         raise Declined("its cache is offloaded or has fewer layers")
-    pairs = [*zip(checked.layers, cached.layers, strict=False)]
     # All of them before any grows: what declines leaves the cache as it was.
-    for one, layer in pairs:
-        if not can_grow(layer, x.shape[0], one.num_kv_heads, one.width, dtype):
-            raise Declined(f"its cache has a {type(layer).__name__}, or other sequences or widths")
-    turned = checked.turning.at(x, past, {one.kind for one in checked.layers})
-    mask = mask_of(None)
+    for number, one in enumerate(checked.layers):
+        for text in texts:
+            held = text.layers[number]
+            if not can_grow(held, x.shape[0] // len(texts), one.num_kv_heads, one.width, dtype):
+                raise Declined(f"its cache has a {type(held).__name__}, or other sequences or widths")
+    kinds = {one.kind for one in checked.layers}
+    turned = checked.turning.at(x, [one.get_seq_length() for one in texts], kinds)
     steps = [
-        (one.attention, one.mixture, grown_place(turned[one.kind].turns, grow(layer, 1), mask))
-        for one, layer in pairs
+        (one.attention, one.mixture, place_of([t.layers[number] for t in texts], turned[one.kind].turns))
+        for number, one in enumerate(checked.layers)
     ]
     # Nobody else has these tokens: what comes out of each layer may take their place.
     tokens = extension.Pass(way_for(dtype), NUMBERS[dtype], *x.shape, x.data_ptr(), x.data_ptr())
@@ -347,6 +350,21 @@ def _check_usual(config: Any) -> None:
         raise Declined(f"its attention runs by the implementation {config._attn_implementation!r}")
     if asked := [name for name in _ASKED if getattr(config, name, False)]:
         raise Declined(f"its configuration asks for {', '.join(asked)}")
+
+
+def _stand_behind(cached: Any, mask: Any, places: Any, ids: Tensor) -> bool:
+    """Whether the tokens come right behind what the cache holds, and see all of it."""
+    if type(cached) is DynamicCache:
+        past = cached.get_seq_length()
+        return bool(past) and _all_seen(mask, places, ids, past)
+    if len(cached.lengths) != ids.shape[0] or not all(cached.lengths):
+        return False
+    return _is(mask, cached.mask()) and _is(places, cached.places())
+
+
+def _is(given: Any, expected: Tensor) -> bool:
+    fits = type(given) is Tensor and given.shape == expected.shape
+    return fits and bool((given == expected).all())
 
 
 def _all_seen(mask: Any, places: Any, ids: Tensor, past: int) -> bool:

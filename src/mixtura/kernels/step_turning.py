@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple, final
 
 import torch
@@ -15,6 +15,8 @@ from mixtura.kernels.step_calls import Tables, Turns, turns_of
 # Rotations whose tables depend on nothing but the place, and the places that one block of tables has.
 _FIXED_ROTATIONS: Final = {"default", "linear", "llama3", "yarn"}
 _BLOCK: Final = 256
+# Blocks that are kept of each kind.
+_MOST_BLOCKS: Final = 16
 
 
 class Turned(NamedTuple):
@@ -37,15 +39,22 @@ class Turning:
         self.takes_kinds = len(inspect.signature(type(rotary).forward).parameters) > 3
         self._blocks: dict[tuple[str | None, int], Tables] = {}
 
-    def at(self, x: Tensor, place: int, kinds: Collection[str | None]) -> dict[str | None, Turned]:
-        """The tables at a place for each kind of layer; None is the kind where all layers share them.
+    def at(self, x: Tensor, places: Sequence[int], kinds: Collection[str | None]) -> dict[str | None, Turned]:
+        """The tables at a place, or at that of each sequence, for each kind of layer.
+
+        None is the kind where all layers share them.
 
         Raises:
             Declined: the embedding gives no two tables in the dtype of ``x``.
         """
         found = {}
         for kind in kinds:
-            tables, row = self._tables(x, place, kind)
+            rows = [self._tables(x, place, kind) for place in places]
+            if len(rows) == 1:
+                tables, row = rows[0]
+            else:
+                parts = [Tables(t.cosines[:, r : r + 1], t.sines[:, r : r + 1]) for t, r in rows]
+                tables, row = Tables(*(torch.cat([*part]) for part in zip(*parts, strict=True))), 0
             found[kind] = Turned(turns_of(tables, row), tables)
         return found
 
@@ -57,9 +66,11 @@ class Turning:
         tables = self._blocks.get((kind, first)) if fixed else None
         if tables is None:
             tables = self._made(x, torch.arange(first, first + (_BLOCK if fixed else 1))[None], kind)
-            # One block of each kind.
-            kept = {key: one for key, one in self._blocks.items() if key[0] != kind}
-            self._blocks = {**kept, (kind, first): tables}
+            # The last few blocks of each kind: several texts stand at several places.
+            others = [key for key in self._blocks if key[0] == kind]
+            for key in others[: max(0, len(others) + 1 - _MOST_BLOCKS)]:
+                del self._blocks[key]
+            self._blocks[(kind, first)] = tables
         return tables, place - first
 
     def _made(self, x: Tensor, places: Tensor, kind: str | None) -> Tables:

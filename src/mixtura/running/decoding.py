@@ -181,6 +181,11 @@ class StopStrings(StoppingCriteria):
         # A token is a byte at least, but for those that are shown as nothing.
         self._tail = 2 * max((len(text.encode()) for text in self._strings), default=0) + 8
 
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """What ends a text."""
+        return tuple(self._strings)
+
     def __call__(self, input_ids: Int[Tensor, "S T"], scores: Any, **kwargs: Any) -> Bool[Tensor, " S"]:
         """Whether each sequence is at its end."""
         tails = input_ids[:, max(self._start, input_ids.shape[1] - self._tail) :]

@@ -285,6 +285,18 @@ class ReservedLayer(RoomyLayer):
             values[..., :length, :] = self.values
         return keys, values
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is taken."""
+        return 0 if self._room is None else sum(room.nbytes for room in self._room)
+
+    def shorten(self, num_tokens: int) -> None:
+        """Forget all tokens but the first so many; the memory stays taken."""
+        if self._room is None or num_tokens >= self.get_seq_length():
+            return
+        self.keys, self.values = (room[..., :num_tokens, :] for room in self._room)
+        self._returned = self.keys
+
     def reset(self) -> None:
         """Forget every token and give the memory back."""
         super().reset()

@@ -177,22 +177,34 @@ struct Head {
     std::int64_t sequence, number;
 };
 
+// Where a sequence stands, its keys and values from the first on.
+Seat seat_of(const Pass& pass, const Place& place, std::int64_t sequence) {
+    if (!place.seats.empty()) return place.seats[static_cast<std::size_t>(sequence)];
+    const std::int64_t size = pass.number == Number::bf16 ? 2 : number_bytes;
+    Seat seat = {place.keys, place.values, place.past};
+    for (Cached* cached : {&seat.keys, &seat.values}) {
+        cached->data = static_cast<char*>(cached->data) + size * sequence * cached->by_sequence;
+    }
+    return seat;
+}
+
 void turn_and_keep(const Pass& pass, const Attention& attention, const Place& place, const Projected& made, Head one) {
     const std::int64_t width = attention.head, kv_width = attention.k.matrix.rows, q_width = attention.q.matrix.rows;
     const std::int64_t group = q_width / kv_width;
+    const Seat seat = seat_of(pass, place, one.sequence);
     for (std::int64_t i = 0; i < pass.num; ++i) {
-        const std::int64_t t = one.sequence * pass.num + i, at = place.past + i;
+        const std::int64_t t = one.sequence * pass.num + i, at = seat.past + i;
         const Turn turn = turn_of(pass, place, attention.rotation, t);
         float* queries = made.queries + t * q_width + one.number * group * width;
         for (std::int64_t g = 0; g < group; ++g) turn_head(turn, queries + g * width);
         float* key = made.keys + t * kv_width + one.number * width;
         turn_head(turn, key);
         const auto to = [&](const Cached& cached) {
-            return one.sequence * cached.by_sequence + one.number * cached.by_head + at * cached.by_token;
+            return one.number * cached.by_head + at * cached.by_token;
         };
         const float* value = made.values + t * kv_width + one.number * width;
-        write_row({place.keys.data, pass.number, 0}, 0, to(place.keys), width, key);
-        write_row({place.values.data, pass.number, 0}, 0, to(place.values), width, value);
+        write_row({seat.keys.data, pass.number, 0}, 0, to(seat.keys), width, key);
+        write_row({seat.values.data, pass.number, 0}, 0, to(seat.values), width, value);
     }
 }
 
@@ -223,17 +235,17 @@ const float* biases_of(const Pass& pass, const Place& place) {
 void attend_head(const Pass& pass, const Attention& attention, const Place& place, const float* biases,
                  const float* queries, Head item, float* attended) {
     const std::int64_t head = attention.head, q_width = attention.q.matrix.rows;
-    const std::int64_t group = q_width / attention.k.matrix.rows, total = place.past + pass.num;
+    const Seat seat = seat_of(pass, place, item.sequence);
+    const std::int64_t group = q_width / attention.k.matrix.rows, total = seat.past + pass.num;
     const std::int64_t size = pass.number == Number::bf16 ? 2 : number_bytes;
     const auto from = [&](const Cached& cached) {
-        const std::int64_t at = item.sequence * cached.by_sequence + item.number * cached.by_head;
-        return static_cast<const char*>(cached.data) + size * at;
+        return static_cast<const char*>(cached.data) + size * item.number * cached.by_head;
     };
     AttentionHead one;
-    one.keys = from(place.keys);
-    one.values = from(place.values);
-    one.key_stride = place.keys.by_token;
-    one.value_stride = place.values.by_token;
+    one.keys = from(seat.keys);
+    one.values = from(seat.values);
+    one.key_stride = seat.keys.by_token;
+    one.value_stride = seat.values.by_token;
     one.num_keys = total;
     one.width = head;
     one.scaling = attention.scaling;
@@ -345,6 +357,9 @@ void mix_held(const Pass& pass, const Mixture& mixture) {
         auto* ids = rooms().ids.of<std::int64_t>(num * router.top_k);
         float* weights = rooms().weights.of<float>(num * router.top_k);
         choose(router, pass.number, logits, num, ids, weights);
+        if (mixture.loads) {
+            for (std::int64_t i = 0; i < num * router.top_k; ++i) ++mixture.loads[ids[i]];
+        }
         const Assignments assignments = {ids, nullptr, router.top_k, num * router.top_k, num};
         run_experts_held(pass.way, *mixture.experts, assignments, {normed, Number::f32, pass.width},
                          {weights, Number::f32, 1}, mixture.activation, {made, Number::f32, pass.width});

@@ -62,6 +62,7 @@ struct Mixture {
     const Experts* experts = nullptr;
     Activation activation;
     Shared shared;
+    std::int64_t* loads = nullptr;  // tokens that each expert had, counted on; or nothing
 };
 
 // Keys or values in a cache; strides count numbers.
@@ -89,6 +90,12 @@ struct Pass {
     std::int64_t tokens() const { return num_sequences * num; }
 };
 
+// Where one sequence stands that has a cache of its own: its keys and values, and how many there are.
+struct Seat {
+    Cached keys, values;
+    std::int64_t past = 0;
+};
+
 // Where a pass stands in its sequences.
 struct Place {
     Rows cosines, sines;  // a row for each token
@@ -96,6 +103,9 @@ struct Place {
     Cached keys, values;
     std::int64_t past = 0;  // tokens before the pass, in the cache
     Mask mask;              // none: each token sees those before it and itself
+    // One for each sequence where they have caches of their own; `keys`, `values` and the mask are unused then, and
+    // `past` is that of the longest.
+    std::vector<Seat> seats = {};
 };
 
 // Whether tables of this width turn no more of a head than there is.

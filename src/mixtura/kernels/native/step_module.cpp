@@ -23,7 +23,7 @@ Norm make_norm(const Strided& weight, std::int64_t width, float epsilon, float o
 Place make_place(const Strided& cosines, const Strided& sines, std::int64_t table_width,
                  std::int64_t table_by_sequence, const Cached& keys, const Cached& values, std::int64_t past,
                  const Mask& mask) {
-    return {cosines.rows(), sines.rows(), table_width, table_by_sequence, keys, values, past, mask};
+    return {cosines.rows(), sines.rows(), table_width, table_by_sequence, keys, values, past, mask, {}};
 }
 
 Pass make_pass(const Way& way, int number, std::int64_t num_sequences, std::int64_t num, std::int64_t width,
@@ -46,6 +46,9 @@ void bind_records(nb::module_& m) {
     });
     nb::class_<Place>(m, "Place").def("__init__", [](Place* self, const Strided& cosines, const Strided& sines, std::int64_t table_width, std::int64_t table_by_sequence, const Cached& keys, const Cached& values, std::int64_t past, const Mask& mask) {
         new (self) Place(make_place(cosines, sines, table_width, table_by_sequence, keys, values, past, mask));
+    }).def("seat", [](Place& self, const Cached& keys, const Cached& values, std::int64_t past) {
+        self.seats.push_back({keys, values, past});
+        self.past = std::max(self.past, past);
     });
     nb::class_<Pass>(m, "Pass").def("__init__", [](Pass* self, const Way& way, int number, std::int64_t num_sequences, std::int64_t num, std::int64_t width, Address x, Address out) {
         new (self) Pass(make_pass(way, number, num_sequences, num, width, x, out));
@@ -63,7 +66,10 @@ bool look_up(Address table, std::int64_t row_bytes, std::int64_t num_rows, Addre
     return true;
 }
 
-void check(const Attention& attention, const Place& place) {
+void check(const Pass& pass, const Attention& attention, const Place& place) {
+    if (!place.seats.empty() && (static_cast<std::int64_t>(place.seats.size()) != pass.num_sequences || place.mask.data || pass.num != 1)) {
+        throw std::invalid_argument("sequences with caches of their own take one token each, without a mask");
+    }
     if (!fits(attention.rotation, place.table_width, attention.head)) {
         throw std::invalid_argument("tables of cosines are wider than a head");
     }
@@ -82,8 +88,9 @@ void bind_parts(nb::module_& m) {
     });
     nb::class_<Mixture>(m, "Mixture")
         .def("__init__", [](Mixture* self, const Norm& norm, const Router& router, const Layer* experts, const Activation& activation, const Shared& shared) {
-            new (self) Mixture{norm, router, experts ? &experts->experts : nullptr, activation, shared};
-        }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::keep_alive<1, 4>());
+            new (self) Mixture{norm, router, experts ? &experts->experts : nullptr, activation, shared, nullptr};
+        }, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::keep_alive<1, 4>())
+        .def("count", [](Mixture& self, Address loads) { self.loads = at<std::int64_t>(loads); });
 }
 
 }  // namespace
@@ -92,17 +99,17 @@ void bind_step(nb::module_& m) {
     bind_records(m);
     bind_parts(m);
     m.def("run_attention", [](const Pass& pass, const Attention& attention, const Place& place) {
-        check(attention, place);
+        check(pass, attention, place);
         nb::gil_scoped_release released;
         run_attention(pass, attention, place);
     });
     m.def("run_projections", [](const Pass& pass, const Attention& attention, const Place& place, Address queries) {
-        check(attention, place);
+        check(pass, attention, place);
         nb::gil_scoped_release released;
         run_projections(pass, attention, place, at<float>(queries));
     });
     m.def("run_attending", [](const Pass& pass, const Attention& attention, const Place& place, Address queries) {
-        check(attention, place);
+        check(pass, attention, place);
         nb::gil_scoped_release released;
         run_attending(pass, attention, place, at<const float>(queries));
     });
@@ -114,7 +121,7 @@ void bind_step(nb::module_& m) {
         std::vector<Step> steps;
         for (const nb::handle one : given) {
             const Step step = {nb::cast<const Attention*>(one[0]), nb::cast<const Mixture*>(one[1]), nb::cast<const Place*>(one[2])};
-            check(*step.attention, *step.place);
+            check(pass, *step.attention, *step.place);
             steps.push_back(step);
         }
         nb::gil_scoped_release released;

@@ -67,6 +67,8 @@ def divide(
     budget_bytes: int,
     context: int,
     runtime: int | None = None,
+    *,
+    more: int = 0,
 ) -> Division:
     """Divide a budget of the whole process.
 
@@ -76,6 +78,7 @@ def divide(
         budget_bytes: memory that the process may take.
         context: tokens of prompt and answer together.
         runtime: bytes of the process without the model; measured where they are not given.
+        more: bytes to leave for other texts that run at the same time; counted as fixed.
 
     Raises:
         BudgetError: the model cannot run in it, with the smallest budget in which it can.
@@ -84,7 +87,7 @@ def divide(
     context = min(context, int(positions)) if positions else context
     bare = max(known_runtime_bytes(), resident_bytes()) if runtime is None else runtime
     taken = account(view, context)
-    fixed = taken.total_bytes - taken.expert_bytes
+    fixed = taken.total_bytes - taken.expert_bytes + more
     sizes = Counter(slot_bytes(r.num_bytes(e)) for r in recipes for e in range(r.num_experts))
     buffers = Reader.buffer_bytes() + _RECORD_BYTES * sum(sizes.values())
     classes = _merged(sizes)

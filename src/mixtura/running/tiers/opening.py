@@ -46,6 +46,9 @@ class Wish:
         cache: name of the cache; see `mixtura.methods.caches`.
         prefetch: name of the prefetcher, or ``none``.
         trace: a file that `mixtura observe` wrote, for methods with the tag ``reads:trace``.
+        more_bytes: memory that the pool is to leave for whoever runs several texts at once: their caches
+        beside
+            the first one's, and what a step of several takes.
         pool_slots: slots of each size, whatever the budget; for tests and measurements.
     """
 
@@ -54,6 +57,7 @@ class Wish:
     cache: str = "lru"
     prefetch: str = NO_PREFETCH
     trace: str | Path | None = None
+    more_bytes: int = 0
     pool_slots: int | None = None
 
     def check(self) -> None:
@@ -93,7 +97,7 @@ def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers
     division = None
     if wish.pool_slots is None:
         assert memory is not None
-        division = divide(view, recipes, memory, wish.context)
+        division = divide(view, recipes, memory, wish.context, more=wish.more_bytes)
         slots = division.slots
     else:
         slots = _counted(recipes, wish.pool_slots)

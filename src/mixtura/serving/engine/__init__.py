@@ -1,0 +1,1 @@
+"""Several requests in one model at once: who runs, in which memory, and what comes out."""

@@ -1,0 +1,340 @@
+"""The engine: one thread that runs all requests through the model, together, a step at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mixtura.errors import CheckpointError, UnmetError, UserError
+from mixtura.report.units import format_bytes
+from mixtura.running.decoding import StopStrings, decoding_config
+from mixtura.running.memory.available import available_bytes
+from mixtura.serving.engine.caches import measured_cost
+from mixtura.serving.engine.counting import Counts
+from mixtura.serving.engine.passing import Passes
+from mixtura.serving.engine.prefixes import Prefixes
+from mixtura.serving.engine.records import Asked, BusyError, ClosingError, OnPiece, TooLongError
+from mixtura.serving.engine.rows import Row
+
+# How long the engine sleeps when there is nothing to do; whoever brings work wakes it.
+_IDLE_S: Final = 0.5
+_LEAST_RETRY_S, _MOST_RETRY_S = 1, 60
+# Full contexts that the memory for caches holds where nobody says how large it is to be.
+DEFAULT_TEXTS: Final = 4
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the engine takes on.
+
+    Attributes:
+        context: tokens of prompt and answer together, of one request.
+        running: requests that run together.
+        waiting: requests that wait for their turn; more are refused with `BusyError`.
+    """
+
+    context: int
+    running: int = 16
+    waiting: int = 64
+
+
+@final
+class Engine:
+    """Runs requests through a model, several at once; a request comes and goes between any two steps.
+
+    Each step reads a part of one prompt, so that no long prompt keeps others from their tokens, then gives
+    every running text one token. Who comes first starts first, once its memory can be set apart.
+
+    Args:
+        model: a causal language model; nobody else may run it meanwhile.
+        tokenizer: the model's.
+        prefixes: the memory for caches.
+        limits: what to take on.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, passes: Passes, prefixes: Prefixes, limits: Limits
+    ) -> None:
+        self.model = model
+        self.limits = limits
+        self.prefixes = prefixes
+        self.passes = passes
+        self.counts = Counts()
+        self._tokenizer = tokenizer
+        self.end_ids = _end_ids(model)
+        self._stops = StopStrings(model, tokenizer, 0).strings
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._is_closing = False
+        self._is_over = False
+        self._thread = threading.Thread(target=self._serve, name="mixtura-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that run now."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._thread.is_alive() and not self._is_closing
+
+    def submit(self, asked: Sequence[Asked], on_pieces: Sequence[OnPiece]) -> Callable[[], None]:
+        """Queue requests, all or none; returns a function that takes them back. For any thread.
+
+        Raises:
+            TooLongError: one is longer than the server can hold.
+            BusyError: too many wait already.
+            ClosingError: the server is being shut down.
+        """
+        for one in asked:
+            self.check(one)
+        rows = [
+            Row(replace(one, stops=one.stops + self._stops), on_piece, self._tokenizer, self.end_ids)
+            for one, on_piece in zip(asked, on_pieces, strict=True)
+        ]
+        with self._lock:
+            if self._is_closing:
+                raise ClosingError("the server is being shut down; send the request to another one, or later")
+            # What comes to an idle server never waits, however many texts it asks for.
+            if len(self._waiting) + len(rows) > self.limits.waiting and (self._waiting or self._running):
+                self.counts.ended("refused")
+                raise BusyError(
+                    f"{len(self._running)} requests run and {len(self._waiting)} wait, which is as many as "
+                    "this server takes; try again later",
+                    self.retry_after_s(),
+                )
+            self._waiting.extend(rows)
+        self._wake.set()
+        return lambda: self._cancel(rows)
+
+    def check(self, asked: Asked) -> None:
+        """Refuse a request that no amount of waiting helps.
+
+        Raises:
+            TooLongError: it is longer than the context, or than the memory for caches.
+        """
+        prompt, new = len(asked.prompt), asked.max_new_tokens
+        if prompt + new > self.limits.context:
+            raise TooLongError(
+                f"the prompt has {prompt} tokens and the answer may have {new}, which together are more than "
+                f"this server's context of {self.limits.context}; shorten the prompt or lower max_tokens"
+            )
+        cost, limit = self.prefixes.cost, self.prefixes.limit_bytes
+        if cost.of(prompt + new) > limit:
+            raise TooLongError(
+                f"the prompt's {prompt} tokens and {new} of the answer are more than the "
+                f"{cost.tokens_in(limit)} that this server has memory for; shorten the prompt or lower "
+                "max_tokens"
+            )
+
+    def retry_after_s(self) -> int:
+        """When a refused request may find room, by the tokens that are still to come and today's rate."""
+        rows = [*self._running, *self._waiting]
+        left = sum(max(row.asked.max_new_tokens - row.num_new, 1) for row in rows)
+        rate = self.counts.tokens_per_second() or 10.0
+        return int(min(max(left / rate / max(len(rows), 1), _LEAST_RETRY_S), _MOST_RETRY_S))
+
+    def close(self, grace_s: float) -> bool:
+        """Take no more requests, let those that there are end, then stop; whether all did in time."""
+        with self._lock:
+            self._is_closing = True
+        deadline = time.monotonic() + grace_s
+        while (self._running or self._waiting) and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        done = not (self._running or self._waiting)
+        self._is_over = True
+        self._wake.set()
+        self._thread.join(timeout=60)
+        return done
+
+    def _cancel(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            row.is_cancelled = True
+        self._wake.set()
+
+    def _serve(self) -> None:
+        # Gradients are off by thread.
+        torch.set_grad_enabled(False)
+        while not self._is_over:
+            if not self._running and not self._waiting:
+                self._wake.wait(_IDLE_S)
+            self._wake.clear()
+            try:
+                self._drop_cancelled()
+                self._admit()
+                self._read()
+                self._step()
+            except Exception as error:
+                # A fault of ours must leave nobody waiting, nor the server without an engine.
+                for row in [*self._running]:
+                    self._fail(row, error)
+        for row in [*self._running, *self._waiting]:
+            self._fail(row, ClosingError("the server was shut down before the answer was complete"))
+
+    def _drop_cancelled(self) -> None:
+        for row in [row for row in self._running if row.is_cancelled]:
+            self._end(row, row.finish("cancelled"))
+        with self._lock:
+            gone = [row for row in self._waiting if row.is_cancelled]
+            for row in gone:
+                self._waiting.remove(row)
+        for row in gone:
+            row.finish("cancelled")
+            self.counts.ended("cancelled")
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.limits.running:
+            row = self._waiting[0]
+            if self._sibling_reads(row):
+                return
+            if not self.prefixes.admit(row, self._running):
+                return
+            with self._lock:
+                self._waiting.popleft()
+                self._running.append(row)
+            try:
+                row.start(self.model)
+            except UserError as error:
+                self._fail(row, error)
+                continue
+            self.counts.cached_tokens += row.num_cached
+
+    def _sibling_reads(self, row: Row) -> bool:
+        """Whether another of its group reads the prompt just now, which it then need not do."""
+        group = row.asked.group
+        return group is not None and any(
+            one.asked.group is group and one.is_reading and not one.asked.reads_prompt
+            for one in self._running
+        )
+
+    def _read(self) -> None:
+        """The next part of the first prompt that is still to be read."""
+        row = next((one for one in self._running if one.is_reading), None)
+        if row is None:
+            return
+        before = row.num_read
+        try:
+            logits = self.passes.read(row)
+        except Exception as error:
+            self._fail(row, error)
+            return
+        self.counts.prompt_tokens += row.num_read - before
+        if logits is not None:
+            self._grow(row, logits)
+
+    def _step(self) -> None:
+        rows = [row for row in self._running if not row.is_reading and row.num_new]
+        for part in self.passes.parts(rows) if rows else ():
+            self.counts.steps += 1
+            self.counts.step_rows += len(part)
+            for row, logits in self._stepped(part):
+                self._grow(row, logits)
+
+    def _stepped(self, rows: Sequence[Row]) -> list[tuple[Row, Float[Tensor, " V"]]]:
+        """A step of some rows; those that it fails for are ended."""
+        try:
+            return [*zip(rows, self.passes.step(rows), strict=True)]
+        except CheckpointError as error:
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+                return []
+            # Only who needs what cannot be read fails for it.
+            return [pair for row in rows for pair in self._stepped([row])]
+        except Exception as error:
+            for row in rows:
+                self._fail(row, error)
+            return []
+
+    def _grow(self, row: Row, logits: Float[Tensor, " V"]) -> None:
+        try:
+            before = row.num_new
+            why = row.grow(logits)
+        except Exception as error:
+            self._fail(row, error)
+            return
+        if row.num_new > before:
+            now = time.perf_counter()
+            if row.last_token_at is None:
+                self.counts.first_token.add(now - row.asked_at)
+            else:
+                self.counts.between.add(now - row.last_token_at)
+            row.last_token_at = now
+            self.counts.saw_tokens(1)
+        if why is not None:
+            self._end(row, why)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        row.fail(error)
+        self._end(row, "failed")
+
+    def _end(self, row: Row, how: str) -> None:
+        with self._lock:
+            if row in self._running:
+                self._running.remove(row)
+            elif row in self._waiting:
+                self._waiting.remove(row)
+        self.prefixes.release(row)
+        self.counts.ended(how)
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    return frozenset(int(token) for token in ids if isinstance(token, int) and token >= 0)
+
+
+def engine_of(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    limits: Limits,
+    cache_bytes: int | None = None,
+    *,
+    keeps_prefixes: bool = True,
+) -> Engine:
+    """An engine that runs.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the model's.
+        limits: what to take on.
+        cache_bytes: for the caches of all texts; by default what four texts of the whole context take.
+        keeps_prefixes: whether beginnings are kept to not be read again.
+
+    Raises:
+        UserError: the model cannot generate.
+        UnmetError: so much memory is not free, or too little for one text of the context.
+    """
+    decoding_config(model)
+    cost = measured_cost(model)
+    limit = DEFAULT_TEXTS * cost.of(limits.context) if cache_bytes is None else cache_bytes
+    if cost.of(limits.context) > limit:
+        raise UnmetError(
+            f"{format_bytes(limit)} for keys and values are too little for one text of {limits.context} "
+            f"tokens, which takes {format_bytes(cost.of(limits.context))}; give more, or a shorter context"
+        )
+    if limit > available_bytes():
+        raise UnmetError(
+            f"{format_bytes(limit)} for keys and values are more than the {format_bytes(available_bytes())} "
+            "that are free; give less, or a shorter context"
+        )
+    prefixes = Prefixes(model, cost, limit, keeps=keeps_prefixes)
+    return Engine(model, tokenizer, Passes(model), prefixes, limits)

@@ -1,0 +1,185 @@
+"""Passes of the model: prompts in parts, and one step of several texts together where that gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from mixtura.kernels.several import SideBySide
+from mixtura.machine.releases import returned_cache, with_cache
+from mixtura.running.generation import (
+    ReservedLayer,
+    chunk_tokens,
+    prefills_in_chunks,
+    reserved_cache,
+    spread_ids,
+)
+from mixtura.serving.engine.caches import shorten
+from mixtura.serving.engine.rows import PROMPT_LOGITS, Row
+
+# Texts that run together: what the compiled step takes.
+MOST_TOGETHER: Final = 64
+# Lengths of the texts that are tried, and by how much logits of a step may differ from those alone.
+_TRIED: Final = (5, 9, 3)
+_TOLERANCES: Final = {torch.float32: 1e-4}
+_TOLERANCE: Final = 3e-2
+
+
+@final
+class Passes:
+    """Runs texts through a model, each with a cache of its own.
+
+    Whether several texts can take a step in one pass is tried once, on texts of different lengths beside the
+    same texts alone; a family for which that gives something else, or whose cache cannot be laid side by
+    side, takes its steps one text after the other.
+
+    Args:
+        model: a causal language model.
+
+    Attributes:
+        together: whether steps of several texts are one pass.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.chunk_tokens = chunk_tokens(model)
+        self.together = self._try()
+
+    def read(self, row: Row) -> Float[Tensor, " V"] | None:
+        """Read the next part of a row's prompt; returns the logits behind it once all is read.
+
+        Raises:
+            CheckpointError: an expert cannot be read; the row has not changed.
+        """
+        keeps_all = row.asked.reads_prompt
+        size = PROMPT_LOGITS if keeps_all else self.chunk_tokens
+        if row.cache is None or not prefills_in_chunks(row.cache):
+            size = row.num_prompt
+        ids = row.ids[row.num_read : min(row.num_read + size, row.num_prompt)]
+        logits = self._pass(row, torch.tensor([ids]), 0 if keeps_all else 1)
+        if keeps_all:
+            row.see_prompt(logits, row.num_read)
+        row.num_read += len(ids)
+        return None if row.is_reading else logits[-1]
+
+    def step(self, rows: Sequence[Row]) -> list[Float[Tensor, " V"]]:
+        """One token of each row; returns the logits behind it.
+
+        Raises:
+            CheckpointError: an expert cannot be read; no row has changed.
+        """
+        if len(rows) > 1 and self.together and self._fit(rows):
+            logits = self._step_together(rows)
+        else:
+            logits = [self._pass(row, torch.tensor([row.ids[-1:]]), 1)[-1] for row in rows]
+        for row in rows:
+            row.num_read += 1
+        return logits
+
+    def parts(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows of a step by which of them go together."""
+        if not self.together:
+            return [[row] for row in rows]
+        fit = [row for row in rows if self._fit([row])]
+        groups = [fit[first : first + MOST_TOGETHER] for first in range(0, len(fit), MOST_TOGETHER)]
+        return groups + [[row] for row in rows if row not in fit]
+
+    def _pass(self, row: Row, ids: Int[Tensor, "1 T"], keep: int) -> Float[Tensor, "K V"]:
+        cache = row.cache
+        try:
+            outputs = self._forward(ids, cache, keep)
+        except Exception:
+            self._take_back([row])
+            raise
+        if cache is None:
+            row.cache = returned_cache(outputs)
+        return outputs.logits[0]  # type: ignore[no-any-return]
+
+    def _forward(self, ids: Int[Tensor, "S T"], cache: Any, keep: int, **more: Any) -> Any:
+        model: Any = self.model
+        with torch.no_grad():
+            return model(
+                input_ids=ids.to(model.device),
+                use_cache=True,
+                logits_to_keep=keep,
+                **more,
+                **with_cache(cache),
+            )
+
+    def _step_together(self, rows: Sequence[Row]) -> list[Float[Tensor, " V"]]:
+        ids = torch.tensor([[row.ids[-1]] for row in rows])
+        cache = SideBySide([row.cache for row in rows])
+        device = self.model.device
+        seen = {"attention_mask": cache.mask().to(device), "position_ids": cache.places().to(device)}
+        try:
+            outputs = self._forward(ids, cache, 1, **seen)
+        except Exception:
+            self._take_back(rows)
+            raise
+        return list(outputs.logits[:, -1])
+
+    def _take_back(self, rows: Sequence[Row]) -> None:
+        """After a pass that failed: caches as they were, or none where they cannot be."""
+        for row in rows:
+            if row.cache is not None and self._can_gather(row.cache):
+                shorten(row.cache, row.num_read)
+            else:
+                row.cache = None
+
+    def _fit(self, rows: Sequence[Row]) -> bool:
+        """Whether no layer of the rows has let go of a token, so that one mask is right for all layers."""
+        longest = max(row.num_read for row in rows) + 1
+        windows = [
+            layer.sliding_window
+            for row in rows
+            for layer in row.cache.layers
+            if type(layer) is DynamicSlidingWindowLayer
+        ]
+        return not windows or longest < min(windows)
+
+    @staticmethod
+    def _can_gather(cache: Any) -> bool:
+        layers = getattr(cache, "layers", None) or ()
+        return bool(layers) and all(
+            isinstance(layer, ReservedLayer) or type(layer) is DynamicSlidingWindowLayer for layer in layers
+        )
+
+    def _try(self) -> bool:
+        """Whether a step of several texts gives what each gives alone."""
+        if reserved_cache(self.model, 1) is None:
+            return False
+        alone, together = self._tried_rows(), self._tried_rows()
+        if not all(self._can_gather(row.cache) and self._fit([row]) for row in together):
+            return False
+        try:
+            found = self._step_together(together)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            # A family that does more with a cache than asking it for all keys and values.
+            return False
+        expected = [self._pass(row, torch.tensor([row.ids[-1:]]), 1)[-1] for row in alone]
+        return all(_are_alike(one, other) for one, other in zip(found, expected, strict=True))
+
+    def _tried_rows(self) -> list[Row]:
+        from mixtura.serving.engine.records import Asked
+
+        rows = []
+        for length in _TRIED:
+            ids = spread_ids(self.model, length + 1).roll(length).tolist()
+            row = Row(Asked(prompt=tuple(ids), max_new_tokens=1), lambda piece: None, None, frozenset())
+            row.cache = reserved_cache(self.model, length + 1)
+            self._pass(row, torch.tensor([ids[:-1]]), 1)
+            row.num_read = length
+            rows.append(row)
+        return rows
+
+
+def _are_alike(one: Float[Tensor, " V"], other: Float[Tensor, " V"]) -> bool:
+    tolerance = _TOLERANCES.get(other.dtype, _TOLERANCE)
+    difference = float((one.float() - other.float()).norm())
+    return difference <= tolerance * float(other.float().norm())
