@@ -37,6 +37,8 @@ def test_kinds_are_the_folders_that_say_so() -> None:
         "balancers": "balancer",
         "caches": "cache",
         "decoders": "decoder",
+        "experts": "expert",
+        "forms": "form",
         "mergers": "merger",
         "mixers": "mixer",
         "model_routers": "model_router",

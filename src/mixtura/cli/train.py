@@ -14,20 +14,25 @@ from mixtura.cli._places import check_folder
 def train(
     config: Path = typer.Argument(help="A YAML file; examples/train.yaml explains every key."),
     changes: list[str] = typer.Option([], "--set", help="Change a key of it, such as router=ada_moe."),
+    experts: str | None = typer.Option(None, help="The experts, by name, such as latent."),
+    form: str | None = typer.Option(None, help="The form of MoE layers, by name, such as chain."),
     out: Path | None = typer.Option(None, help="Directory of the training. Default: runs/NAME."),
     threads: int | None = typer.Option(None, min=1, help="CPU threads to train with."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """Train a model whose routers, mixers, experts and balancers are chosen by name.
+    """Train a model whose routers, mixers, experts, forms and balancers are chosen by name.
 
     A training that was stopped goes on where it was, exactly, when asked for again. With several
     processes: `torchrun --nproc-per-node 2 --no-python mixtura train ...`.
+
+    `mixtura methods` lists what there is: routers, mixers, experts, forms, balancers.
 
     Example: `mixtura train examples/train.yaml --set router=ada_moe --set num_steps=200`
     """
     from mixtura.train.config import read_config
 
-    read = read_config(config, changes)
+    named = [f"{key}={name}" for key, name in (("experts", experts), ("form", form)) if name is not None]
+    read = read_config(config, [*named, *changes])
     directory = out or Path("runs") / config.stem
     if not directory.is_file():
         check_folder(directory)

@@ -20,7 +20,8 @@ from mixtura.errors import UserError
 from mixtura.methods import declared_tags
 from mixtura.methods._precision import exact, full_precision
 from mixtura.methods.balancers import Balancer
-from mixtura.modeling.layer import ExpertPool, Experts, MoELayer
+from mixtura.modeling.experts import ExpertPool, Experts
+from mixtura.modeling.layer import MoELayer
 from mixtura.modeling.parts import expert_rows
 from mixtura.types import BalancerInput, LayerShape, Routing
 
@@ -384,5 +385,6 @@ def _without_gradient(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _matrices(experts: nn.Module) -> list[Tensor]:
     """The matrices that read a token, one tensor for every module of experts."""
-    members = experts.members if isinstance(experts, ExpertPool) else (experts,)
-    return [member.gate_up_proj for member in members if isinstance(member, Experts)]
+    members = experts.banks if isinstance(experts, ExpertPool) else (experts,)
+    held = [member for member in members if isinstance(member, Experts)]
+    return [member.gate_up_proj for member in held if "own_matrices" in member.tags]

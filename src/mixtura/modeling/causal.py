@@ -170,7 +170,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         """What routing adds to the loss, weighted by this part's share in the step."""
         balance = self.model.balance
         assert outputs.routings is not None
-        added = balance.losses(self.model.blocks, outputs.routings, _sequences(outputs), again=again)
+        added = balance.losses(self.model.places, outputs.routings, _sequences(outputs), again=again)
         num_tokens = int(outputs.routings[0].valid.sum())
         return added * balance.weight(num_tokens, _counted(labels).sum(), num_items)
 
@@ -241,7 +241,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
 
     def end_step(self) -> None:
         """Let the balancers change their states; call it once after every step of the optimizer."""
-        self.model.balance.end_step(self.model.blocks)
+        self.model.balance.end_step(self.model.places)
 
 
 def _sequences(outputs: MixturaModelOutput) -> Int[Tensor, " T"]:

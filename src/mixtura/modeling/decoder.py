@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
@@ -28,8 +28,9 @@ from mixtura.modeling.attention import MixturaAttention, MixturaRotaryEmbedding,
 from mixtura.modeling.balance import OWN_LAYERS_READ, LayerBalance, ModelBalance
 from mixtura.modeling.cache import recall, remember
 from mixtura.modeling.config import MixturaConfig
+from mixtura.modeling.forming import passes_of, run_layer
 from mixtura.modeling.layer import MoELayer
-from mixtura.modeling.parts import make_balancers, make_layers, tags_of
+from mixtura.modeling.parts import Block, axes_of, bank_of, make_balancers, make_layers, tags_of
 from mixtura.modeling.tokens import Tokens, describe
 from mixtura.types import RouterInput, Routing
 
@@ -67,7 +68,7 @@ class DenseMLP(nn.Module):
 class MixturaDecoderLayer(GradientCheckpointingLayer):
     """Attention, then experts or a dense feed-forward part, each on normed tokens beside a residual."""
 
-    def __init__(self, config: MixturaConfig, layer: int, block: MoELayer | None) -> None:
+    def __init__(self, config: MixturaConfig, layer: int, block: Block | None) -> None:
         super().__init__()
         self.self_attn = MixturaAttention(config, layer)
         self.mlp = DenseMLP(config.hidden_size, config.intermediate_size) if block is None else block
@@ -80,21 +81,22 @@ class MixturaDecoderLayer(GradientCheckpointingLayer):
         x: Float[Tensor, "B Q D"],
         *,
         tokens: Tokens,
-        fields: Mapping[str, Any],
+        common: Mapping[str, Any],
+        told: Sequence[Mapping[str, Any]],
         noise_seed: int | None = None,
         **kwargs: Any,
-    ) -> tuple[Float[Tensor, "B Q D"], Routing | None]:
-        """The tokens after this layer, and its routing if it has experts.
+    ) -> tuple[Float[Tensor, "B Q D"], tuple[Routing, ...]]:
+        """The tokens after this layer, and the routing of each of its passes; a dense layer has none.
 
-        ``noise_seed`` makes the generator here, so that recomputing the layer draws the same noise.
+        ``common`` is what its passes are told alike beside the tokens, ``told`` what each is. ``noise_seed``
+        makes the generator here, so that recomputing the layer draws the same noise.
         """
         attended, weights = self.self_attn(self.input_layernorm(x), **kwargs)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, DenseMLP):
-            return x + self.mlp(normed), None
+            return x + self.mlp(normed), ()
         generator = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
-        ties = fields["ties"]
         inputs = RouterInput(
             x=normed.flatten(0, 1),
             valid=tokens.valid,
@@ -106,10 +108,10 @@ class MixturaDecoderLayer(GradientCheckpointingLayer):
             token_ids=tokens.token_ids,
             labels=tokens.labels,
             attention=tokens.attention(weights) if self.reads_attention else None,
-            **{name: value for name, value in fields.items() if name != "ties"},
+            **common,
         )
-        output, routing = self.mlp(inputs, ties)
-        return x + output.view_as(x), routing
+        output, routings = run_layer(self.mlp, inputs, x.flatten(0, 1), told)
+        return x + output.view_as(x), routings
 
 
 @contextmanager
@@ -188,6 +190,12 @@ def _tags(plan: Any) -> frozenset[str]:
     return frozenset(header(kind, choice.name).tags)
 
 
+def _names(layer: object) -> str:
+    """What decides and what computes in a layer, in words."""
+    one = passes_of(layer)[0]
+    return f"{type(one.router).__name__} with the experts {type(bank_of(one)).__name__}"
+
+
 @final
 class MixturaModel(MixturaPreTrainedModel):
     """The decoder without the head."""
@@ -211,21 +219,30 @@ class MixturaModel(MixturaPreTrainedModel):
         self.rotary_emb = MixturaRotaryEmbedding(config)
         both = [
             (plan, one)
-            for plan, one in zip(plans, blocks, strict=True)
-            if plan is not None and one is not None
+            for plan, block in zip(plans, blocks, strict=True)
+            if plan is not None and block is not None
+            for one in passes_of(block)
         ]
         self.balance = ModelBalance(
             [
-                LayerBalance(make_balancers(plan, one.router), one.router.shape, OWN_LAYERS_READ)
+                LayerBalance(balancers, shape, OWN_LAYERS_READ)
                 for plan, one in both
+                for balancers, shape in zip(
+                    make_balancers(plan, one.router, bank_of(one)), axes_of(one.router), strict=True
+                )
             ],
             config.seed,
         )
 
     @property
     def blocks(self) -> tuple[MoELayer, ...]:
-        """The MoE layers in order."""
-        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer))
+        """The passes of all MoE layers in order; a layer without a form is one pass."""
+        return tuple(one for layer in self.layers for one in passes_of(layer.mlp))
+
+    @property
+    def places(self) -> tuple[MoELayer, ...]:
+        """For each routing that balancers see the pass it is of: twice where experts lie on a grid."""
+        return tuple(one for one in self.blocks for _ in axes_of(one.router))
 
     def _shared_names(self) -> dict[str, str]:
         """Names of parameters that several layers share, beside the first name of each."""
@@ -313,47 +330,52 @@ class MixturaModel(MixturaPreTrainedModel):
         """All layers in turn."""
         routings: list[Routing] = []
         histories: dict[int, Mapping[str, Tensor]] = {}
-        cache = given_cache(kwargs)
-        step = int(self.balance.step)
+        cache, number = given_cache(kwargs), 0
+        step, state = int(self.balance.step), None
         for layer in self.layers:
             place = len(routings)
-            fields: dict[str, Any] = {}
-            if isinstance(layer.mlp, MoELayer):
-                fields = self._fields(place, step, routings, cache, x)
+            passes = passes_of(layer.mlp)
+            common = {"layer": number, "step": step, "state": state}
+            told = self._told(place, passes, cache, x)
             seed = noise_seed(self.config.seed, step, *noise, place) if self.training else None
-            x, routing = layer(x, tokens=tokens, fields=fields, noise_seed=seed, **kwargs)
-            if routing is not None:
-                routings.append(routing)
+            x, found = layer(x, tokens=tokens, common=common, told=told, noise_seed=seed, **kwargs)
+            number += bool(passes)
+            for routing in found:
                 if routing.history:
-                    histories[place] = routing.history
+                    histories[len(routings)] = routing.history
+                routings.extend(routing.places)
+                state = routing.state
         if isinstance(cache, Cache):
             remember(cache, histories)
         return x, tuple(routings)
 
-    def _fields(
-        self, place: int, step: int, routings: list[Routing], cache: Any, x: Tensor
-    ) -> dict[str, Any]:
-        """What one router is told that does not come from the tokens."""
-        own = self.balance.of(place)
-        # What a step may not use is drawn for training alone: at inference every expert is there.
-        allowed = own.allowed if self.training else None
-        return {
-            "layer": place,
-            "step": step,
-            "state": routings[-1].state if routings else None,
-            "history": recall(cache, place),
-            "selection_bias": own.bias,
-            "allowed": None if allowed is None else allowed.expand(x.shape[0] * x.shape[1], -1),
-            "ties": own.ties,
-        }
+    def _told(
+        self, place: int, passes: Sequence[MoELayer], cache: Any, x: Tensor
+    ) -> tuple[dict[str, Any], ...]:
+        """What each pass of a layer is told that does not come from the tokens; its first is ``place``."""
+        told = []
+        for one in passes:
+            own = self.balance.of(place)
+            # What a step may not use is drawn for training alone: at inference every expert is there.
+            allowed = own.allowed if self.training else None
+            told.append(
+                {
+                    "history": recall(cache, place),
+                    "selection_bias": own.bias,
+                    "allowed": None if allowed is None else allowed.expand(x.shape[0] * x.shape[1], -1),
+                    "ties": own.ties,
+                }
+            )
+            place += len(axes_of(one.router))
+        return tuple(told)
 
     def _refuse_unordered(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse continuous batching where routers need earlier tokens of a sequence."""
         if "cu_seq_lens_q" not in kwargs:
             return
-        for block in self.blocks:
-            if tags_of(block) & {"reads:history", "reads:attention", "looks_ahead", "reads:sequence_ids"}:
+        for block in self.layers:
+            if tags_of(block.mlp) & {"reads:history", "reads:attention", "looks_ahead", "reads:sequence_ids"}:
                 raise UserError(
-                    f"{type(block.router).__name__} needs a sequence's other tokens, which continuous "
+                    f"{_names(block.mlp)} needs a sequence's other tokens, which continuous "
                     "batching does not keep together; use generate"
                 )

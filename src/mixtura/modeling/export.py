@@ -25,9 +25,11 @@ from transformers import (
 )
 
 from mixtura.errors import OutputError, UnsupportedModelError
+from mixtura.methods.experts.ffn import Ffn
 from mixtura.modeling.causal import MixturaForCausalLM
 from mixtura.modeling.decoder import MixturaDecoderLayer
-from mixtura.modeling.layer import Experts, SharedExpert
+from mixtura.modeling.experts import Experts, SharedExpert
+from mixtura.modeling.parts import bank_of
 from mixtura.modeling.plan import MoEPlan
 
 _COMMON = (
@@ -95,12 +97,28 @@ def _common_plan(model: MixturaForCausalLM) -> MoEPlan:
         raise UnsupportedModelError(
             "no ordinary family has mixers, common pools of experts or a capacity; use save_pretrained"
         )
+    _require_plain(model, plan)
     if any(model.model.balance.of(place).ties is not None for place in range(len(model.model.blocks))):
         raise UnsupportedModelError(
             "no ordinary family weighs experts by their ties, as the balancer conflict_loss does with "
             "ties='topology'; use save_pretrained"
         )
     return plan
+
+
+def _require_plain(model: MixturaForCausalLM, plan: MoEPlan) -> None:
+    """Refuse layers of several passes, and experts that an ordinary family has not."""
+    if plan.form is not None:
+        raise UnsupportedModelError(
+            f"no ordinary family has layers of the form {plan.form.name}; use save_pretrained"
+        )
+    bank = bank_of(model.model.blocks[0])
+    if not isinstance(bank, Ffn) or bank.activation != "silu" or not bank.gated or bank.bias:
+        described = plan.experts.name + "".join(f", {k} {v}" for k, v in plan.experts.settings.items())
+        raise UnsupportedModelError(
+            f"ordinary families have gated experts of silu without biases, not {described}; use "
+            "save_pretrained"
+        )
 
 
 def _filled(model: MixturaForCausalLM, plan: MoEPlan, family: Family) -> Any:

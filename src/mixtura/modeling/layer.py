@@ -6,178 +6,37 @@ in several layers decides in all of them, and an `ExpertPool` lets a layer reach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import final, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixtura.errors import UnknownNameError, UserError, check_range
-from mixtura.kernels import routed_experts
 from mixtura.methods import declared_tags
+from mixtura.methods._activations import swiglu
 from mixtura.methods._capacity import Order, Overflow, limit, room
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
-from mixtura.types import LayerShape, RouterInput, Routing
+from mixtura.modeling.experts import ExpertMatrices, ExpertPool, Experts, SharedExpert
+from mixtura.types import RouterInput, Routing
 
+__all__ = [
+    "Capacity",
+    "ExpertMatrices",
+    "ExpertPool",
+    "Experts",
+    "MoELayer",
+    "SharedExpert",
+    "require_decodable",
+    "swiglu",
+    "uses_experts",
+]
 
-def swiglu(features: Float[Tensor, "*n F2"]) -> Float[Tensor, "*n F"]:
-    """``silu(gate) * up``, where the first half of the features is the gate and the second is up."""
-    gate, up = features.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class ExpertMatrices:
-    """Experts made of plain tensors: an `ExpertsHandle`, and what every module of experts computes with.
-
-    Expert e computes ``down[e] @ activation(gate_up[e] @ x)``. With the default activation the upper
-    half of ``gate_up [E, 2F, D]`` is the gate; with another, ``gated`` says whether there is one.
-    """
-
-    gate_up: Float[Tensor, "E R D"]
-    down: Float[Tensor, "E D F"]
-    activation: Callable[[Tensor], Tensor] = swiglu
-    gated: bool = True
-
-    @property
-    def shape(self) -> LayerShape:
-        """Sizes, read from the tensors."""
-        num_experts, d_model, d_expert = self.down.shape
-        return LayerShape(d_model=d_model, d_expert=d_expert, num_experts=num_experts)
-
-    @property
-    def gate(self) -> Float[Tensor, "E F D"] | None:
-        """A view of the gate matrices."""
-        return self.gate_up[:, : self.down.shape[2]] if self.gated else None
-
-    @property
-    def up(self) -> Float[Tensor, "E F D"]:
-        """A view of the up matrices."""
-        return self.gate_up[:, -self.down.shape[2] :]
-
-    def run(
-        self, x: Float[Tensor, "T D"], token_ids: Int[Tensor, " N"], expert_ids: Int[Tensor, " N"]
-    ) -> Float[Tensor, "N D"]:
-        """Row i is expert ``expert_ids[i]`` of ``x[token_ids[i]]``, not weighted."""
-        rows = torch.arange(token_ids.shape[0], device=x.device)
-        ones = torch.ones_like(rows, dtype=x.dtype)
-        return self.weighted(x[token_ids], rows, expert_ids, ones)
-
-    def weighted(
-        self,
-        x: Float[Tensor, "T D"],
-        token_ids: Int[Tensor, " N"],
-        expert_ids: Int[Tensor, " N"],
-        weights: Float[Tensor, " N"],
-    ) -> Float[Tensor, "T D"]:
-        """Each token's weighted sum of its experts' outputs; zero for a token without an expert."""
-        return routed_experts(
-            x, token_ids, expert_ids, weights, self.gate_up, self.down, activation=self.activation
-        )
-
-    def merged(self, mix: Float[Tensor, "G E"]) -> ExpertMatrices:
-        """G experts, each the sum of these weighted by a row of ``mix``."""
-        gate_up = torch.einsum("ge,erd->grd", mix.to(self.gate_up.dtype), self.gate_up)
-        down = torch.einsum("ge,edf->gdf", mix.to(self.down.dtype), self.down)
-        return replace(self, gate_up=gate_up, down=down)
-
-
-@final
-class Experts(nn.Module):
-    """Gated experts, stored as transformers stores them.
-
-    Expert e computes ``down_proj[e] @ (silu(gate) * up)`` with gate and up the halves of
-    ``gate_up_proj[e] @ x``. Parameters: ``gate_up_proj [E, 2F, D]`` and ``down_proj [E, D, F]``,
-    drawn from the layer's own ``seed``.
-    """
-
-    def __init__(self, shape: LayerShape, *, seed: int = 0) -> None:
-        super().__init__()
-        self.shape = shape
-        self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
-        self.gate_up_proj = _drawn((shape.num_experts, 2 * shape.d_expert, shape.d_model), generator)
-        self.down_proj = _drawn((shape.num_experts, shape.d_model, shape.d_expert), generator)
-
-    @property
-    def matrices(self) -> ExpertMatrices:
-        """The experts as tensors, to run, read or merge."""
-        return ExpertMatrices(self.gate_up_proj, self.down_proj)
-
-    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        """Each token's weighted sum of its experts' outputs; zero for a token without an expert."""
-        return self.matrices.weighted(x, routing.token_ids, routing.expert_ids, routing.weights)
-
-
-@final
-class ExpertPool(nn.Module):
-    """The experts of several layers as those of one: what a router may reuse from its neighbours.
-
-    The experts of ``members[0]`` come first, and so on. The members are shared with the layers they
-    belong to: the same modules, not copies.
-
-    >>> shape = LayerShape(d_model=8, d_expert=16, num_experts=4)
-    >>> ExpertPool([Experts(shape, seed=0), Experts(shape, seed=1)]).shape.num_experts
-    8
-    """
-
-    def __init__(self, members: Sequence[Experts]) -> None:
-        super().__init__()
-        widths = {(member.shape.d_model, member.shape.d_expert) for member in members}
-        if len(widths) != 1:
-            raise UserError(
-                "experts of one pool must all have the same widths, "
-                f"got {sorted(widths)} as (d_model, d_expert)"
-            )
-        self.members = nn.ModuleList(members)
-        first = members[0].shape
-        total = sum(member.shape.num_experts for member in members)
-        self.shape = LayerShape(first.d_model, first.d_expert, total)
-
-    @property
-    def matrices(self) -> ExpertMatrices:
-        """All members' experts as tensors."""
-        parts = [member.matrices for member in self.members if isinstance(member, Experts)]
-        return ExpertMatrices(
-            torch.cat([part.gate_up for part in parts]), torch.cat([part.down for part in parts])
-        )
-
-    def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
-        """Each token's weighted sum of its experts' outputs; only chosen experts are computed."""
-        output = torch.zeros_like(x)
-        start = 0
-        for member in self.members:
-            assert isinstance(member, Experts)
-            local = routing.expert_ids - start
-            start += member.shape.num_experts
-            # Ids of other members lie outside this one's and are absent to it.
-            output = output + member.matrices.weighted(x, routing.token_ids, local, routing.weights)
-        return output
-
-
-@final
-class SharedExpert(nn.Module):
-    """An expert that every token visits, beside those it is routed to.
-
-    With ``gated`` its output is multiplied by a sigmoid of the token's product with a vector.
-    """
-
-    def __init__(self, d_model: int, d_expert: int, *, gated: bool = False, seed: int = 0) -> None:
-        super().__init__()
-        self.seed = seed
-        self.experts = Experts(LayerShape(d_model, d_expert, 1), seed=seed)
-        self.gate = _drawn((1, 1, d_model), torch.Generator().manual_seed(seed + 1)) if gated else None
-
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """The expert's output for every token."""
-        own = self.experts.matrices
-        output = F.linear(swiglu(F.linear(x, own.gate_up[0])), own.down[0])
-        return output if self.gate is None else torch.sigmoid(F.linear(x, self.gate[0])) * output
+# Before the names under which experts' histories are kept beside those of the router.
+_EXPERTS = "experts."
 
 
 @final
@@ -230,7 +89,7 @@ class MoELayer(nn.Module):
 
     Raises:
         UserError: router and experts are of different sizes, the router is set for a pool of another size,
-            or a mixer is given a capacity.
+            a mixer is given a capacity, or what decides reads experts that have no matrices.
     """
 
     def __init__(
@@ -249,7 +108,17 @@ class MoELayer(nn.Module):
             )
         if capacity is not None and isinstance(router, Mixer):
             raise UserError("a mixer sends no token anywhere, so it takes no capacity; leave capacity out")
+        if not experts.has_matrices and uses_experts(router):
+            raise UserError(
+                f"{_name(router)} runs or reads the experts' matrices, which {_name(experts.bank)} has not; "
+                "choose experts with the tag materialises, such as ffn, or a router that only chooses"
+            )
         if isinstance(router, Router):
+            if capacity is not None and declared_tags(type(router)) & {"axes", "gates"}:
+                raise UserError(
+                    f"{_name(router)} chooses rows and columns of a grid of experts, which have no queues of "
+                    "their own, so it takes no capacity; leave capacity out"
+                )
             router.require_pool(len(experts.members) if isinstance(experts, ExpertPool) else 1)
         self.router = router
         self.experts = experts
@@ -257,44 +126,74 @@ class MoELayer(nn.Module):
         self.capacity = capacity
 
     def forward(
-        self, inputs: RouterInput, ties: Float[Tensor, "E E"] | None = None
+        self,
+        inputs: RouterInput,
+        ties: Float[Tensor, "E E"] | None = None,
+        values: Float[Tensor, "T D"] | None = None,
     ) -> tuple[Float[Tensor, "T D"], Routing]:
         """What the layer adds to each token, and the routing for balancers and the next layer.
 
         With ``ties`` an expert's weight is multiplied by how much it is tied to the token's experts: the mean
-        over them, itself among them, of ``sigmoid(ties[expert, other])``.
+        over them, itself among them, of ``sigmoid(ties[expert, other])``. With ``values`` the experts read
+        these in place of the tokens that the router reads.
 
         Raises:
             UserError: tokens are decoded with a method that needs the tokens to come, or experts of a mixer,
                 which weighs them itself, are tied.
         """
         require_decodable(self.router, inputs)
-        output, routing = self._routed(inputs, ties)
+        values = inputs.x if values is None else values
+        output, routing = self._routed(inputs, ties, values)
         if routing.extra is not None:
             output = output + routing.extra.to(output.dtype)
         if self.shared is not None:
-            output = output + torch.where(inputs.valid[:, None], self.shared(inputs.x), 0.0)
+            output = output + torch.where(inputs.valid[:, None], self.shared(values), 0.0)
         return output, routing
 
-    def _routed(self, inputs: RouterInput, ties: Tensor | None) -> tuple[Tensor, Routing]:
+    def _routed(self, inputs: RouterInput, ties: Tensor | None, values: Tensor) -> tuple[Tensor, Routing]:
+        own, theirs = _split(inputs.history)
+        handle = self.experts.matrices if uses_experts(self.router) else None
+        told = replace(inputs, history=own)
         if isinstance(self.router, Mixer):
             if ties is not None:
                 raise UserError(f"{type(self.router).__name__} weighs experts itself; leave ties out")
-            mixed: tuple[Tensor, Routing] = self.router(inputs, self._handle())
-            return mixed
-        if inputs.experts is None and "reads:experts" in declared_tags(type(self.router)):
-            inputs = replace(inputs, experts=self._handle())
-        routing: Routing = self.router(inputs)
+            output, routing = self.router(told, handle)
+            return output, self._with_experts(routing, {}, inputs.training)
+        if inputs.experts is None:
+            told = replace(told, experts=handle)
+        routing = self.router(told)
         if self.capacity is not None and inputs.may_look_ahead:
             routing = self.capacity.apply(routing)
         if ties is not None:
             routing = _tied(routing, ties)
-        output: Tensor = self.experts(inputs.x, routing)
-        return output, routing
+        output, history = self.experts.computed(values, routing, replace(inputs, history=theirs), handle)
+        return output, self._with_experts(routing, history, inputs.training)
 
-    def _handle(self) -> ExpertMatrices:
-        matrices: ExpertMatrices = self.experts.matrices
-        return matrices
+    def _with_experts(self, routing: Routing, history: Mapping[str, Tensor], training: bool) -> Routing:
+        """The routing with what experts remember and, in training, with their losses."""
+        kept = {f"{_EXPERTS}{name}": value for name, value in history.items()}
+        losses: dict[str, Tensor] = {}
+        if training and isinstance(self.experts, Experts):
+            losses = {f"{_EXPERTS}{name}": value for name, value in self.experts.bank.losses().items()}
+        if not kept and not losses:
+            return routing
+        return replace(routing, history={**routing.history, **kept}, losses={**routing.losses, **losses})
+
+
+def uses_experts(router: Router | Mixer) -> bool:
+    """Whether what decides in a layer runs or reads its experts."""
+    return isinstance(router, Mixer) or "reads:experts" in declared_tags(type(router))
+
+
+def _split(history: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a layer remembers, as the router's own and as its experts'."""
+    own = {name: value for name, value in history.items() if not name.startswith(_EXPERTS)}
+    theirs = {name.removeprefix(_EXPERTS): history[name] for name in history if name not in own}
+    return own, theirs
+
+
+def _name(method: object) -> str:
+    return type(method).__name__
 
 
 def _tied(routing: Routing, ties: Float[Tensor, "E E"]) -> Routing:
@@ -321,9 +220,3 @@ def require_decodable(router: Router | Mixer, inputs: RouterInput) -> None:
             f"{type(router).__name__} needs a sequence's later tokens to decide, so it cannot generate text; "
             "use it where whole sequences are given, or choose a method without the tag looks_ahead"
         )
-
-
-def _drawn(shape: tuple[int, int, int], generator: torch.Generator) -> nn.Parameter:
-    """Matrices from a normal distribution whose variance is one over their inputs."""
-    drawn = torch.randn(shape, generator=generator, device=generator.device)
-    return nn.Parameter(drawn / shape[-1] ** 0.5)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, final
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtura.errors import UserError
 from mixtura.methods import create, declared_tags
 from mixtura.methods.balancers import Balancer
+from mixtura.methods.experts import Bank
+from mixtura.methods.forms import Form
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
-from mixtura.modeling.layer import ExpertPool, Experts, MoELayer, SharedExpert
+from mixtura.modeling.experts import ExpertPool, Experts, SharedExpert
+from mixtura.modeling.forming import FormedLayer, passes_of
+from mixtura.modeling.layer import MoELayer
 from mixtura.modeling.plan import MoEPlan
 from mixtura.modeling.suiting import Decider, require_suited
 from mixtura.types import LayerShape
@@ -23,16 +26,22 @@ from mixtura.types import LayerShape
 # What seeds of parts are counted from, so that no two parts of a model draw the same numbers.
 _PARTS = {"router": 1, "experts": 2, "shared": 3, "balancer": 4}
 _STRIDE = 1_000_003
+# Between the passes of one layer, and to a form's own parameters.
+_TURN_STRIDE = 15_485_863
+_FORM = "form"
+Block = MoELayer | FormedLayer
 
 
-def part_seed(seed: int, layer: int, part: str) -> int:
-    """The seed of one part of one layer, from the model's."""
-    return (seed * _STRIDE + layer * len(_PARTS) + _PARTS[part]) % (1 << 31)
+def part_seed(seed: int, layer: int, part: str, turn: int = 0) -> int:
+    """The seed of one part of one pass of one layer, from the model's."""
+    if part == _FORM:
+        part, turn = "balancer", turn + 1
+    return (seed * _STRIDE + layer * len(_PARTS) + _PARTS[part] + turn * _TURN_STRIDE) % (1 << 31)
 
 
 def make_layers(
     plans: Sequence[MoEPlan | None], d_model: int, seed: int, deviation: float
-) -> tuple[MoELayer | None, ...]:
+) -> tuple[Block | None, ...]:
     """The MoE layer of every decoder layer; None for dense ones.
 
     Experts' weights have the standard ``deviation``, as the model's other matrices do: much wider, and what
@@ -41,36 +50,66 @@ def make_layers(
     Raises:
         UserError: layers of a pool have experts of different widths, or parts do not fit each other.
     """
-    experts = [
-        None if plan is None else Experts(plan.shape(d_model), seed=part_seed(seed, layer, "experts"))
-        for layer, plan in enumerate(plans)
-    ]
-    for one in experts:
-        _scale(one, deviation)
-    shared_routers: dict[str, Router | Mixer] = {}
-    num_moe = sum(plan is not None for plan in plans)
-    made: list[MoELayer | None] = []
-    for layer, plan in enumerate(plans):
-        if plan is None:
-            made.append(None)
-            continue
-        pool = _pool(experts, plans, layer, plan.pool)
-        router = _router(plan, pool.shape, part_seed(seed, layer, "router"), num_moe, shared_routers)
-        shared = None
-        if plan.shared_width:
-            drawn = part_seed(seed, layer, "shared")
-            shared = SharedExpert(d_model, plan.shared_width, gated=plan.shared_gated, seed=drawn)
-            _scale(shared.experts, deviation)
-        made.append(MoELayer(router, pool, shared=shared, capacity=plan.capacity))
-    return tuple(made)
+    maker = _Maker(plans, d_model, seed, deviation)
+    return tuple(None if plan is None else maker.block(layer, plan) for layer, plan in enumerate(plans))
 
 
-@torch.no_grad()
-def _scale(experts: Experts | None, deviation: float) -> None:
-    """From a variance of one over a matrix's inputs, as experts are drawn, to a common deviation."""
-    if experts is not None:
-        for matrix in (experts.gate_up_proj, experts.down_proj):
-            matrix.mul_(deviation * matrix.shape[-1] ** 0.5)
+@final
+class _Maker:
+    """Makes the layers of one model, in order, and knows what they share."""
+
+    def __init__(self, plans: Sequence[MoEPlan | None], d_model: int, seed: int, deviation: float) -> None:
+        self._plans, self._d_model, self._seed, self._deviation = plans, d_model, seed, deviation
+        self._routers: dict[str, Router | Mixer] = {}
+        self._num_moe = sum(plan is not None for plan in plans)
+        self._first = [
+            None if plan is None else self._experts(layer, plan, 0) for layer, plan in enumerate(plans)
+        ]
+
+    def block(self, layer: int, plan: MoEPlan) -> Block:
+        """One layer: a pass, or the passes of its form."""
+        if plan.form is None:
+            return self._pass(layer, plan, 0, _pool(self._first, self._plans, layer, plan.pool))
+        if plan.pool != 1:
+            raise UserError(
+                f"the form {plan.form.name} has passes of its own, whose experts belong to no pool; leave "
+                "out form or pool"
+            )
+        shape = plan.shape(self._d_model)
+        values = plan.form.with_defaults("forms", seed=part_seed(self._seed, layer, _FORM))
+        form: Form = create("forms", plan.form.name, shape, **values)
+        form.rescale(self._deviation)
+        first = self._first[layer]
+        assert first is not None
+        passes: list[MoELayer] = []
+        for turn in range(form.num_passes):
+            own = first if turn == 0 or form.share == "experts" else self._experts(layer, plan, turn)
+            shared = passes[0].shared if passes and form.share == "experts" else None
+            passes.append(self._pass(layer, plan, turn, own, shared))
+        return FormedLayer(form, passes)
+
+    def _pass(
+        self,
+        layer: int,
+        plan: MoEPlan,
+        turn: int,
+        experts: Experts | ExpertPool,
+        shared: SharedExpert | None = None,
+    ) -> MoELayer:
+        seed = part_seed(self._seed, layer, "router", turn)
+        router = _router(plan, experts.shape, seed, self._num_moe, self._routers)
+        if plan.shared_width and shared is None:
+            drawn = part_seed(self._seed, layer, "shared", turn)
+            shared = SharedExpert(self._d_model, plan.shared_width, gated=plan.shared_gated, seed=drawn)
+            shared.experts.bank.rescale(self._deviation)
+        return MoELayer(router, experts, shared=shared, capacity=plan.capacity)
+
+    def _experts(self, layer: int, plan: MoEPlan, turn: int) -> Experts:
+        seed = part_seed(self._seed, layer, "experts", turn)
+        values = plan.experts.with_defaults("experts", seed=seed)
+        bank: Bank = create("experts", plan.experts.name, plan.shape(self._d_model), **values)
+        bank.rescale(self._deviation)
+        return Experts(bank)
 
 
 def _pool(
@@ -107,18 +146,30 @@ def _router(
     return shared[key]
 
 
-def make_balancers(plan: MoEPlan, router: Router | Mixer) -> tuple[Balancer, ...]:
-    """The balancers of a layer.
+def make_balancers(
+    plan: MoEPlan, router: Router | Mixer, bank: Bank | None = None
+) -> tuple[tuple[Balancer, ...], ...]:
+    """The balancers of a pass; where experts lie on a grid those of its rows, then those of its columns.
 
     Raises:
-        UserError: one does not suit the router or mixer.
+        UserError: one does not suit the router or mixer, or the experts.
     """
     has_rows = expert_rows(router) is not None
-    decider = Decider(method=type(router), shape=router.shape, has_rows=has_rows)
-    made: list[Balancer] = [create("balancers", one.name, **dict(one.settings)) for one in plan.balancers]
-    for balancer in made:
-        require_suited(balancer, decider)
+    made: list[tuple[Balancer, ...]] = []
+    for shape in axes_of(router):
+        decider = Decider(
+            method=type(router), shape=shape, has_rows=has_rows, bank=None if bank is None else type(bank)
+        )
+        here: list[Balancer] = [create("balancers", one.name, **dict(one.settings)) for one in plan.balancers]
+        for balancer in here:
+            require_suited(balancer, decider)
+        made.append(tuple(here))
     return tuple(made)
+
+
+def axes_of(router: Router | Mixer) -> tuple[LayerShape, ...]:
+    """What balancers of a layer see as experts: see `Router.axes`."""
+    return router.axes if isinstance(router, Router) else (router.shape,)
 
 
 def expert_rows(router: Router | Mixer) -> Float[Tensor, "E D"] | None:
@@ -129,11 +180,16 @@ def expert_rows(router: Router | Mixer) -> Float[Tensor, "E D"] | None:
     return rows
 
 
-def reads(layers: Sequence[MoELayer | None], field: str) -> bool:
-    """Whether any layer's router or mixer looks at a field of its input."""
-    return any(f"reads:{field}" in tags_of(layer) for layer in layers)
-
-
 def tags_of(layer: Any) -> frozenset[str]:
-    """The tags of a layer's router or mixer; none for a dense layer."""
-    return declared_tags(type(layer.router)) if isinstance(layer, MoELayer) else frozenset()
+    """The tags of what a layer is made of, routers or mixers, experts and form; none for a dense layer."""
+    parts: list[nn.Module] = [part for one in passes_of(layer) for part in (one.router, bank_of(one))]
+    if isinstance(layer, FormedLayer):
+        parts.append(layer.form)
+    return frozenset().union(*(declared_tags(type(part)) for part in parts))
+
+
+def bank_of(layer: MoELayer) -> Bank:
+    """The experts of a pass; those of a pool are all of one kind, so its first member's."""
+    experts = layer.experts.banks[0] if isinstance(layer.experts, ExpertPool) else layer.experts
+    assert isinstance(experts, Experts)
+    return experts.bank

@@ -69,6 +69,8 @@ class MoEPlan:
     Attributes:
         router: a method of the kind routers; None where there is a mixer.
         mixer: a method of the kind mixers.
+        experts: a method of the kind experts.
+        form: a method of the kind forms; None for one pass. Sizes are those of one pass.
         num_experts: experts before they are cut finer.
         d_expert: width of an expert before it is cut finer.
         granularity: into how many narrower experts each is cut.
@@ -82,6 +84,8 @@ class MoEPlan:
 
     router: Choice | None = Choice("top_k")
     mixer: Choice | None = None
+    experts: Choice = Choice("ffn")
+    form: Choice | None = None
     num_experts: int = 8
     d_expert: int = 128
     granularity: int = 1
@@ -113,6 +117,9 @@ class MoEPlan:
             read["mixer"], read["router"] = Choice.read(read["mixer"], "a mixer"), None
         elif "router" in read:
             read["router"] = Choice.read(read["router"], "a router")
+        for kind, what in (("experts", "experts"), ("form", "a form")):
+            if kind in read:
+                read[kind] = Choice.read(read[kind], what)
         given = read.pop("balancers", ())
         named = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
         read["balancers"] = tuple(Choice.read(one, "a balancer") for one in named)

@@ -31,6 +31,7 @@ class Decider:
         name: of the family's router.
         shape: of the layer.
         has_rows: whether experts are scored by products with a row for each, like the experts' inputs.
+        bank: the class of the experts; `None` where they are a family's.
         choosing: how to have the router that a balancer is made for, with its name to fill in.
     """
 
@@ -38,6 +39,7 @@ class Decider:
     shape: LayerShape
     has_rows: bool
     name: str = ""
+    bank: type[Any] | None = None
     choosing: str = "take the router {}"
 
     @property
@@ -80,12 +82,40 @@ def require_suited(balancer: Balancer, decider: Decider) -> None:
             f"{decider} gives every expert every token, so {name}, which goes by which experts get a token, "
             "would change nothing; choose another balancer or a router"
         )
+    _require_experts(name, asks, decider)
     if "reads:router_weight" in asks and not decider.has_rows:
         raise UserError(
             f"{decider} scores experts by no matrix with a row for each that is like the experts' inputs, "
             f"which {name} couples to the experts; choose another balancer, or a {decider.what} such as "
             f"{'dense' if decider.what == 'mixer' else 'top_k'}"
         )
+
+
+def _require_experts(name: str, asks: frozenset[str], decider: Decider) -> None:
+    """Refuse a balancer that reads what these experts have not."""
+    if decider.bank is None:
+        return
+    has = declared_tags(decider.bank)
+    for field, tag, what in (
+        ("experts", "materialises", "matrices"),
+        (
+            "gradients",
+            "own_matrices",
+            "matrices of each expert that could be compared",
+        ),
+    ):
+        if f"reads:{field}" not in asks:
+            continue
+        if "axes" in decider.tags:
+            raise UserError(
+                f"{decider} balances rows and columns of a grid, but {name} reads single experts; choose "
+                "another balancer, such as switch_loss"
+            )
+        if tag not in has:
+            raise UserError(
+                f"the experts {_name(decider.bank)} have no {what}, which {name} reads; choose another "
+                "balancer, or experts such as ffn"
+            )
 
 
 def _name(method: type[Any]) -> str:

@@ -97,6 +97,11 @@ def _refuse(cls: type[Any], tags: frozenset[str], train: bool) -> None:
                 f"{cls.__name__} reads {name}, and a transformers forward does not hand {what} to routers; "
                 "choose a router without the tag reads:" + name
             )
+    if tags & {"axes", "gates"}:
+        raise UserError(
+            f"{cls.__name__} chooses rows and columns of a grid of experts, whose scores are not those of "
+            "single experts, as a transformers model needs them; choose another router"
+        )
     if "two_passes" in tags:
         raise UserError(
             f"{cls.__name__} is trained on two passes over the same tokens, which a transformers model does "

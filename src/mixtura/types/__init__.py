@@ -28,6 +28,7 @@ from typing import Any, ClassVar, final
 
 from mixtura.errors import UserError, suggest
 from mixtura.types.adapters import Change, LowRank, MatrixShape, Own, Site
+from mixtura.types.experts import Matrices, Ran, Rows
 from mixtura.types.inputs import ExpertsHandle, LayerShape, RouterInput
 from mixtura.types.routing import BalancerInput, Routing
 
@@ -39,16 +40,19 @@ __all__ = [
     "Drop",
     "ExpertsHandle",
     "LayerShape",
-    "Merge",
     "LowRank",
+    "Matrices",
     "MatrixShape",
+    "Merge",
     "Own",
     "Plan",
     "Quantize",
     "QuantizeMatrix",
+    "Ran",
     "Result",
     "RouterInput",
     "Routing",
+    "Rows",
     "Site",
     "VLLM_ROUTER_COUNTS",
 ]

@@ -74,6 +74,12 @@ class ExpertsHandle(Protocol):
     def merged(self, mix: Float[Tensor, "G E"]) -> ExpertsHandle:
         """G experts whose every matrix is a weighted sum of those of these experts."""
 
+    def mixed(self, up_mix: Float[Tensor, "R E"], down_mix: Float[Tensor, "D E"]) -> ExpertsHandle:
+        """One expert of which every row of every matrix is a sum with weights of its own."""
+
+    def narrowed(self, d_expert: int) -> ExpertsHandle:
+        """These experts with their first ``d_expert`` hidden features alone."""
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +93,7 @@ class RouterInput:
         x: the tokens of all sequences, one after another or mixed.
         valid: False for padding.
         layer: which of the model's MoE layers this is, from 0.
+        turn: which of the layer's passes this is, from 0; layers without a form have one.
         step: optimizer steps done so far; what schedules and phases go by.
         training: whether the result will be trained on.
         causal: whether tokens must not depend on later ones (a decoder). An encoder says False.
@@ -113,6 +120,7 @@ class RouterInput:
     x: Float[Tensor, "T D"]
     valid: Bool[Tensor, " T"]
     layer: int = 0
+    turn: int = 0
     step: int = 0
     training: bool = False
     causal: bool = True

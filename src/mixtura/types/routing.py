@@ -6,7 +6,8 @@ Import them from `mixtura.types`, which also has the legend of shape letters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import final
 
 import torch
@@ -36,6 +37,11 @@ class Routing:
         history: for this router when it routes later tokens of these sequences; first axis S.
         extra: added to the layer's output as it is: a branch of the method's own.
         demand: assignments per expert before a capacity limit dropped some; None without a limit.
+        axes: where experts lie on a grid of R rows and C columns, expert ``i * C + j`` in row i and column
+            j, the routing of the rows and that of the columns. ``scores`` and ``logits`` are then theirs,
+            side by side, so that nothing of size ``[T, E]`` is made.
+        gates: what H heads give to rows and to columns, ``[T, H, R]`` and ``[T, H, C]``, in place of
+            assignments: expert ``i * C + j`` has the weight ``sum_h rows[t, h, i] * columns[t, h, j]``.
     """
 
     token_ids: Int[Tensor, " N"]
@@ -49,6 +55,8 @@ class Routing:
     history: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Float[Tensor, "T D"] | None = None
     demand: Int[Tensor, " E"] | None = None
+    axes: tuple[Routing, ...] = ()
+    gates: tuple[Float[Tensor, "T H R"], Float[Tensor, "T H C"]] | None = None
 
     def __post_init__(self) -> None:
         rows = self.scores.shape[:1]
@@ -72,8 +80,16 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
-        """E."""
-        return self.scores.shape[1]
+        """E; the number of rows times that of columns where experts lie on a grid."""
+        return prod(one.num_experts for one in self.axes) if self.axes else self.scores.shape[1]
+
+    @property
+    def places(self) -> tuple[Routing, ...]:
+        """What balancers and meters see: this routing, or its axes', the first with this one's losses."""
+        if not self.axes:
+            return (self,)
+        first, *others = self.axes
+        return (replace(first, losses={**first.losses, **self.losses}), *others)
 
     @property
     def load(self) -> Int[Tensor, " E"]:

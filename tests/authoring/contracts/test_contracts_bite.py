@@ -25,6 +25,30 @@ UNUSED = STORED + "self.unused = torch.nn.Parameter(torch.ones(1))\n"
 STALE = """kept = vars(self).setdefault("kept", self.weight.detach().clone())
         logits = (1 + (self.weight - kept).sum()) * F"""
 
+RUN = """    def run(self, rows):
+        from mixtura.methods.experts._shared import grouped
+        from mixtura.types import Ran
+
+        hidden = torch.relu(grouped(rows.gathered, self.gate_up_proj, rows.offsets))
+        return Ran(WHAT)
+
+    def matrices(self)"""
+MADE = "grouped(hidden, self.down_proj, rows.offsets)"
+RUN_WRONG = RUN.replace("WHAT", f"2 * {MADE}")
+RUN_TOGETHER = RUN.replace("WHAT", f"(1 + rows.x.mean()) * {MADE}")
+KEEP_SIZE = """    def rescale(self, deviation):
+        pass
+
+    def matrices(self)"""
+NO_PASSES = """    @property
+    def num_passes(self):
+        return 0
+
+    def forward("""
+FORGETS = "torch.full((shape.d_model,), float(id(self) % 97))"
+OWN_SIZE = """nn.Parameter(torch.ones(shape.d_model))
+        self.wide = nn.Parameter(torch.ones(2, 2))"""
+
 # kind, the check that must fail, what to replace in a new method of the kind, and by what.
 BROKEN = [
     ("adapters", "check_starts_as_the_base", "low_rank(self.a, self.b,", "low_rank(self.a, self.b + 1,"),
@@ -119,6 +143,50 @@ BROKEN = [
         "    @full_precision()\n",
         "    __call__ = torch.nn.Module.__call__\n\n    @full_precision()\n",
     ),
+    ("experts", "check_tags_are_known", '"materialises", ', ""),
+    ("experts", "check_tags_are_known", '"own_matrices"', '"own_matrixes"'),
+    ("experts", "check_outputs_are_whole", "self.down_proj, curve", "self.down_proj / 0, curve"),
+    ("experts", "check_a_layer_weighs_them", "self.down_proj, curve", "self.down_proj / 0, curve"),
+    ("experts", "check_any_seed", "begun(seed)", "begun(0)"),
+    (
+        "experts",
+        "check_low_precision",
+        "self.down_proj, curve",
+        "(1 + ('b' in str(self.down_proj.dtype))) * self.down_proj, curve",
+    ),
+    ("experts", "check_state_dict_round_trip", "self.seed = seed\n", UNSAVED),
+    ("experts", "check_frozen_values_are_buffers", "self.seed = seed\n", FROZEN),
+    ("experts", "check_gradient_reaches_every_parameter", "self.seed = seed\n", UNUSED),
+    (
+        "experts",
+        "check_gradient_reaches_every_parameter",
+        "self.down_proj, curve",
+        "self.down_proj.detach(), curve",
+    ),
+    ("experts", "check_equals_a_plain_loop", "    def matrices(self)", RUN_WRONG),
+    ("experts", "check_rows_and_matrices_agree", "    def matrices(self)", RUN_WRONG),
+    ("experts", "check_rows_are_independent", "    def matrices(self)", RUN_TOGETHER),
+    ("experts", "check_causal", "    def matrices(self)", RUN_TOGETHER),
+    ("experts", "check_batch_invariant", "    def matrices(self)", RUN_TOGETHER),
+    ("experts", "check_decoding_equals_prefill", "    def matrices(self)", RUN_TOGETHER),
+    ("experts", "check_few_rows", "    def matrices(self)", RUN_TOGETHER.replace("mean()", "amax()")),
+    ("experts", "check_common_deviation", "    def matrices(self)", KEEP_SIZE),
+    ("forms", "check_output_is_whole", "self.scale * passes", "self.scale / 0 * passes"),
+    ("forms", "check_passes_decide", "self.scale * passes[0](x)", "self.scale * x + 0 * passes[0](x)"),
+    ("forms", "check_number_of_passes", "    def forward(", NO_PASSES),
+    ("forms", "check_few_tokens", "self.scale * passes", "x.amax() * self.scale * passes"),
+    ("forms", "check_tokens_are_independent", "self.scale * passes", "x.mean() * self.scale * passes"),
+    ("forms", "check_gradient_reaches_every_parameter", "self.scale *", "self.scale.detach() *"),
+    (
+        "forms",
+        "check_gradient_matches_differences",
+        "self.scale * passes[0](x)",
+        "self.scale * (2 * passes[0](x) - passes[0](x).detach())",
+    ),
+    ("forms", "check_low_precision", "self.scale *", "self.scale.float() *"),
+    ("forms", "check_state_dict_round_trip", "nn.Parameter(torch.ones(shape.d_model))", FORGETS),
+    ("forms", "check_tags_are_known", '"tags": []', '"tags": ["odd"]'),
+    ("forms", "check_rescale", "nn.Parameter(torch.ones(shape.d_model))", OWN_SIZE),
     (
         "balancers",
         "check_results_are_finite",

@@ -24,7 +24,11 @@ def use(router: Router, inputs: RouterInput) -> Routing:
 
 def dense(routing: Routing) -> Tensor:
     """The weights as ``[T, E]``, 0 where a token does not go."""
-    table = torch.zeros_like(routing.scores)
+    if routing.gates is not None:
+        rows, columns = routing.gates
+        given = torch.einsum("thr,thc->trc", rows, columns).flatten(1)
+        return torch.where(routing.valid[:, None], given, 0.0).detach()
+    table = routing.scores.new_zeros(routing.num_tokens, routing.num_experts)
     table[routing.token_ids, routing.expert_ids] = routing.weights.to(table)
     return table.detach()
 
@@ -41,7 +45,7 @@ def total_of(routing: Routing) -> Tensor:
     """One number that everything the router returns has a part in."""
     slope = torch.linspace(-1, 1, routing.weights.numel()).to(routing.weights)
     total = (routing.weights * slope).sum() + sum(routing.losses.values())
-    for part in (routing.state, routing.extra):
+    for part in (routing.state, routing.extra, *(routing.gates or ())):
         if part is not None and part.is_floating_point():
             total = total + (part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum()
     return total

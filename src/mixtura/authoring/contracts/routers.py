@@ -59,7 +59,11 @@ def check_routing_is_whole(method: Subject) -> None:
     for ids, end in ((routing.token_ids, num_tokens), (routing.expert_ids, SHAPE.num_experts)):
         require(((ids >= 0) & (ids < end)).all(), "an assignment names a token or expert that is not there")
     require((routing.expert_ids.diff() >= 0).all(), "assignments must be sorted by expert")
-    require(routing.scores.shape == routing.logits.shape == (num_tokens, SHAPE.num_experts), "scores: [T, E]")
+    width = sum(axis.num_experts for axis in method.create().axes)
+    require(routing.scores.shape == routing.logits.shape == (num_tokens, width), "scores: [T, E]")
+    require(routing.num_experts == SHAPE.num_experts, "the axes must make as many experts as there are")
+    require(bool(routing.axes) == method.has("axes"), "routings of axes need the tag axes, and it them")
+    require((routing.gates is not None) == method.has("gates"), "gates need the tag gates, and it them")
     pairs = routing.token_ids * SHAPE.num_experts + routing.expert_ids
     require((pairs.sort().values.diff() > 0).all(), "a token is assigned twice to one expert")
     for name in ("weights", "scores", "extra", "state"):
@@ -82,7 +86,9 @@ def check_equals_a_plain_loop(method: Subject) -> None:
     output, routing = layer(inputs)
     expected = torch.zeros_like(inputs.x) if routing.extra is None else routing.extra.clone()
     up, down = experts.gate_up_proj, experts.down_proj
-    for token, expert, weight in zip(routing.token_ids, routing.expert_ids, routing.weights, strict=True):
+    weights = dense(routing)
+    for token, expert in weights.nonzero().tolist():
+        weight = weights[token, expert]
         expected[token] = expected[token] + weight * F.linear(
             swiglu(up[expert] @ inputs.x[token]), down[expert]
         )

@@ -31,6 +31,8 @@ KIND = {
         "two_passes": "trained on two passes over the same tokens, whose outputs `consistency` compares",
         "compiles": "gives the same routing under `torch.compile`",
         "expert_rows": "scores experts by a token's products with the rows of its parameter `weight` [E, D]",
+        "axes": "experts lie on a grid, and scores are those of its rows and its columns",
+        "gates": "gives weights to rows and columns of a grid instead of sending tokens to experts",
         "keeps_weights": "its parameter `weight` may hold the rows [E, D] of a trained top-k router",
     },
 }
@@ -72,6 +74,11 @@ class Router(nn.Module, ABC):
         Raises:
             UserError: a field of the input that the method cannot do without is not there.
         """
+
+    @property
+    def axes(self) -> tuple[LayerShape, ...]:
+        """What its balancers see as experts: all, or where they lie on a grid the rows, then the columns."""
+        return (self.shape,)
 
     @classmethod
     def settings_for(cls, top_k: int, shape: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
