@@ -54,9 +54,7 @@ def qwen3_30b_a3b(num_layers: int, vocabulary: int = VOCABULARY) -> Qwen3MoeConf
     )
 
 
-def make(
-    directory: Path, num_layers: int = LAYERS, seed: int = 0, vocabulary: int = VOCABULARY
-) -> Path:
+def make(directory: Path, num_layers: int = LAYERS, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
     """Write the checkpoint, a file a layer, with the specimen's tokenizer, unless it is there."""
     if (directory / "model.safetensors.index.json").is_file():
         return directory

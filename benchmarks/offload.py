@@ -1,20 +1,21 @@
 """Decoding a model that is larger than its memory: ours beside llama.cpp's mmap, under one limit.
 
 A checkpoint of Qwen3-30B-A3B's shape with 4 of its 48 layers, random weights and as much less of a vocabulary
-(5.1 GB in bfloat16) is made once, and the same weights as a GGUF file. Each run is a process of its own in a memory
-control group of version 1, whose limit counts the page cache, too: 25, 50 and 75 % of the weights, and 600 MiB for
-what a process takes beside them. Both engines are given the same tokens, so that both need the same experts:
-first tokens drawn evenly right after the start, with nothing of the files in the page cache (cold), then more of
-them (warm), which spread over all experts, the worst case for any cache; then the words of a text.
+(5.1 GB in bfloat16) is made once, and the same weights as a GGUF file. Each run is a process of its own in a
+memory control group of version 1, whose limit counts the page cache, too: 25, 50 and 75 % of the weights, and
+600 MiB for what a process takes beside them. Both engines are given the same tokens, so that both need the
+same experts: first tokens drawn evenly right after the start, with nothing of the files in the page cache
+(cold), then more of them (warm), which spread over all experts, the worst case for any cache; then the words
+of a text.
 
-    python benchmarks/offload.py                                  # everything, about 12 minutes on 2 quiet cores
-    python benchmarks/offload.py --llama-python PYTHON            # of an environment that has llama-cpp-python
-    python benchmarks/offload.py --quick                          # 1 layer, once: does it run?
+    python benchmarks/offload.py                           # everything, about 12 minutes on 2 quiet cores
+    python benchmarks/offload.py --llama-python PYTHON     # of an environment that has llama-cpp-python
+    python benchmarks/offload.py --quick                   # 1 layer, once: does it run?
 
-Engines take turns. Every cell is written down as soon as it is measured (in DIRECTORY/journal.jsonl), so a run that
-was stopped goes on where it was; give --anew to forget them. Just before each pair of runs the disk's rate is measured
-on the same files, past the page cache; the limit of a row is that rate over the bytes that a token had to wait for.
-Without llama-cpp-python only ours is measured. Control groups need root.
+Engines take turns. Every cell is written down as soon as it is measured (in DIRECTORY/journal.jsonl), so a
+run that was stopped goes on where it was; give --anew to forget them. Just before each pair of runs the
+disk's rate is measured on the same files, past the page cache; the limit of a row is that rate over the bytes
+that a token had to wait for. Without llama-cpp-python only ours is measured. Control groups need root.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def phases(model: Path, scale: float) -> dict[str, list[int]]:
     """The tokens of each phase, the same for both engines."""
     drawn = random.Random(0)
     text = " ".join(document.text for document in held_out(4000, 0))
-    words = load_tokenizer(model)(text)["input_ids"]
+    words = load_tokenizer(model)(text[:800])["input_ids"]
     counts = {name: max(2, int(num * scale)) for name, num in NUM_TOKENS.items()}
     even = {name: [drawn.randrange(VOCABULARY) for _ in range(counts[name])] for name in ("cold", "warm")}
     return {**even, "text": [int(one) for one in words[: counts["text"]]]}

@@ -3,9 +3,9 @@
     python offload_worker.py mixtura MODEL '{"ids": [...], ...}'
     python offload_worker.py llama.cpp MODEL.gguf '{"ids": [...], ...}'
 
-Both are given the same tokens, one after the other, whatever they would have said themselves: so both need the
-same experts, but for what rounding does. Nothing but the engine that is asked for is imported. Prints one JSON
-object; exit code 3 where the model cannot run in so little memory.
+Both are given the same tokens, one after the other, whatever they would have said themselves: so both need
+the same experts, but for what rounding does. Nothing but the engine that is asked for is imported. Prints one
+JSON object; exit code 3 where the model cannot run in so little memory.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class Queue:
 class ByLayer:
     """Keys whose ranks change with each call of their layer, and of that layer only.
 
-    The least of each layer is remembered until something in the layer changes, so that finding the least of all
-    costs a look at every layer, not at every key. Of equal ranks the key that was used least recently comes first.
+    The least of each layer is remembered until something in the layer changes, so that finding the least of
+    all costs a look at every layer, not at every key. Of equal ranks the key that was used least recently
+    comes first.
 
     Args:
         rank: of a key, from what its layer's calls have left.

@@ -1,4 +1,4 @@
-"""The coming layers' routers, asked with this layer's tokens, and believed as far as they were right before."""
+"""Coming layers' routers, asked with this layer's tokens, and believed as far as they were right before."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ METHOD = {
 class Impact(Prefetcher):
     """Guess for several layers to come, what saves the most waiting first.
 
-    The routers of the next ``distance`` layers are asked what they would make of this layer's tokens. How much an
-    expert is worth reading is how likely it is to be needed, since reading each takes the same time: as often as
-    experts of its place in such a list, so many layers ahead, were needed before in this run. What is likelier
-    not to be needed than ``least`` is not guessed, so that a byte read in vain is rare even where routers cannot be
-    foreseen; of what is equally likely, the nearest layer comes first.
+    The routers of the next ``distance`` layers are asked what they would make of this layer's tokens. How
+    much an expert is worth reading is how likely it is to be needed, since reading each takes the same time:
+    as often as experts of its place in such a list, so many layers ahead, were needed before in this run.
+    What is likelier not to be needed than ``least`` is not guessed, so that a byte read in vain is rare even
+    where routers cannot be foreseen; of what is equally likely, the nearest layer comes first.
 
     Shapes:
         One layer's tokens at a time.
@@ -39,10 +39,10 @@ class Impact(Prefetcher):
         [3, 4]
 
     Differences from the paper:
-        The authors predict the next three layers by their gates and simulate, for each candidate, by how much the
-        schedule of a CPU and a GPU would shorten. Here there is one queue, the disk's, and what a read saves is
-        its chance times its time; the chances are counted as the model runs. Before anything was counted they are
-        taken for ``hope``.
+        The authors predict the next three layers by their gates and simulate, for each candidate, by how much
+        the schedule of a CPU and a GPU would shorten. Here there is one queue, the disk's, and what a read
+        saves is its chance times its time; the chances are counted as the model runs. Before anything was
+        counted they are taken for ``hope``.
 
     Reference:
         HybriMoE: Hybrid CPU-GPU Scheduling and Cache Management for Efficient MoE Inference (paper 159).

@@ -21,12 +21,12 @@ METHOD = {
 
 @final
 class RoutingPath(Prefetcher):
-    """Guess the next layer's experts from the path that the token took so far, and correct the guess each time.
+    """Guess the next layer's experts from the path that the token took, and correct the guess each time.
 
-    For each layer there is a logistic regression with one output an expert: whether it will be needed. It reads
-    which experts the layers before have just needed, and which the layer itself needed for the token before. When
-    the layer is reached, the error of the guess is taken a step back (``rate``). So it needs no trace and follows
-    the text; in the first dozens of tokens it knows little.
+    For each layer there is a logistic regression with one output an expert: whether it will be needed. It
+    reads which experts the layers before have just needed, and which the layer itself needed for the token
+    before. When the layer is reached, the error of the guess is taken a step back (``rate``). So it needs no
+    trace and follows the text; in the first dozens of tokens it knows little.
 
     Shapes:
         One layer's experts at a time.
@@ -43,14 +43,14 @@ class RoutingPath(Prefetcher):
         [Key(layer=1, expert=1)]
 
     Differences from the paper:
-        The authors train a transformer on recorded tokens, which says the experts of all layers before a text is
-        run, and correct the cache while it runs. Here the predictor is linear, sees ``depth`` layers back, says
-        the experts of the next layer only, and learns online. As many experts are guessed as this layer needed,
-        those likelier than ``least``. Their scheduling of tokens over batches is not here.
+        The authors train a transformer on recorded tokens, which says the experts of all layers before a text
+        is run, and correct the cache while it runs. Here the predictor is linear, sees ``depth`` layers back,
+        says the experts of the next layer only, and learns online. As many experts are guessed as this layer
+        needed, those likelier than ``least``. Their scheduling of tokens over batches is not here.
 
     Reference:
-        ExpertFlow: Optimized Expert Activation and Token Allocation for Efficient Mixture-of-Experts Inference
-        (paper 63).
+        ExpertFlow: Optimized Expert Activation and Token Allocation for Efficient Mixture-of-Experts
+        Inference (paper 63).
     """
 
     def __init__(self, *, depth: int = 2, rate: float = 0.2, least: float = 0.0) -> None:
@@ -90,8 +90,7 @@ class RoutingPath(Prefetcher):
         return [Key(later, expert) for expert in likeliest if chances[expert] >= self.least]
 
     def _read(self, sight: Sight, later: int) -> Tensor:
-        """What the regression of a layer is given: what was needed before it, and by itself for the last token."""
-        parts = [torch.ones(1)]
-        for layer in (*range(max(0, later - self.depth), later), later):
-            parts.append(self._needed.get(layer, torch.zeros(sight.num_experts[layer])))
-        return torch.cat(parts)
+        """What a layer's regression is given: what was needed before it, and by itself for the last token."""
+        layers = range(max(0, later - self.depth), later + 1)
+        parts = [self._needed.get(layer, torch.zeros(sight.num_experts[layer])) for layer in layers]
+        return torch.cat([torch.ones(1), *parts])

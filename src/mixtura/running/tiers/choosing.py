@@ -9,8 +9,8 @@ from mixtura.methods import create
 from mixtura.methods.caches import Cache, Call, Key
 
 AUTO: Final = "auto"
-# Those that race: what the arena of caches puts in front and what asks nothing of anybody. The first one leads
-# until another has missed less.
+# Those that race: what the arena of caches puts in front and what asks nothing of anybody. The first one
+# leads until another has missed less.
 RIVALS: Final = ("activation_aware", "lru", "lfu")
 # Of a trace, where there is one.
 _TAUGHT: Final = "pinned"
@@ -43,8 +43,8 @@ class Choosing(Cache):
 
     Each rival runs along on everything that is needed, as if it were alone; only its misses are counted, the
     recent ones more than the old ones. Whoever has missed least leads: an expert leaves that the leader would
-    not have any more, the one that was needed least recently. So the room comes to hold what the leader would,
-    by and by after the lead has changed, and nothing is read for the change itself.
+    not have any more, the one that was needed least recently. So the room comes to hold what the leader
+    would, by and by after the lead has changed, and nothing is read for the change itself.
 
     Args:
         capacity: experts that it has room for.
@@ -68,6 +68,11 @@ class Choosing(Cache):
         self._told: Key | None = None
         self._held: frozenset[Key] = frozenset()
         self._by_age: dict[Key, None] = {}
+
+    def grow(self, more: int) -> None:
+        super().grow(more)
+        for rival in self._rivals.values():
+            rival.grow(more)
 
     def learn(self, counts: Mapping[int, Sequence[float]]) -> None:
         for rival in self._rivals.values():

@@ -175,6 +175,11 @@ class Tiers:
         self.statistics.prefetched_bytes += load.num_bytes
         return load.num_bytes
 
+    def stop_ahead(self) -> None:
+        """Give the room for guesses to the caches."""
+        for pool in self.pools:
+            pool.stop_ahead()
+
     @property
     def wants_tokens(self) -> bool:
         """Whether anybody looks at a call's tokens."""

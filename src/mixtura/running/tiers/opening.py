@@ -20,7 +20,7 @@ from mixtura.machine.releases import given_cache
 from mixtura.methods import create, header
 from mixtura.methods.prefetchers import Prefetcher
 from mixtura.report.units import parse_bytes
-from mixtura.running.tiers.ahead import Ahead
+from mixtura.running.tiers.ahead import Ahead, room_for_guesses
 from mixtura.running.tiers.budget import Division, SlotPlan, divide
 from mixtura.running.tiers.choosing import AUTO, cache_of
 from mixtura.running.tiers.core import Tiers
@@ -143,8 +143,9 @@ def _tiers(
         prefetcher = create("prefetchers", wish.prefetch)
     pools = []
     for plan in slots:
-        is_whole = plan.num_slots >= plan.num_experts
-        num_ahead = 0 if prefetcher is None or is_whole else min(top_k, plan.num_slots // 4)
+        num_ahead = 0
+        if prefetcher is not None:
+            num_ahead = room_for_guesses(plan.num_slots, plan.num_experts, top_k)
         cache = cache_of(wish.cache, plan.num_slots - num_ahead, is_taught=wish.trace is not None)
         pools.append(Slots(plan.num_bytes, cache, num_ahead))
     ahead = None

@@ -1,10 +1,11 @@
-"""What a model chose on text, token by token, for whoever wants to know what a cache or a prefetcher makes of it."""
+"""What a model chose on text, token by token, to learn what a cache or a prefetcher makes of it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -55,6 +56,20 @@ class Recorded:
         """By layer, how often each expert was chosen."""
         seen = Counter(Key(c.layer, e) for text in self.texts for c in text for e in c.experts)
         return {n: [float(seen[Key(n, e)]) for e in range(num)] for n, num in enumerate(self.num_experts)}
+
+    @property
+    def pairs(self) -> dict[int, list[list[float]]]:
+        """By layer, how often each of its experts was followed by each of the next one's, of a token."""
+        made = {
+            layer: [[0.0] * later for _ in range(num)]
+            for layer, (num, later) in enumerate(pairwise(self.num_experts))
+        }
+        for first, second in (pair for text in self.texts for pair in pairwise(text)):
+            if second.layer == first.layer + 1:
+                for expert in first.experts:
+                    for other in second.experts:
+                        made[first.layer][expert][other] += 1
+        return made
 
     def sizes(self) -> tuple[int, ...]:
         """Numbers of experts that caches have room for, ascending."""

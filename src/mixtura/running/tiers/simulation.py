@@ -1,8 +1,9 @@
-"""How long a model's tokens would take at stated rates of disk and memory: the cost of running in little memory.
+"""How long tokens would take at stated rates of disk and memory: the cost of running in little memory.
 
-A layer's experts are multiplied as they come, so it takes the longer of reading what is missing and of reading
-from memory what it needs; while the rest of the layer runs, the disk reads what was guessed. Time is that of bytes
-alone: arithmetic, Python and what the disk takes to begin are left out, so a real run is slower.
+A layer's experts are multiplied as they come, so it takes the longer of reading what is missing and of
+reading from memory what it needs; while the rest of the layer runs, the disk reads what was guessed. Time is
+that of bytes alone: arithmetic, Python and what the disk takes to begin are left out, so a real run is
+slower.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class Timed:
         token_ms: what each token took.
         stall_ms: of that, the time in which nothing was multiplied.
         statistics: what was needed, read and read in vain.
-        guessed: experts that were needed and had been guessed, and those of them that were still on their way.
-        late: of these, those that were not there yet when they were needed.
-        is_off: whether the prefetcher was switched off.
+        guessed: experts that were needed and had been guessed, and those of them that were still on their
+        way. late: of these, those that were not there yet when they were needed. is_off: whether the
+        prefetcher was switched off.
     """
 
     token_ms: list[float] = field(default_factory=list)
@@ -115,6 +116,13 @@ class Machine:
         self._ahead[key] = float(self._expert_bytes)
         self.statistics.prefetched_bytes += self._expert_bytes
         return self._expert_bytes
+
+    def stop_ahead(self) -> None:
+        """As `Tiers.stop_ahead`."""
+        self.statistics.wasted_bytes += self._expert_bytes * len(self._ahead)
+        self._ahead.clear()
+        self._cache.grow(self._num_ahead)
+        self._num_ahead = 0
 
     def need(self, call: Call) -> float:
         """Have a layer's experts come; returns the bytes that it must wait for."""

@@ -135,7 +135,9 @@ class TieredStore:
         raise TypeError("a model that runs from memory and disk cannot be copied or pickled; load it again")
 
 
-def _fetching(store: weakref.ref[TieredStore]) -> Callable[[list[int], list[int], int, int, int, int, bool], list[int]]:
+def _fetching(
+    store: weakref.ref[TieredStore],
+) -> Callable[[list[int], list[int], int, int, int, int, bool], list[int]]:
     """What the kernels call. It must not keep the store, which keeps the kernels' record, which keeps it."""
 
     def fetch(
