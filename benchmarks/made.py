@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, Qwen3MoeConfig
 from mixtura.data import specimen
 
 LAYERS = 4
+VOCABULARY = 151936
 _DTYPE = torch.bfloat16
 # Standard deviations: of the logarithm of experts' outputs and of channels' sizes, of routers' preferences.
 _EXPERTS, _CHANNELS, _PREFERENCE = 0.3, 0.5, 1.0
@@ -29,10 +30,10 @@ _EXPERTS, _CHANNELS, _PREFERENCE = 0.3, 0.5, 1.0
 _COMMON = 0.5
 
 
-def qwen3_30b_a3b(num_layers: int) -> Qwen3MoeConfig:
+def qwen3_30b_a3b(num_layers: int, vocabulary: int = VOCABULARY) -> Qwen3MoeConfig:
     """The configuration of Qwen3-30B-A3B, whose 48 layers are alike."""
     return Qwen3MoeConfig(
-        vocab_size=151936,
+        vocab_size=vocabulary,
         hidden_size=2048,
         intermediate_size=6144,
         moe_intermediate_size=768,
@@ -53,12 +54,12 @@ def qwen3_30b_a3b(num_layers: int) -> Qwen3MoeConfig:
     )
 
 
-def make(directory: Path, num_layers: int = LAYERS, seed: int = 0) -> Path:
+def make(directory: Path, num_layers: int = LAYERS, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
     """Write the checkpoint, a file a layer, with the specimen's tokenizer, unless it is there."""
     if (directory / "model.safetensors.index.json").is_file():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    config = qwen3_30b_a3b(num_layers)
+    config = qwen3_30b_a3b(num_layers, vocabulary)
     config.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(specimen.path() / name, directory / name)

@@ -1,158 +1,338 @@
 """Decoding a model that is larger than its memory: ours beside llama.cpp's mmap, under one limit.
 
-A checkpoint of Qwen3-30B-A3B's shape with fewer layers and random weights (4 layers are 5 GB in bfloat16) is
-made once. Random weights route every token anywhere: the worst case for any cache. Each run is a process of
-its own in a memory control group of version 1, whose limit counts the page cache, too, at 75, 50 and 25 % of
-the weights; what the files left in the page cache is given up before each run (cold). Runs are interleaved.
+A checkpoint of Qwen3-30B-A3B's shape with 4 of its 48 layers, random weights and as much less of a vocabulary
+(5.1 GB in bfloat16) is made once, and the same weights as a GGUF file. Each run is a process of its own in a
+memory control group of version 1, whose limit counts the page cache, too: 25, 50 and 75 % of the weights, and
+600 MiB for what a process takes beside them. Both engines are given the same tokens, so that both need the
+same experts: first tokens drawn evenly right after the start, with nothing of the files in the page cache
+(cold), then more of them (warm), which spread over all experts, the worst case for any cache; then the words
+of a text.
 
-    python benchmarks/offload.py make offload-model
-    python benchmarks/offload.py run offload-model --repeats 5 --llama llama-bench --gguf model.gguf
+    python benchmarks/offload.py                           # everything, about 12 minutes on 2 quiet cores
+    python benchmarks/offload.py --llama-python PYTHON     # of an environment that has llama-cpp-python
+    python benchmarks/offload.py --quick                   # 1 layer, once: does it run?
 
-``--llama`` is the llama-bench of a build of llama.cpp (its source is in the source distribution of
-llama-cpp-python on PyPI), ``--gguf`` the same weights as a GGUF file in bfloat16 (llama.cpp's own converter
-writes one). Without them only ours is measured. Control groups need root.
+Engines take turns. Every cell is written down as soon as it is measured (in DIRECTORY/journal.jsonl), so a
+run that was stopped goes on where it was; give --anew to forget them. Just before each pair of runs the
+disk's rate is measured on the same files, past the page cache; the limit of a row is that rate over the bytes
+that a token had to wait for. Without llama-cpp-python only ours is measured. Control groups need root.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
+import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from layer import machine
 from made import make
+from offload_worker import UNMET
 
+import mixtura
+from mixtura.checkpoints.tokenizer import load_tokenizer
+from mixtura.data.text import held_out
+
+RESULTS = Path(__file__).parent / "results" / "offload.json"
+WORKER = Path(__file__).parent / "offload_worker.py"
+OURS, THEIRS = "mixtura", "llama.cpp"
 SHARES = (0.75, 0.5, 0.25)
-NUM_TOKENS = 32
+LAYERS, VOCABULARY = 4, 16384
 # What a process takes beside the model, so that the limit is what the share of the weights leaves.
 RUNTIME_BYTES = 600 << 20
+CONTEXT = 256
+NUM_TOKENS = {"cold": 12, "warm": 24, "text": 24}
+# Reading to learn the disk's rate: chunks, reads on their way together, seconds.
+CHUNK_BYTES, DEPTH, PROBE_S = 1 << 20, 4, 2.0
 GROUP = Path("/sys/fs/cgroup/memory/mixtura-offload")
-UNMET = 3
-PROMPT = "0 1 2 3 4 5 6 7 8 9"
+LONGEST_S = 300
 
 
-class Refused(Exception):  # noqa: N818
-    """The model cannot run in so little."""
+def say(line: str) -> None:
+    """Progress, with the time."""
+    print(f"{datetime.now(tz=UTC):%H:%M:%S} {line}", flush=True)
 
 
 @contextmanager
 def limited(limit_bytes: int) -> Iterator[Path]:
     """A control group whose limit counts the page cache."""
+    if not (GROUP.parent / "memory.limit_in_bytes").exists():
+        raise SystemExit("this needs memory control groups of version 1, at /sys/fs/cgroup/memory, and root")
     GROUP.mkdir(exist_ok=True)
     (GROUP / "memory.limit_in_bytes").write_text(str(limit_bytes))
     (GROUP / "memory.max_usage_in_bytes").write_text("0")
     try:
         yield GROUP
     finally:
-        GROUP.rmdir()
+        for _ in range(50):
+            try:
+                GROUP.rmdir()
+                break
+            except OSError:  # The last of its processes is still on its way out.
+                time.sleep(0.1)
 
 
-def run_in(group: Path, command: list[str]) -> str:
-    """A command's output."""
+def run_in(group: Path, command: Sequence[str]) -> dict[str, Any] | None:
+    """What a worker prints; None where the model cannot run in so little."""
     script = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
     done = subprocess.run(
-        ["sh", "-c", script, str(group), *command], capture_output=True, text=True, check=False
+        ["sh", "-c", script, str(group), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LONGEST_S,
     )
     if done.returncode == UNMET:
-        raise Refused(done.stderr.strip().splitlines()[-1])
+        say(done.stderr.strip().splitlines()[-1])
+        return None
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout
+        raise SystemExit(f"{' '.join(command[:4])} failed ({done.returncode}): {done.stderr.strip()[-800:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found["group_peak_bytes"] = int((group / "memory.max_usage_in_bytes").read_text())
+    return found
 
 
-def forget(folder: Path) -> None:
+def files_of(place: Path) -> list[Path]:
+    """A file, or the weights of a folder."""
+    return [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+
+
+def forget(place: Path) -> None:
     """Let the system give up what it holds of files."""
-    for file in folder.iterdir() if folder.is_dir() else [folder]:
+    for file in files_of(place):
         descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def ours(model: Path, limit: int, cache: str, prefetch: str) -> dict[str, Any]:
-    """Tokens in a second and what was read, by `mixtura generate`."""
-    command = [sys.executable, "-m", "mixtura", "generate", str(model), PROMPT, "--json"]
-    command += ["--max-new-tokens", str(NUM_TOKENS), "--memory", str(limit)]
-    command += ["--cache", cache, "--prefetch", prefetch]
-    with limited(limit) as group:
-        found = json.loads(run_in(group, command))
-    seen = found["experts"]
-    return {
-        "tokens_per_second": found["tokens_per_second"],
-        "hit_rate": seen["hit_rate"],
-        "demanded_bytes": seen["demanded_bytes"],
-        "waited_ms": seen["waited_ms"],
-        "peak_bytes": found["peak_bytes"],
+def disk_rate(place: Path, seconds: float) -> float:
+    """Bytes in a second by random direct reads, several on their way together."""
+    files = [(os.open(file, os.O_RDONLY | os.O_DIRECT), file.stat().st_size) for file in files_of(place)]
+    done, until = [0] * DEPTH, time.perf_counter() + seconds
+
+    def read(number: int) -> None:
+        buffer, drawn = mmap.mmap(-1, CHUNK_BYTES), random.Random(f"{number} {time.time_ns()}")
+        while time.perf_counter() < until:
+            file, size = drawn.choice(files)
+            at = drawn.randrange(max(1, (size - CHUNK_BYTES) // 4096)) * 4096
+            done[number] += os.preadv(file, [buffer], at)
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(DEPTH)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - start
+    for file, _ in files:
+        os.close(file)
+    return sum(done) / took
+
+
+def phases(model: Path, scale: float) -> dict[str, list[int]]:
+    """The tokens of each phase, the same for both engines."""
+    drawn = random.Random(0)
+    text = " ".join(document.text for document in held_out(4000, 0))
+    words = load_tokenizer(model)(text[:800])["input_ids"]
+    counts = {name: max(2, int(num * scale)) for name, num in NUM_TOKENS.items()}
+    even = {name: [drawn.randrange(VOCABULARY) for _ in range(counts[name])] for name in ("cold", "warm")}
+    return {**even, "text": [int(one) for one in words[: counts["text"]]]}
+
+
+def measure(engine: str, place: Path, limit: int, given: argparse.Namespace) -> dict[str, Any] | None:
+    """One run of one engine, cold."""
+    python = sys.executable if engine == OURS else given.llama_python
+    settings = {
+        "memory": limit,
+        "context": CONTEXT,
+        "threads": given.threads,
+        "cache": given.cache,
+        "prefetch": given.prefetch,
+        "phases": phases(given.directory / "model", 0.2 if given.quick else 1.0),
     }
-
-
-def theirs(bench: Path, gguf: Path, limit: int, threads: int) -> dict[str, Any]:
-    """Tokens in a second by llama-bench, which maps the file."""
-    command = [str(bench), "-m", str(gguf), "-p", "0", "-n", str(NUM_TOKENS), "-r", "1", "-t", str(threads)]
+    forget(place)
     with limited(limit) as group:
-        found = json.loads(run_in(group, [*command, "-o", "json"]))
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
-    return {"tokens_per_second": found[-1]["avg_ts"], "peak_bytes": peak}
-
-
-def weights_bytes(model: Path) -> int:
-    """Bytes of all weight files."""
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        return run_in(group, [python, str(WORKER), engine, str(place), json.dumps(settings)])
 
 
 def run(given: argparse.Namespace) -> None:
-    """Every share, interleaved; medians at the end."""
-    rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for _ in range(given.repeats):
+    """Every share and engine, in turns."""
+    places = prepared(given)
+    weights = sum(file.stat().st_size for file in files_of(places[OURS]))
+    journal = given.directory / "journal.jsonl"
+    if given.anew:
+        journal.unlink(missing_ok=True)
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    # A line that was being written when the machine stopped is measured again.
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    known = {tuple(row["key"]) for row in rows}
+    told = [given.cache, given.prefetch, given.threads, given.layers, bool(given.quick)]
+    for number in range(given.repeats):
         for share in SHARES:
-            limit = int(share * weights_bytes(given.model)) + RUNTIME_BYTES
-            forget(given.model)
-            try:
-                made = ours(given.model, limit, given.cache, given.prefetch)
-                rows.setdefault((share, "mixtura"), []).append(made)
-            except Refused as reason:
-                print(f"{share:.0%} mixtura: {reason}", flush=True)
-            if given.llama is not None and given.gguf is not None:
-                forget(given.gguf)
-                made = theirs(given.llama, given.gguf, limit, given.threads)
-                rows.setdefault((share, "llama.cpp"), []).append(made)
-    for (share, name), made in rows.items():
-        speeds = sorted(one["tokens_per_second"] for one in made)
-        line = f"{share:.0%} {name}: {statistics.median(speeds):.2f} tokens/s"
-        line += f" ({speeds[0]:.2f} to {speeds[-1]:.2f})"
-        if name == "mixtura":
-            line += f", hit rate {statistics.median(one['hit_rate'] for one in made):.1%}"
-        print(line, flush=True)
-    if given.out is not None:
-        named = [{"share": share, "name": name, "runs": made} for (share, name), made in rows.items()]
-        given.out.write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
+            limit = int(share * weights) + RUNTIME_BYTES
+            rate = 0.0
+            for engine in [*places][:: 1 if number % 2 else -1]:
+                key = (engine, share, number, *(told if engine == OURS else told[2:]))
+                if key in known:
+                    continue
+                rate = rate or disk_rate(places[OURS], 0.5 if given.quick else PROBE_S)
+                row = {"key": key, "share": share, "engine": engine, "limit_bytes": limit, "disk_rate": rate}
+                row["found"] = measure(engine, places[engine], limit, given)
+                rows.append(row)
+                with journal.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                say(progress(row, number))
+    mine = [row for row in rows if row["key"][3:] in (told, told[2:])]
+    table = summary(mine)
+    print(as_markdown(table))
+    if not given.quick:
+        write(table, given, weights)
+
+
+def progress(row: dict[str, Any], number: int) -> str:
+    """One cell in a line."""
+    head = f"round {number + 1}, {row['share']:.0%}, {row['engine']}: "
+    if row["found"] is None:
+        return head + "cannot run in so little"
+    parts = [
+        f"{name} {1000 * len(p['times_ms']) / sum(p['times_ms']):.2f}"
+        for name, p in row["found"]["phases"].items()
+    ]
+    return f"{head}{', '.join(parts)} tokens/s; disk {row['disk_rate'] / 1e9:.2f} GB/s"
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each share, phase and engine: medians of runs, p99 of all their tokens."""
+    table = []
+    for share in SHARES:
+        for phase in NUM_TOKENS:
+            for engine in (OURS, THEIRS):
+                mine = [r for r in rows if r["share"] == share and r["engine"] == engine and r["found"]]
+                if mine:
+                    table.append(line_of(share, phase, engine, mine))
+    return table
+
+
+def line_of(share: float, phase: str, engine: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of one engine's runs at one share."""
+    runs = [row["found"]["phases"][phase] for row in rows]
+    times = sorted(t for one in runs for t in one["times_ms"])
+    speeds = [1000 * len(one["times_ms"]) / sum(one["times_ms"]) for one in runs]
+    missed = [one.get("demanded_bytes", one["read_bytes"]) / len(one["times_ms"]) for one in runs]
+    limits = [row["disk_rate"] / one for row, one in zip(rows, missed, strict=True) if one]
+    return {
+        "share": share,
+        "phase": phase,
+        "engine": engine,
+        "runs": len(rows),
+        "tokens_per_second": statistics.median(speeds),
+        "slowest_run": min(speeds),
+        "fastest_run": max(speeds),
+        "p50_ms": statistics.median(times),
+        "p99_ms": times[min(len(times) - 1, int(0.99 * len(times)))],
+        "missed_bytes_per_token": statistics.median(missed),
+        "read_bytes_per_token": statistics.median(one["read_bytes"] / len(one["times_ms"]) for one in runs),
+        "disk_limit": statistics.median(limits) if limits else None,
+        "hit_rate": statistics.median(one["hit_rate"] for one in runs) if "hit_rate" in runs[0] else None,
+        "limit_bytes": rows[0]["limit_bytes"],
+        "peak_bytes": max(row["found"]["peak_bytes"] for row in rows),
+        "group_peak_bytes": max(row["found"]["group_peak_bytes"] for row in rows),
+    }
+
+
+def as_markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table for people."""
+    lines = [
+        "| memory | tokens | engine | tokens/s | p50 ms | p99 ms | missed MB/token | of disk limit | hits "
+        "| peak GB of limit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in table:
+        limit = one["disk_limit"]
+        of_limit = f"{one['tokens_per_second'] / limit:.0%} of {limit:.1f}" if limit else ""
+        hits = "" if one["hit_rate"] is None else f"{one['hit_rate']:.0%}"
+        lines.append(
+            f"| {one['share']:.0%} | {one['phase']} | {one['engine']} | {one['tokens_per_second']:.2f} "
+            f"({one['slowest_run']:.2f} to {one['fastest_run']:.2f}) | {one['p50_ms']:.0f} "
+            f"| {one['p99_ms']:.0f} | {one['missed_bytes_per_token'] / 1e6:.0f} | {of_limit} | {hits} "
+            f"| {one['peak_bytes'] / 1e9:.2f} of {one['limit_bytes'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(table: Sequence[dict[str, Any]], given: argparse.Namespace, weights: int) -> None:
+    """The results, with what they hold for."""
+    facts = {
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {
+            "mixtura": mixtura.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": f"{given.layers} layers of Qwen3-30B-A3B's shape, bfloat16, random weights, seed 0",
+        "weights_bytes": weights,
+        "cache": given.cache,
+        "prefetch": given.prefetch,
+        "threads": given.threads,
+        "rows": list(table),
+    }
+    given.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    say(f"written to {given.out}")
+
+
+def prepared(given: argparse.Namespace) -> dict[str, Path]:
+    """The checkpoint and, for llama.cpp, the same weights as a GGUF file."""
+    given.directory.mkdir(parents=True, exist_ok=True)
+    model, gguf = given.directory / "model", given.directory / "model.gguf"
+    say(f"making {model}, unless it is there")
+    make(model, given.layers, vocabulary=VOCABULARY)
+    if not given.llama_python:
+        say("no environment with llama-cpp-python was named (--llama-python): only ours is measured")
+        return {OURS: model}
+    if not gguf.exists():
+        say(f"writing {gguf}")
+        mixtura.export_gguf(model, gguf)
+    return {OURS: model, THEIRS: gguf}
 
 
 def main() -> None:
-    """Make the checkpoint, or run."""
+    """Make what is needed, then run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make")
-    making.add_argument("model", type=Path)
-    making.add_argument("--layers", type=int, default=4)
-    running = commands.add_parser("run")
-    running.add_argument("model", type=Path)
-    running.add_argument("--repeats", type=int, default=5)
-    running.add_argument("--cache", default="lru")
-    running.add_argument("--prefetch", default="none")
-    running.add_argument("--llama", type=Path)
-    running.add_argument("--gguf", type=Path)
-    running.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    running.add_argument("--out", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("build/offload"))
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cache", default="auto")
+    parser.add_argument("--prefetch", default="none")
+    parser.add_argument("--llama-python", help="the Python of an environment with llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--anew", action="store_true", help="forget what was measured")
+    parser.add_argument("--quick", action="store_true", help="1 layer, once, few tokens; nothing is written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    make(given.model, given.layers) if given.command == "make" else run(given)
+    if given.quick:
+        given.layers, given.repeats = 1, 1
+        given.directory = given.directory.with_name(given.directory.name + "-quick")
+    if given.llama_python is None:
+        found = subprocess.run([sys.executable, "-c", "import llama_cpp"], capture_output=True, check=False)
+        given.llama_python = sys.executable if found.returncode == 0 else ""
+    run(given)
 
 
 if __name__ == "__main__":

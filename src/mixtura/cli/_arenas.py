@@ -118,6 +118,19 @@ def _compose(asked: Asked) -> list[Any]:
     return [*table]
 
 
+def _guess(asked: Asked) -> list[Any]:
+    from mixtura.data import specimen
+    from mixtura.running.tiers.guessing import as_csv, hold, markdown
+
+    model, texts = asked.checkpoint(), (asked.seeds, asked.tokens or _REPLAYED_TOKENS)
+    table = hold(model or specimen.path(), asked.names, *texts, _notify)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    page = markdown(table, "the specimen" if model is None else model.name, *texts)
+    (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
+    (asked.out / f"{asked.kind}.csv").write_text(as_csv(table), encoding="utf-8")
+    return [*table]
+
+
 def _show_trained(table: list[Any]) -> None:
     rows = []
     for one in table:
@@ -169,6 +182,19 @@ def _show_composed(table: list[Any]) -> None:
     _show(["name", "area", "over hull", "quality", "$ a thousand", "verdict"], rows, left=(0, 5))
 
 
+def _show_guessed(table: list[Any]) -> None:
+    from mixtura.report.units import format_bytes
+
+    rows = []
+    for one in table:
+        hits, wasted, late, gained = (
+            sum(v) / len(v) for v in (one.hit_rates, one.wasted_bytes, one.late, one.gained)
+        )
+        shown = [f"{one.share:.0%}", one.name, f"{hits:.1%}", format_bytes(wasted), f"{late:.0%}"]
+        rows.append([*shown, f"{gained:.0%}"])
+    _show(["room", "name", "hit rate", "wasted a token", "late", "of the oracle's gain"], rows, left=(1,))
+
+
 def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> None:
     from mixtura.report.screen import screen, show_table
 
@@ -196,4 +222,5 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "decoders": Arena(_answer, _show_answered),
     "caches": Arena(_replay, _show_replayed),
     "model_routers": Arena(_compose, _show_composed),
+    "prefetchers": Arena(_guess, _show_guessed),
 }

@@ -12,12 +12,14 @@ from mixtura.errors import SettingError
 if TYPE_CHECKING:
     from mixtura.running.tiers.opening import Wish
 
-DEFAULT_CACHE = "lru"
+DEFAULT_CACHE = "auto"
 NO_PREFETCH = "none"
 MEMORY = typer.Option(
     None, help="Memory the whole process may take, such as 8GiB; experts beyond it are read from disk."
 )
-CACHE = typer.Option(DEFAULT_CACHE, help="With --memory: which experts stay; see mixtura methods.")
+CACHE = typer.Option(
+    DEFAULT_CACHE, help="With --memory: which experts stay; auto, or a cache of mixtura methods."
+)
 PREFETCH = typer.Option(NO_PREFETCH, help="With --memory: which are read ahead; see mixtura methods.")
 TRACE = typer.Option(None, help="With --memory: a trace (mixtura observe) that these go by.")
 
@@ -39,7 +41,8 @@ def check_words(memory: str | None, cache: str, prefetch: str, trace: Path | Non
         )
     if memory is not None:
         parse_bytes(memory)
-        header("caches", cache)
+        if cache != DEFAULT_CACHE:
+            header("caches", cache)
         if prefetch != NO_PREFETCH:
             header("prefetchers", prefetch)
 

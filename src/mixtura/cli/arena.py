@@ -16,15 +16,12 @@ from mixtura.errors import SettingError, UnknownNameError
 def arena(
     kind: str = typer.Argument(help=f"{', '.join([*ARENAS][:-1])} or {[*ARENAS][-1]}."),
     only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
-    seeds: int = typer.Option(
-        3,
-        min=1,
-        help="Trainings of each method; of pruners, mergers and caches, texts; of model_routers, splits.",
-    ),
+    seeds: int = typer.Option(3, min=1, help="Trainings of each method; where nothing is trained, texts or splits."),
     tokens: int | None = typer.Option(
         None,
         min=1,
-        help="Tokens of each training (400,000), that pruners observe (24,576), or of caches' texts (2,048).",
+        help="Tokens of each training (400,000), that pruners observe (24,576), or of texts that are "
+        "replayed (2,048).",
     ),
     model: Path | None = typer.Option(
         None,
@@ -43,9 +40,10 @@ def arena(
 
     Of decoders: a model answers the same questions by each. Of pruners: keep three quarters, a half and a
     quarter of a model's experts by every criterion, and measure what is left; of mergers the same, experts
-    being averaged. Of caches: replay what a model chose on text, with room for some of its experts. Of
-    model_routers: learn from half of a table of answers, and route the other half. Runs that are done are
-    kept: the same command goes on where it was stopped.
+    being averaged. Of caches: replay what a model chose on text, with room for some of its experts; of
+    prefetchers the same, timed at stated rates of disk and memory. Of model_routers: learn from half of a
+    table of answers, and route the other half. Runs that are done are kept: the same command goes on where
+    it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """

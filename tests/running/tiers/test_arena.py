@@ -12,8 +12,9 @@ from mixtura.errors import UnknownNameError
 from mixtura.methods.caches import Call, Key, replay
 from mixtura.methods.caches.belady import Belady
 from mixtura.methods.caches.lru import Lru
-from mixtura.running.tiers.arena import Recorded, Standing, hold, record, replay_calls
+from mixtura.running.tiers.arena import Standing, hold, replay_calls
 from mixtura.running.tiers.page import as_csv, markdown
+from mixtura.running.tiers.recording import Recorded, record
 
 
 def recorded() -> Recorded:

@@ -26,6 +26,7 @@ from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.methods import header, own_names
 from mixtura.running.generation import new_tokens
 from mixtura.running.loading import load
+from mixtura.running.tiers.choosing import AUTO
 from mixtura.running.tiers.opening import NO_PREFETCH, Wish, tiers_of
 from mixtura.types import Merge, Plan, Quantize, QuantizeMatrix
 
@@ -122,7 +123,15 @@ def test_merged_experts_and_the_rest_in_fewer_bits(tmp_path: Path) -> None:
     rounding = [Quantize(layer.index, e, *eight) for layer in view.layers for e in (0, 1)]
     rest = [QuantizeMatrix(name, *eight) for name in packable_matrices(build(view), view)]
     plan = Plan(checkpoint_digest(source), (*merges, *rounding, *rest))
-    require_equal(apply_plan(plan, source, tmp_path / "out", progress=False), slots(1, 3, 1000))
+    merged = apply_plan(plan, source, tmp_path / "out", progress=False)
+    require_equal(merged, slots(1, 3, 1000))
+    tiers = tiers_of(load(merged, memory=Wish(pool_slots=1000)))
+    assert tiers is not None
+    # Merged experts take one slot under all of their numbers.
+    apart = sum(len(set(layer.owner(e) for e in range(layer.num_experts))) for layer in tiers.recipes)
+    assert apart == sum(layer.num_experts - 2 for layer in tiers.recipes)
+    assert sum(pool.capacity for pool in tiers.pools) == apart
+    assert tiers.key(0, 3) == tiers.key(0, 5) == tiers.key(0, 0)
 
 
 def test_layers_with_other_numbers_of_experts(tmp_path: Path) -> None:
@@ -144,10 +153,11 @@ def test_caches_and_prefetchers(tmp_path: Path) -> None:
     )
     observe(load(source), text, progress=False).save(tmp_path / "trace")
     caches = [name for name in own_names("caches") if "oracle" not in header("caches", name).tags]
+    prefetchers = own_names("prefetchers")
     wishes = [
         Wish(pool_slots=count, cache=cache, prefetch=prefetch, trace=tmp_path / "trace")
-        for place, cache in enumerate(caches)
-        for count, prefetch in ((3, NO_PREFETCH), (9, own_names("prefetchers")[place % 2]))
+        for place, cache in enumerate([AUTO, *caches])
+        for count, prefetch in ((3, NO_PREFETCH), (9, prefetchers[place % len(prefetchers)]))
     ]
     require_equal(source, wishes)
 

@@ -52,10 +52,16 @@ class Call {
 public:
     // Of `sorted`, the runs from `first` to `last`.
     Call(const Way& way, const Assignments& assignments, const Sorted& sorted, std::size_t first, std::size_t last)
-        : way_(way), assignments_(assignments), order_(sorted.order),
-          runs_(sorted.runs.begin() + static_cast<std::ptrdiff_t>(first),
-                sorted.runs.begin() + static_cast<std::ptrdiff_t>(last)),
-          is_first_(first == 0), is_last_(last == sorted.runs.size()) {}
+        : Call(way, assignments, sorted,
+               std::vector<Run>(sorted.runs.begin() + static_cast<std::ptrdiff_t>(first),
+                                sorted.runs.begin() + static_cast<std::ptrdiff_t>(last)),
+               first == 0, last == sorted.runs.size()) {}
+
+    // Of `sorted`, any runs, ascending; `is_first` and `is_last` where they are all or part of an ordered sum.
+    Call(const Way& way, const Assignments& assignments, const Sorted& sorted, std::vector<Run> runs,
+         bool is_first = true, bool is_last = true)
+        : way_(way), assignments_(assignments), order_(sorted.order), runs_(std::move(runs)), is_first_(is_first),
+          is_last_(is_last) {}
 
     void up_and_activate(Rows x, const Activation& activation) {
         Prepared inputs = tokens(x);
@@ -129,10 +135,14 @@ public:
         Prepared inputs(way_, some.cols);
         std::vector<std::size_t> kernels;
         for (const Run& run : runs_) kernels.push_back(inputs.add(run.expert->down));
-        const std::int64_t begin = runs_.front().start, num_rows = runs_.back().stop - begin;
+        std::vector<std::int64_t> places;
+        for (const Run& run : runs_) {
+            for (std::int64_t i = run.start; i < run.stop; ++i) places.push_back(i);
+        }
+        const auto num_rows = static_cast<std::int64_t>(places.size());
         inputs.reserve(prepared_room(), static_cast<std::int64_t>(order_.size()));
         Pool::shared().loop(num_rows, threads_for(way_, num_rows * some.cols * number_bytes), [&](std::int64_t r) {
-            const std::int64_t i = begin + r;
+            const std::int64_t i = places[static_cast<std::size_t>(r)];
             const float* values = hidden_ + i * features_;
             if (hidden.data) {
                 float* row = scratch().row.of<float>(some.cols);
@@ -326,11 +336,58 @@ void for_present(const Experts& experts, const Sorted& sorted, Rows x, std::int6
     }
     for (std::size_t first = 0; first < total;) {
         const auto left = static_cast<std::int64_t>(total - first);
-        const std::int64_t num = experts.fetch({&numbers[first], &num_rows[first], left, x, num_tokens});
-        body(first, first + static_cast<std::size_t>(num));
-        first += static_cast<std::size_t>(num);
+        const std::size_t num = experts.fetch({&numbers[first], &num_rows[first], left, x, num_tokens, true}).size();
+        body(first, first + num);
+        first += num;
     }
 }
+
+// Calls body with the runs whose experts are in memory, in whatever order they come, until all have had their turn.
+template <class Body>
+void as_they_come(const Experts& experts, const Sorted& sorted, Rows x, std::int64_t num_tokens, const Body& body) {
+    std::vector<Run> left = sorted.runs;
+    while (!left.empty()) {
+        std::vector<std::int64_t> numbers, num_rows;
+        for (const Run& run : left) {
+            numbers.push_back(run.expert - experts.all.data());
+            num_rows.push_back(run.stop - run.start);
+        }
+        const auto num = static_cast<std::int64_t>(left.size());
+        std::vector<Run> come, rest;
+        auto place = std::int64_t{0};
+        const auto places = experts.fetch({numbers.data(), num_rows.data(), num, x, num_tokens, false});
+        auto next = places.begin();
+        for (const Run& run : left) {
+            const bool is_here = next != places.end() && *next == place++;
+            (is_here ? come : rest).push_back(run);
+            if (is_here) ++next;
+        }
+        body(std::move(come));
+        left = std::move(rest);
+    }
+}
+
+// Each token's sum of weight times row, experts ascending: the additions of `Call::down`, one for one.
+void sum_rows(const Way& way, const Assignments& given, const Sorted& sorted, const float* rows, std::int64_t width,
+              Rows weights, Result out) {
+    const std::int64_t step = 256, num = (width + step - 1) / step;
+    const auto present = static_cast<std::int64_t>(sorted.order.size());
+    Pool::shared().loop(num, threads_for(way, present * width * number_bytes), [&](std::int64_t p) {
+        const std::int64_t first = p * step, count = std::min(step, width - first);
+        float* sums = scratch().sums.of<float>(given.num_tokens * count);
+        std::fill(sums, sums + given.num_tokens * count, 0.0f);
+        for (const std::int64_t a : sorted.order) {
+            const float weight = number_at(weights, a, 0);
+            const float* row = rows + a * width + first;
+            float* sum = sums + given.token(a) * count;
+            for (std::int64_t c = 0; c < count; ++c) sum[c] += weight * row[c];
+        }
+        for (std::int64_t t = 0; t < given.num_tokens; ++t) write_row(out, t, first, count, sums + t * count);
+    });
+}
+
+// Of rows of outputs that wait for those of lower experts.
+constexpr std::int64_t most_waiting_bytes = 16 << 20;
 
 }  // namespace
 
@@ -345,6 +402,18 @@ void run_experts_held(const Way& way, const Experts& experts, const Assignments&
     const Sorted sorted = sort_by_expert(experts.all, assignments);
     if (sorted.order.empty()) {
         write_zeros(out, assignments.num_tokens, experts.all.empty() ? 0 : experts.all[0].down.rows);
+        return;
+    }
+    const std::int64_t width = experts.all[0].down.rows;
+    if (experts.fetch && assignments.num * width * number_bytes <= most_waiting_bytes) {
+        static Room room;
+        float* rows = room.of<float>(assignments.num * width);
+        as_they_come(experts, sorted, x, assignments.num_tokens, [&](std::vector<Run> runs) {
+            Call call(way, assignments, sorted, std::move(runs));
+            call.up_and_activate(x, activation);
+            call.down({}, {}, {rows, Number::f32, width});
+        });
+        sum_rows(way, assignments, sorted, rows, width, weights, out);
         return;
     }
     for_present(experts, sorted, x, assignments.num_tokens, [&](std::size_t first, std::size_t last) {

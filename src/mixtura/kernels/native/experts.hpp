@@ -36,22 +36,25 @@ struct Expert {
     Rows up_bias, down_bias;  // one row each, or no data
 };
 
-// What a call is about to multiply with: experts, ascending, the rows of each, and the tokens they come from.
+// What a call is about to multiply with: experts, ascending, the rows of each, and the tokens they come from;
+// whether they must come in this order.
 struct Need {
     const std::int64_t* experts;
     const std::int64_t* num_rows;
     std::int64_t num;
     Rows x;
     std::int64_t num_tokens;
+    bool in_order;
 };
 
-// The experts of a layer. Where `fetch` is there, they are not all in memory at once: it brings the first of those
-// that are needed, at least one, to where their records say, keeps them there until it is called again, and gives
-// how many they are. A call that gets fewer than it needs computes with them and asks for the rest; each token's sum
-// goes on from where it stood, so that its bits do not depend on how many come together.
+// The experts of a layer. Where `fetch` is there, they are not all in memory at once: it brings some of those that
+// are needed, at least one, to where their records say, keeps them there until it is called again, and gives their
+// places among the needed ones, ascending; where they must come in order these are the first ones. A call that gets
+// fewer than it needs computes with them and asks for the rest, so that reading goes on meanwhile. What a token gets
+// is added up in the order of experts all the same, so that its bits do not depend on what comes when.
 struct Experts {
     std::vector<Expert> all;
-    std::function<std::int64_t(const Need&)> fetch;
+    std::function<std::vector<std::int64_t>(const Need&)> fetch;
 };
 
 // Assignments of tokens to experts. One whose expert does not exist is absent.

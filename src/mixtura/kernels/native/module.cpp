@@ -86,10 +86,13 @@ void set_fetch(Layer& layer, nb::callable fetch) {
         const std::vector<std::int64_t> experts(need.experts, need.experts + need.num);
         const std::vector<std::int64_t> num_rows(need.num_rows, need.num_rows + need.num);
         const nb::object come = fetch(experts, num_rows, reinterpret_cast<Address>(need.x.data),
-                                      static_cast<int>(need.x.number), need.x.stride, need.num_tokens);
-        const auto num = nb::cast<std::int64_t>(come);
-        if (num < 1 || num > need.num) throw std::runtime_error("a store must bring at least one of the experts");
-        return num;
+                                      static_cast<int>(need.x.number), need.x.stride, need.num_tokens, need.in_order);
+        const auto places = nb::cast<std::vector<std::int64_t>>(come);
+        bool known = !places.empty() && places.front() >= 0 && places.back() < need.num;
+        for (std::size_t i = 1; i < places.size(); ++i) known = known && places[i - 1] < places[i];
+        if (known && need.in_order) known = places.back() + 1 == static_cast<std::int64_t>(places.size());
+        if (!known) throw std::runtime_error("a store must bring at least one of the experts, ascending");
+        return places;
     };
 }
 

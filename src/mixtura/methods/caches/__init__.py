@@ -90,6 +90,10 @@ class Cache(ABC):
         self.note(key, hit)
         return Touch(hit, evicted)
 
+    def grow(self, more: int) -> None:
+        """Have room for so many more experts from now on."""
+        self.capacity += more
+
     def foresee(self, accesses: Sequence[Key]) -> None:
         """Be told, before the first touch, all that will be touched; only an ``oracle`` listens."""
         del accesses

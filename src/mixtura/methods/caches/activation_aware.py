@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import final
 
 from mixtura.methods.caches import Cache, Call, Key
+from mixtura.methods.caches._shared import ByLayer
 
 METHOD = {"paper": None, "title": "Activations of the text at hand"}
 
@@ -36,23 +37,24 @@ class ActivationAware(Cache):
         super().__init__(capacity)
         self._rows: Counter[Key] = Counter()
         self._totals: Counter[int] = Counter()
-        self._by_age: dict[Key, None] = {}
+        self._inside = ByLayer(self._share)
 
     def begin(self) -> None:
         self._rows.clear()
         self._totals.clear()
+        self._inside.stir()
 
     def see(self, call: Call) -> None:
         for expert, rows in zip(call.experts, call.num_rows, strict=True):
             self._rows[Key(call.layer, expert)] += rows
         self._totals[call.layer] += sum(call.num_rows)
+        self._inside.stir(call.layer)
 
     def note(self, key: Key, hit: bool) -> None:
-        self._by_age.pop(key, None)
-        self._by_age[key] = None
+        self._inside.use(key)
 
     def victim(self, key: Key, held: Collection[Key]) -> Key:
-        free = (one for one in self._by_age if one not in held)
-        leaving = min(free, key=lambda one: self._rows[one] / (self._totals[one.layer] or 1))
-        del self._by_age[leaving]
-        return leaving
+        return self._inside.pop(held)
+
+    def _share(self, key: Key) -> float:
+        return self._rows[key] / (self._totals[key.layer] or 1)

@@ -7,6 +7,7 @@ from typing import final
 
 from mixtura.errors import check_range
 from mixtura.methods.caches import Cache, Call, Key
+from mixtura.methods.caches._shared import ByLayer
 
 METHOD = {
     "paper": 159,
@@ -53,7 +54,7 @@ class Scores(Cache):
         self.alpha = alpha
         self.top = top
         self._priorities: dict[int, dict[int, float]] = {}
-        self._by_age: dict[Key, None] = {}
+        self._inside = ByLayer(self._priority)
 
     def see(self, call: Call) -> None:
         if call.scores is None:
@@ -67,13 +68,13 @@ class Scores(Cache):
         for expert in best:
             new[expert] = new.get(expert, 0.0) + self.alpha * shares[expert]
         self._priorities[call.layer] = new
+        self._inside.stir(call.layer)
 
     def note(self, key: Key, hit: bool) -> None:
-        self._by_age.pop(key, None)
-        self._by_age[key] = None
+        self._inside.use(key)
 
     def victim(self, key: Key, held: Collection[Key]) -> Key:
-        free = (one for one in self._by_age if one not in held)
-        leaving = min(free, key=lambda one: self._priorities.get(one.layer, {}).get(one.expert, 0.0))
-        del self._by_age[leaving]
-        return leaving
+        return self._inside.pop(held)
+
+    def _priority(self, key: Key) -> float:
+        return self._priorities.get(key.layer, {}).get(key.expert, 0.0)

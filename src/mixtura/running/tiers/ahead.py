@@ -17,6 +17,23 @@ _MOST_TOKENS: Final = 16
 # Bytes that are read ahead before it is judged, in experts, and the share of them that must have been needed.
 _JUDGED_EXPERTS: Final = 64
 LEAST_SHARE: Final = 0.5
+_LEAST_SLOTS: Final = 2
+# Of the slots, one of so many is for guesses: what they take from the cache must be little beside it, since a
+# disk that is busy has little time for guesses.
+_ROOM_SHARE: Final = 16
+
+
+def room_for_guesses(num_slots: int, num_experts: int, top_k: int) -> int:
+    """How many of some slots are for experts that are read ahead; none where all experts fit.
+
+    Args:
+        num_slots: of one size.
+        num_experts: that they are for.
+        top_k: experts that a layer needs for a token.
+    """
+    if num_slots >= num_experts or num_slots < 2 * _LEAST_SLOTS:
+        return 0
+    return min(top_k, max(1, num_slots // _ROOM_SHARE))
 
 
 @runtime_checkable
@@ -27,6 +44,10 @@ class ReadsAhead(Protocol):
 
     def read_ahead(self, key: Key) -> int:
         """Begin to read an expert; returns the bytes that takes, 0 for one that is here."""
+        ...
+
+    def stop_ahead(self) -> None:
+        """Nothing more will be guessed: the room for it is the cache's from now on."""
         ...
 
 
@@ -68,3 +89,4 @@ class Ahead:
         gone = counted.used_bytes + counted.wasted_bytes
         if self._judged >= _JUDGED_EXPERTS and counted.used_bytes < LEAST_SHARE * gone:
             self.is_off = True
+            reads.stop_ahead()

@@ -88,8 +88,8 @@ def divide(
     bare = max(known_runtime_bytes(), resident_bytes()) if runtime is None else runtime
     taken = account(view, context)
     fixed = taken.total_bytes - taken.expert_bytes + more
-    sizes = Counter(slot_bytes(r.num_bytes(e)) for r in recipes for e in range(r.num_experts))
-    buffers = Reader.buffer_bytes() + _RECORD_BYTES * sum(sizes.values())
+    sizes = Counter(slot_bytes(r.num_bytes(e)) for r in recipes for e in r.owners)
+    buffers = Reader.buffer_bytes() + _RECORD_BYTES * sum(r.num_experts for r in recipes)
     classes = _merged(sizes)
     least = sum(size * min(_LEAST_SLOTS, num) for size, num in classes)
     smallest = bare + fixed + buffers + least

@@ -6,6 +6,7 @@ Caches and prefetchers only decide; everything is read, placed and counted here.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -62,22 +63,28 @@ class Tiers:
             ]
             for recipe in recipes
         ]
+        self._owners = [[recipe.owner(expert) for expert in range(recipe.num_experts)] for recipe in recipes]
         # What the call that runs now may read, and what was touched for it already.
         self._current: frozenset[Key] = frozenset()
         self._touched: set[Key] = set()
+        self._has_looked = False
 
     def pool(self, layer: int, expert: int) -> Slots:
         """The slots in which an expert finds room."""
         return self.pools[self._pool_of[layer][expert]]
 
+    def key(self, layer: int, expert: int) -> Key:
+        """What an expert is known by in slots and caches: experts that were merged are one."""
+        return Key(layer, self._owners[layer][expert])
+
     def memory(self, layer: int, expert: int) -> Tensor:
         """Where an expert lies that was brought."""
         pool = self.pool(layer, expert)
-        return pool.memory(pool.slot_of(Key(layer, expert)))
+        return pool.memory(pool.slot_of(self.key(layer, expert)))
 
     def is_here(self, layer: int, expert: int) -> bool:
         """Whether the call that runs now may read an expert."""
-        return Key(layer, expert) in self._current
+        return self.key(layer, expert) in self._current
 
     def begin_text(self) -> None:
         """A new text begins."""
@@ -101,25 +108,38 @@ class Tiers:
     def announce(self, layer: int, experts: Sequence[int], num_rows: Sequence[int], x: Tensor | None) -> None:
         """A layer's call begins that needs these experts, ascending."""
         self._touched.clear()
+        self._has_looked = False
         scores = None if self._scores is None or x is None else self._scores(layer, x)
-        call = Call(layer, tuple(sorted(experts)), tuple(num_rows), scores)
+        rows: Counter[int] = Counter()
+        for expert, num in zip(experts, num_rows, strict=True):
+            rows[self._owners[layer][expert]] += num
+        needed = sorted(rows)
+        call = Call(layer, tuple(needed), tuple(rows[expert] for expert in needed), scores)
         for pool in self.pools:
             pool.cache.see(call)
 
-    def bring(self, layer: int, experts: Sequence[int], x: Tensor | None = None) -> int:
-        """Bring the first of these experts, as many as fit, and keep them until the next call.
+    def bring(
+        self, layer: int, experts: Sequence[int], x: Tensor | None = None, *, in_order: int = 0
+    ) -> list[int]:
+        """Begin to bring all of these experts that fit, and return with those that can be multiplied.
 
-        Where not all fit, the next ones are read while the first are multiplied.
+        They are kept until the next call. Reading the others goes on meanwhile, so the caller multiplies what
+        it got and asks for the rest.
 
         Args:
             layer: number of the layer.
-            experts: in the order in which they will be multiplied.
+            experts: those that are still needed, in the order in which they will be multiplied.
             x: the call's tokens, for whoever reads ahead.
+            in_order: where they must come in their order, how many at least are worth beginning with; 0
+                where those that are there go first.
+
+        Returns:
+            Places among ``experts``, ascending, at least one.
 
         Raises:
             CheckpointError: an expert cannot be read.
         """
-        keys = [Key(layer, expert) for expert in experts]
+        keys = [self.key(layer, expert) for expert in experts]
         num = self._num_together(keys)
         now, later = keys[:num], keys[num:]
         soon = later[: self._num_together(later)] if later else []
@@ -129,14 +149,16 @@ class Tiers:
         loads = [self._admit(key, held) for key in now]
         for key in soon:
             self._admit(key, held)
-        self._wait(loads)
-        self._current = frozenset(now)
-        if not later and x is not None and self.ahead is not None:
+        if not later and x is not None and self.ahead is not None and not self._has_looked:
+            self._has_looked = True
             self.ahead.look(self, layer, experts, x)
-        return num
+        come = self._first(loads, in_order) if in_order else self._those_here(loads)
+        self._current = frozenset(now[place] for place in come)
+        return come
 
     def read_ahead(self, key: Key) -> int:
         """Begin to read an expert that may be needed; returns its bytes, 0 for one that is here."""
+        key = self.key(*key)
         pool, recipe = self.pool(*key), self.recipes[key.layer]
         if not pool.num_ahead or pool.holds(key):
             return 0
@@ -153,6 +175,11 @@ class Tiers:
         self.statistics.prefetched_bytes += load.num_bytes
         return load.num_bytes
 
+    def stop_ahead(self) -> None:
+        """Give the room for guesses to the caches."""
+        for pool in self.pools:
+            pool.stop_ahead()
+
     @property
     def wants_tokens(self) -> bool:
         """Whether anybody looks at a call's tokens."""
@@ -165,8 +192,11 @@ class Tiers:
         """How many of the first experts are brought together: all, or half of what there is room for."""
         if self._fit(keys):
             return len(keys)
-        counts = [0] * len(self.pools)
+        counts, seen = [0] * len(self.pools), set()
         for place, (layer, expert) in enumerate(keys):
+            if (layer, expert) in seen:
+                continue
+            seen.add((layer, expert))
             number = self._pool_of[layer][expert]
             counts[number] += 1
             if counts[number] > max(1, self.pools[number].capacity // 2):
@@ -175,7 +205,7 @@ class Tiers:
 
     def _fit(self, keys: Sequence[Key]) -> bool:
         counts = [0] * len(self.pools)
-        for layer, expert in keys:
+        for layer, expert in set(keys):
             counts[self._pool_of[layer][expert]] += 1
         return all(count <= pool.capacity for count, pool in zip(counts, self.pools, strict=True))
 
@@ -219,8 +249,23 @@ class Tiers:
         pool.set_load(slot, None)
         return None
 
+    def _those_here(self, loads: Sequence[Load | None]) -> list[int]:
+        """The places of loads that are done; where none is, of those that are when the first comes."""
+        come = _done(loads)
+        if not come:
+            self._wait(loads[:1])
+            come = _done(loads)
+        return come
+
+    def _first(self, loads: Sequence[Load | None], least: int) -> list[int]:
+        """The first places, ``least`` of them or more, whose loads are done."""
+        least = min(max(1, least), len(loads))
+        self._wait(loads[:least])
+        come = _done(loads)
+        return [place for number, place in enumerate(come) if number == place]
+
     def _wait(self, loads: Sequence[Load | None]) -> None:
-        pending = [load for load in loads if load is not None and not (load.is_done and load.error is None)]
+        pending = [load for load in loads if load is not None and not load.is_here]
         if not pending:
             return
         start = time.perf_counter()
@@ -229,3 +274,7 @@ class Tiers:
                 load.wait()
         finally:
             self.statistics.waited_ms += (time.perf_counter() - start) * 1000
+
+
+def _done(loads: Sequence[Load | None]) -> list[int]:
+    return [place for place, load in enumerate(loads) if load is None or load.is_here]

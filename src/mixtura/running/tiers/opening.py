@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,11 @@ from mixtura.checkpoints.viewing.beside import adapter_of
 from mixtura.errors import SettingError, UnsupportedModelError, UserError
 from mixtura.machine.releases import given_cache
 from mixtura.methods import create, header
-from mixtura.methods.caches import Cache
 from mixtura.methods.prefetchers import Prefetcher
 from mixtura.report.units import parse_bytes
-from mixtura.running.tiers.ahead import Ahead
+from mixtura.running.tiers.ahead import Ahead, room_for_guesses
 from mixtura.running.tiers.budget import Division, SlotPlan, divide
+from mixtura.running.tiers.choosing import AUTO, cache_of
 from mixtura.running.tiers.core import Tiers
 from mixtura.running.tiers.lessons import Lesson
 from mixtura.running.tiers.reading import Reader
@@ -43,7 +44,8 @@ class Wish:
     Attributes:
         memory: bytes that the whole process may take, as a number or such as ``8GiB``.
         context: tokens of prompt and answer together.
-        cache: name of the cache; see `mixtura.methods.caches`.
+        cache: name of the cache (see `mixtura.methods.caches`), or ``auto``: whichever would have missed
+            least of late.
         prefetch: name of the prefetcher, or ``none``.
         trace: a file that `mixtura observe` wrote, for methods with the tag ``reads:trace``.
         more_bytes: memory that the pool is to leave for whoever runs several texts at once: their caches
@@ -54,7 +56,7 @@ class Wish:
 
     memory: int | str | None = None
     context: int = DEFAULT_CONTEXT
-    cache: str = "lru"
+    cache: str = AUTO
     prefetch: str = NO_PREFETCH
     trace: str | Path | None = None
     more_bytes: int = 0
@@ -70,18 +72,24 @@ class Wish:
             parse_bytes(self.memory)
         if self.context < 1:
             raise SettingError(f"the context must be at least 1 token, got {self.context}")
-        if "oracle" in header("caches", self.cache).tags:
+        if "oracle" in self.cache_tags:
             raise SettingError(
                 f"the cache {self.cache!r} reads the future, which no running model knows; give another, "
-                "such as lru, and see 'mixtura arena caches' for how near it comes"
+                "such as auto, and see 'mixtura arena caches' for how near it comes"
             )
-        named = [("caches", self.cache)] + [("prefetchers", self.prefetch)] * (self.prefetch != NO_PREFETCH)
+        named = [("caches", self.cache)] * (self.cache != AUTO)
+        named += [("prefetchers", self.prefetch)] * (self.prefetch != NO_PREFETCH)
         for kind, name in named:
             if "reads:trace" in header(kind, name).tags and self.trace is None:
                 raise SettingError(
                     f"{name!r} goes by a recorded trace; write one with 'mixtura observe MODEL --save FILE' "
                     "and give it as trace"
                 )
+
+    @property
+    def cache_tags(self) -> frozenset[str]:
+        """What the cache asks for; nothing where it is chosen."""
+        return frozenset() if self.cache == AUTO else frozenset(header("caches", self.cache).tags)
 
 
 def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers:
@@ -127,9 +135,8 @@ def division_of(model: Any) -> Division | None:
 
 
 def _counted(recipes: Sequence[Recipe], num_slots: int) -> tuple[SlotPlan, ...]:
-    sizes = {r.num_bytes(e) for r in recipes for e in range(r.num_experts)}
-    counts = {s: sum(r.num_bytes(e) == s for r in recipes for e in range(r.num_experts)) for s in sizes}
-    return tuple(SlotPlan(size, min(num_slots, counts[size]), counts[size]) for size in sorted(sizes))
+    counts = Counter(r.num_bytes(e) for r in recipes for e in r.owners)
+    return tuple(SlotPlan(size, min(num_slots, counts[size]), counts[size]) for size in sorted(counts))
 
 
 def _tiers(
@@ -140,15 +147,16 @@ def _tiers(
         prefetcher = create("prefetchers", wish.prefetch)
     pools = []
     for plan in slots:
-        is_whole = plan.num_slots >= plan.num_experts
-        num_ahead = 0 if prefetcher is None or is_whole else min(top_k, plan.num_slots // 4)
-        cache: Cache = create("caches", wish.cache, plan.num_slots - num_ahead)
+        num_ahead = 0
+        if prefetcher is not None:
+            num_ahead = room_for_guesses(plan.num_slots, plan.num_experts, top_k)
+        cache = cache_of(wish.cache, plan.num_slots - num_ahead, is_taught=wish.trace is not None)
         pools.append(Slots(plan.num_bytes, cache, num_ahead))
     ahead = None
     if prefetcher is not None and any(pool.num_ahead for pool in pools):
         ahead = Ahead(prefetcher, [recipe.num_experts for recipe in recipes], top_k, gates)
     scores: Callable[[int, Tensor], tuple[float, ...] | None] | None = None
-    if "reads:scores" in header("caches", wish.cache).tags:
+    if "reads:scores" in wish.cache_tags:
         scores = gates
     return Tiers(recipes, pools, Reader(), ahead, scores)
 

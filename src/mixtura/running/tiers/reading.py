@@ -67,6 +67,11 @@ class Load:
         """Whether nothing of it is still to be read."""
         return self._done.is_set()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all of it is in memory."""
+        return self._done.is_set() and self.error is None
+
     def wait(self) -> None:
         """Return when all is there.
 

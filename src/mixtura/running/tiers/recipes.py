@@ -57,6 +57,15 @@ class Recipe(ABC):
     num_experts: int
     like: ExpertTensors | None = None
 
+    def owner(self, expert: int) -> int:
+        """The expert whose bytes it has: itself, or the one it was merged with."""
+        return expert
+
+    @property
+    def owners(self) -> list[int]:
+        """Experts with bytes of their own, ascending."""
+        return sorted({self.owner(expert) for expert in range(self.num_experts)})
+
     @abstractmethod
     def num_bytes(self, expert: int) -> int:
         """Memory that an expert takes."""
@@ -188,7 +197,6 @@ class Packed(Recipe):
         self._parts: list[dict[str, Part]] = []
         self._sizes: list[int] = []
         by_name = {form.name: form for form in forms}
-        # An expert that became one with others is read under each of its numbers.
         for number in range(self.num_experts):
             parts, total = {}, 0
             for name in record.tensor_names(number):
@@ -200,6 +208,9 @@ class Packed(Recipe):
         self._units = scaled_units(view, layer) if isinstance(layer, DiskLayer) else []
         # Experts that are stored in one form are one record of the kernels, put elsewhere for each.
         self._matrices: dict[tuple[str, int], ExpertMatrices | None] = {}
+
+    def owner(self, expert: int) -> int:
+        return self._record.place(expert)
 
     def num_bytes(self, expert: int) -> int:
         return self._sizes[expert]

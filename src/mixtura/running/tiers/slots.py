@@ -120,6 +120,15 @@ class Slots:
         """Give up an expert that was guessed."""
         self._free.append(self._ahead.pop(key))
 
+    def stop_ahead(self) -> None:
+        """Give the slots for guesses to the cache; what is in them is wasted."""
+        for key in [*self._ahead]:
+            load = self._loads[self._ahead[key]]
+            self.on_wasted(0 if load is None else load.num_bytes)
+            self.drop_ahead(key)
+        self.cache.grow(self.num_ahead)
+        self.num_ahead = 0
+
     def _take(self) -> int:
         slot = self._free.pop()
         load = self._loads[slot]

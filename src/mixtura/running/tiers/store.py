@@ -15,6 +15,8 @@ from mixtura.kernels import ExpertTensors, NativeLayer
 from mixtura.kernels.compiled import NUMBERS
 from mixtura.running.tiers.core import Tiers
 
+# Parts in which the experts of a call of many tokens come, at most, while there is room for all.
+_PARTS: Final = 4
 _DTYPES: Final = {number: dtype for dtype, number in NUMBERS.items()}
 
 
@@ -58,7 +60,7 @@ class TieredStore:
         if not self.tiers.is_here(self.layer, expert):
             known = expert in self._expected
             rest = self._expected[self._expected.index(expert) :] if known else (expert,)
-            self.tiers.bring(self.layer, rest, self._x)
+            self.tiers.bring(self.layer, rest, self._x, in_order=1)
         return self._recipe.tensors(expert, self.tiers.memory(self.layer, expert), dtype)
 
     def native_layer(self) -> NativeLayer | None:
@@ -83,26 +85,40 @@ class TieredStore:
             made.record.set_fetch(_fetching(weakref.ref(self)))
         return made
 
-    def fetch(self, experts: Sequence[int], num_rows: Sequence[int], begins: bool, x: Tensor | None) -> int:
-        """Bring the first of some experts to where their records say; see `Tiers.bring`.
+    def fetch(
+        self,
+        experts: Sequence[int],
+        num_rows: Sequence[int],
+        begins: bool,
+        x: Tensor | None,
+        in_order: bool,
+    ) -> list[int]:
+        """Bring some of the experts that a call still needs to where their records say; see `Tiers.bring`.
 
         Args:
-            experts: what a call still needs.
+            experts: what a call still needs, ascending.
             num_rows: tokens of each.
             begins: whether the call has the layer's tokens: only the first half of one does.
             x: those tokens, where anybody looks at them.
+            in_order: whether they must come in their order.
+
+        Returns:
+            Places among ``experts``.
         """
         if begins and tuple(experts) != self._expected:
             self.tiers.announce(self.layer, experts, num_rows, x)
-        num = self.tiers.bring(self.layer, experts, x)
-        self._expected = tuple(experts[num:])
+        # A call of many tokens prepares them anew for each part of its experts.
+        least = -(-len(experts) // _PARTS) if in_order else 0
+        come = self.tiers.bring(self.layer, experts, x, in_order=least)
+        here = set(come)
+        self._expected = tuple(expert for place, expert in enumerate(experts) if place not in here)
         assert self._native is not None
-        for expert in experts[:num]:
+        for expert in (experts[place] for place in come):
             address = self.tiers.memory(self.layer, expert).data_ptr()
             if address != self._addresses[expert]:
                 self._native.record.shift(expert, address - self._addresses[expert])
                 self._addresses[expert] = address
-        return num
+        return come
 
     def tokens(self, address: int, number: int, stride: int, num_tokens: int) -> Tensor | None:
         """A call's tokens, copied from where the kernels have them, where anybody looks at them."""
@@ -119,15 +135,23 @@ class TieredStore:
         raise TypeError("a model that runs from memory and disk cannot be copied or pickled; load it again")
 
 
-def _fetching(store: weakref.ref[TieredStore]) -> Callable[[list[int], list[int], int, int, int, int], int]:
+def _fetching(
+    store: weakref.ref[TieredStore],
+) -> Callable[[list[int], list[int], int, int, int, int, bool], list[int]]:
     """What the kernels call. It must not keep the store, which keeps the kernels' record, which keeps it."""
 
     def fetch(
-        experts: list[int], num_rows: list[int], address: int, number: int, stride: int, num_tokens: int
-    ) -> int:
+        experts: list[int],
+        num_rows: list[int],
+        address: int,
+        number: int,
+        stride: int,
+        num_tokens: int,
+        in_order: bool,
+    ) -> list[int]:
         one = store()
         assert one is not None
         x = one.tokens(address, number, stride, num_tokens)
-        return one.fetch(experts, num_rows, bool(address), x)
+        return one.fetch(experts, num_rows, bool(address), x, in_order)
 
     return fetch
