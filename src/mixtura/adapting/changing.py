@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixtura.errors import UserError
 from mixtura.kernels.backend import matrix_names
 from mixtura.methods._precision import full_precision
 from mixtura.types import Change, LowRank, Own, RouterInput
@@ -34,15 +37,26 @@ def changed_stack(
     return stack.index_copy(0, ids, changed.to(stack.dtype))
 
 
-def changed_parameters(module: nn.Module, changes: list[Change]) -> dict[str, Tensor]:
-    """The stacked parameters of an experts module as changes leave them, by name."""
+def changed_parameters(module: nn.Module, changes: Sequence[Change]) -> dict[str, Tensor]:
+    """The stacked parameters of an experts module as changes leave them, by name.
+
+    Of several with matrices of their own, the last one's stand; what thin factors add comes on top.
+
+    Raises:
+        UserError: features are to be dropped out, which a matrix cannot do.
+    """
+    if any(change.dropout > 0 for change in changes):
+        raise UserError(
+            "adapters of experts that are built for each pass cannot have dropout; run the experts by "
+            "experts_implementation='mixtura', or set the adapter's dropout to 0"
+        )
     found: dict[str, Tensor] = {}
     for name, parameter in matrix_names(module).items():
         stack: Tensor = getattr(module, parameter)
-        for change in changes:
-            if name in change.matrices:
-                transposed = bool(module.is_transposed)
-                stack = changed_stack(stack, change.matrices[name], change.expert_ids, transposed=transposed)
+        parts = [(one.matrices[name], one.expert_ids) for one in changes if name in one.matrices]
+        # A sort that is stable: matrices of adapters' own first.
+        for part, expert_ids in sorted(parts, key=lambda one: isinstance(one[0], LowRank)):
+            stack = changed_stack(stack, part, expert_ids, transposed=bool(module.is_transposed))
         found[parameter] = stack
     return found
 
@@ -61,7 +75,6 @@ def add_to_rows(
     made: Float[Tensor, "*rest rows"],
     x: Float[Tensor, "*rest cols"],
     change: Change,
-    dropout: float,
     bias: Tensor | None,
 ) -> Float[Tensor, "*rest rows"]:
     """What a linear layer made of its input, with what a change adds for every token.
@@ -70,7 +83,6 @@ def add_to_rows(
         made: what the base computed.
         x: what it was given.
         change: of its matrix.
-        dropout: share of features that the factors do not see.
         bias: of the base, which ``base_scale`` leaves alone.
     """
     part = change.matrices["weight"]
@@ -80,7 +92,7 @@ def add_to_rows(
         made = (made - bias) * change.base_scale + bias if bias is not None else made * change.base_scale
     count, rank, cols = part.a.shape
     rows = x.reshape(-1, cols)
-    seen = F.dropout(rows, dropout) if dropout > 0 else rows
+    seen = F.dropout(rows, change.dropout) if change.dropout > 0 else rows
     thin = F.linear(seen.to(part.a.dtype), part.a.reshape(count * rank, cols)).view(-1, count, rank)
     thin = thin * part.scale.to(thin)[:, None]
     if change.shares is not None:

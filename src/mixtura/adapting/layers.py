@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -51,6 +53,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
             adapter.to(device=self.device, dtype=dtype)
             if "trains_base" in declared_tags(type(adapter)):
                 adapter.start(self.matrices())
+        # What can be merged makes the same of every token.
+        self.losses.reads = self.losses.reads or "mergeable" not in declared_tags(type(adapter))
         self.mixtura_adapter[name] = adapter
 
     def adapter(self, name: str) -> Adapter:
@@ -61,8 +65,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
 
     @property
     def running(self) -> list[str]:
-        """The adapters that change what this module does now and are not merged."""
+        """The adapters that change what this module does now and are not merged.
+
+        Switched off while some are merged, as PEFT's own are, the base first gets its own weights back.
+        """
         if self.disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
             return []
         merged = set(self.merged_adapters)
         return [n for n in self.active_adapters if n in self.mixtura_adapter and n not in merged]
@@ -78,8 +87,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
         """The base's matrices by name, as they are stored; decoded where they are in fewer bits."""
 
     @abstractmethod
-    def write(self, change: Change) -> None:
-        """Write a change into the base's matrices."""
+    def write(self, changes: Sequence[Change]) -> None:
+        """Write changes into the base's own matrices."""
 
     @abstractmethod
     def held(self) -> dict[str, Tensor]:
@@ -106,8 +115,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
             self._before = {key: tensor.detach().clone() for key, tensor in held.items()}
         for name in names:
             adapter = self.adapter(name)
+            every = [self.adapter(one).change(self._none()) for one in (*self.merged_adapters, name)]
             with torch.no_grad():
-                self.write(adapter.change(self._none()))
+                # Anew from the base's own, so that the result is that of all of them unmerged.
+                for key, tensor in held.items():
+                    tensor.copy_(self._before[key])
+                self.write(every)
             if safe_merge and not all(tensor.isfinite().all() for tensor in held.values()):
                 self._restore()
                 raise ValueError(
@@ -143,6 +156,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
         self._before = {}
         self.merged_adapters.clear()
 
+    def _change(self, name: str, inputs: RouterInput) -> Change:
+        adapter = self.adapter(name)
+        return replace(adapter.change(inputs), dropout=adapter.dropout if self.training else 0.0)
+
     def _none(self) -> RouterInput:
         site = self.adapter(next(iter(self.mixtura_adapter))).site
         width = next(iter(site.matrices.values())).cols
@@ -159,14 +176,14 @@ class ExpertsLayer(AdapterLayer):
         """What the experts make of the tokens, those that adapters change with their changes."""
         base: Any = self.base_layer
         given = (hidden_states, top_k_index, top_k_weights)
-        inputs = RouterInput.of(hidden_states, training=self.training) if self.running else None
-        changes = [] if inputs is None else [self._change(name, inputs) for name in self.running]
+        running, inputs = self.running, RouterInput.of(hidden_states, training=self.training)
+        changes = [self._change(name, inputs) for name in running]
         if not torch.is_grad_enabled():
             changes = [change for change in changes if not self._is_nothing(change)]
         if not changes:
             made = base(*given, *args, **kwargs)
         elif base.config._experts_implementation == backend.NAME or hasattr(base, "mixtura_store"):
-            made = backend.run_module(base, *given, changes, self._dropout())
+            made = backend.run_module(base, *given, changes)
         else:
             made = functional_call(base, changed_parameters(base, changes), given + args, kwargs)
         assert isinstance(made, Tensor)
@@ -190,17 +207,10 @@ class ExpertsLayer(AdapterLayer):
             )
         return {parameter: getattr(base, parameter).data for parameter in backend.matrix_names(base).values()}
 
-    def write(self, change: Change) -> None:
+    def write(self, changes: Sequence[Change]) -> None:
         held = self.held()
-        for parameter, stack in changed_parameters(self.base_layer, [change]).items():
+        for parameter, stack in changed_parameters(self.base_layer, changes).items():
             held[parameter].copy_(stack)
-
-    def _change(self, name: str, inputs: RouterInput) -> Change:
-        return self.adapter(name).change(inputs)
-
-    def _dropout(self) -> float:
-        shares = [self.adapter(name).dropout for name in self.running]
-        return max(shares, default=0.0) if self.training else 0.0
 
     def _is_nothing(self, change: Change) -> bool:
         """Whether a change leaves every expert as it is; looked at in full only if a glance says so."""
@@ -224,20 +234,20 @@ class LinearLayer(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer makes of its input, with what adapters add for every token."""
+        running = self.running
         made: Tensor = self.base_layer(x, *args, **kwargs)
         bias = getattr(self.base_layer, "bias", None)
-        for name in self.running:
-            adapter = self.adapter(name)
-            change = adapter.change(self._inputs(x))
-            made = add_to_rows(made, x, change, adapter.dropout if self.training else 0.0, bias)
+        for name in running:
+            change = self._change(name, self._inputs(x))
+            made = add_to_rows(made, x, change, bias)
             if self.training and change.losses:
-                made = self.losses.attach(made, torch.stack(list(change.losses.values())).sum())
+                made = self.losses.attach(self, made, torch.stack(list(change.losses.values())).sum())
         return made
 
     def _inputs(self, x: Tensor) -> RouterInput:
         rows = x.reshape(-1, x.shape[-1])
-        valid = self.losses.valid(rows.shape[0], x.shape[-2] if x.ndim > 2 else rows.shape[0])
-        known = {} if valid is None else {"valid": valid}
+        valid = self.losses.valid(self, rows.shape[0])
+        known = {} if valid is None else {"valid": valid.to(rows.device)}
         return RouterInput.of(rows, training=self.training, **known)
 
     def matrices(self) -> dict[str, Tensor]:
@@ -253,9 +263,10 @@ class LinearLayer(AdapterLayer):
             )
         return {"weight": weight.data}
 
-    def write(self, change: Change) -> None:
+    def write(self, changes: Sequence[Change]) -> None:
         held = self.held()["weight"]
-        held.copy_(changed_weight(held, change))
+        for change in changes:
+            held.copy_(changed_weight(held, change))
 
 
 def require_mergeable(adapter: Adapter) -> None:

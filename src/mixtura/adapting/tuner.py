@@ -61,6 +61,24 @@ class AdapterTuner(BaseTuner):
             plain: Any = plain_model(self.model)
             plain.set_experts_implementation(config.experts_implementation)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter in.
+
+        Raises:
+            UserError: its settings leave it nothing to change.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        layers = [one for one in model.modules() if isinstance(one, AdapterLayer)]
+        own = [one.adapter(adapter_name) for one in layers if adapter_name in one.mixtura_adapter]
+        if isinstance(config, AdapterConfig) and not any(
+            parameter.numel() for adapter in own for parameter in adapter.parameters()
+        ):
+            raise UserError(
+                f"the adapter {adapter_name} ({config.method}) names no expert of any layer that it is in, "
+                "so that nothing would be learned; name some by experts, or leave it out for all"
+            )
+
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> Any:
         del model_config
         return peft_config

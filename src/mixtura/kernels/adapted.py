@@ -38,35 +38,35 @@ def tensors_of(change: Change) -> tuple[Tensor, ...]:
     return tuple(t for part in parts for t in ((part.weight,) if isinstance(part, Own) else (part.a, part.b)))
 
 
-def adapted_product(changes: Sequence[Change], dropout: float = 0.0) -> Multiply:
-    """`grouped_product` with the experts' matrices as adapters change them, one after the other.
+def adapted_product(changes: Sequence[Change]) -> Multiply:
+    """`grouped_product` with the experts' matrices as adapters change them.
 
-    Of several changes with matrices of their own, the last one's stand. Thin factors do not see a share
-    ``dropout`` of every row's features.
+    Of several changes with matrices of their own, the last one's stand; what thin factors add comes on top.
+    Those of a change do not see its share ``dropout`` of every row's features.
     """
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layer: GroupedLayer) -> Tensor:
         own: dict[int, Tensor] = {}
-        added: list[tuple[LowRank, Slots]] = []
+        added: list[tuple[LowRank, Slots, float]] = []
         for change in changes:
             part = change.matrices.get(layer.name)
             if isinstance(part, Own):
                 own |= {expert: part.weight[slot] for expert, slot in slots_of(change).items()}
             elif part is not None:
-                added.append((part, slots_of(change)))
+                added.append((part, slots_of(change), change.dropout))
         if own:
             product = _own_product(x, weight, bias, own, layer)
         else:
             product = grouped_product(x, weight, bias, layer)
-        seen = layer
-        if added and dropout > 0:
-            rows = x.index_select(0, layer.dispatch.rows) if layer.from_tokens else x
-            x, seen = F.dropout(rows, dropout), layer._replace(from_tokens=False)
-        for part, slots in added:
+        for part, slots, dropout in added:
+            shown, seen = x, layer
+            if dropout > 0:
+                rows = x.index_select(0, layer.dispatch.rows) if layer.from_tokens else x
+                shown, seen = F.dropout(rows, dropout), layer._replace(from_tokens=False)
             scales = part.scale.tolist()
             product = cast(
                 Tensor,
-                _AddLowRank.apply(product, x, part.a, part.b, scales, slots, seen),  # type: ignore[no-untyped-call]
+                _AddLowRank.apply(product, shown, part.a, part.b, scales, slots, seen),  # type: ignore[no-untyped-call]
             )
         return product
 

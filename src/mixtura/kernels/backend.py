@@ -55,12 +55,8 @@ def run_module(
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
     changes: Sequence[Change] = (),
-    dropout: float = 0.0,
 ) -> Float[Tensor, "T D"]:
-    """`forward` of an experts module, its matrices as adapters change them.
-
-    ``dropout`` is the share of features that the thin factors of changes do not see.
-    """
+    """`forward` of an experts module, its matrices as adapters change them."""
     if hidden_states.is_meta:
         return torch.empty_like(hidden_states)
     observer: AssignmentObserver | None = getattr(module, "mixtura_observer", None)
@@ -91,7 +87,6 @@ def run_module(
         observer,
         tuple(module.parameters()) if torch.is_grad_enabled() else (),
         changes,
-        dropout,
     )
     if observer is not None:
         observer.finish()

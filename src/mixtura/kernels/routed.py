@@ -86,15 +86,13 @@ def run_routed(
     observer: AssignmentObserver | None = None,
     parameters: Sequence[Tensor] = (),
     changes: Sequence[Change] = (),
-    dropout: float = 0.0,
 ) -> Float[Tensor, "T D"]:
     """`routed_experts` on a store of any kind; ``parameters`` are those the experts hold elsewhere.
 
-    ``changes`` are what adapters make of the experts' matrices, whose thin factors do not see a share
-    ``dropout`` of the features.
+    ``changes`` are what adapters make of the experts' matrices.
     """
     if changes:
-        return _run_adapted(x, token_ids, expert_ids, weights, store, math, observer, changes, dropout)
+        return _run_adapted(x, token_ids, expert_ids, weights, store, math, observer, changes)
     stacked = store.tensors() if isinstance(store, StackedExperts) else ()
     needs_grad = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x, weights, *stacked, *parameters)
@@ -123,14 +121,13 @@ def _run_adapted(
     math: ExpertMath,
     observer: AssignmentObserver | None,
     changes: Sequence[Change],
-    dropout: float,
 ) -> Tensor:
     dispatch = sort_by_expert(token_ids, expert_ids, num_tokens=x.shape[0], num_experts=store.num_experts)
     present = weights.index_select(0, dispatch.assignments)
     if isinstance(store, StackedExperts):
-        multiply = adapted_product(changes, dropout)
+        multiply = adapted_product(changes)
         return run_experts_with_grad(x, present, dispatch, store, math, observer, multiply).to(x.dtype)
-    if dropout > 0:
+    if any(change.dropout > 0 for change in changes):
         raise UserError(
             "experts that are read from a store cannot be tuned with dropout, because each runs twice; set "
             "the adapter's dropout to 0"

@@ -41,9 +41,9 @@ def to_sum_one(
     return torch.where(sure, weights / torch.where(sure, total, 1.0), lost)
 
 
-def mean_of_valid(values: Float[Tensor, " T"], valid: Bool[Tensor, " T"]) -> Float[Tensor, ""]:
+def mean_of_valid(values: Float[Tensor, "T *_"], valid: Bool[Tensor, " T"]) -> Float[Tensor, "*_"]:
     """The mean over valid tokens; 0 where there are none."""
-    return values[valid].sum() / valid.sum().clamp(min=1)
+    return values[valid].sum(0) / valid.sum().clamp(min=1)
 
 
 def squared_variation(values: Float[Tensor, " E"]) -> Float[Tensor, ""]:

@@ -110,7 +110,8 @@ class Inside(TorchFunctionMode):
         scores, steering = args[0], self._steering
         if not steering.changes_choice:
             return func(*args, **options)
-        wanted = scores.detach()
+        # Some families choose row by row of the batch; a steering is by token.
+        wanted = scores.detach().reshape(-1, scores.shape[-1])
         extra = wanted.shape[-1] - self._outline.num_experts
         if steering.bias is not None:
             wanted = wanted + F.pad(steering.bias.to(wanted), (0, extra))
@@ -125,6 +126,7 @@ class Inside(TorchFunctionMode):
         if steering.forced is not None:
             forced = steering.forced.view(chosen.shape)
             chosen = torch.where(forced >= 0, forced, chosen)
+        chosen = chosen.view(*scores.shape[:-1], chosen.shape[-1])
         return torch.return_types.topk((scores.gather(-1, chosen), chosen))
 
     def _with_forced_groups(self, ratings: Float[Tensor, "T G"]) -> Float[Tensor, "T G"]:

@@ -36,7 +36,7 @@ class Seen:
 
 
 @final
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Pass:
     """One forward pass.
 

@@ -84,6 +84,8 @@ class Change:
             all of every one.
         base_scale: of a linear layer, a factor of what the base computes. None: 1.
         losses: what to add to the training loss, by name, already multiplied by its coefficient.
+        dropout: share of a token's features that the factors of `LowRank` do not see; the core fills it in,
+            in training.
     """
 
     matrices: Mapping[str, LowRank | Own]
@@ -91,3 +93,4 @@ class Change:
     shares: Float[Tensor, "T M"] | None = None
     base_scale: Float[Tensor, ""] | None = None
     losses: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    dropout: float = 0.0

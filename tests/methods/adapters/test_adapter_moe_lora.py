@@ -19,7 +19,7 @@ def test_a_token_gets_its_experts_products_by_their_shares() -> None:
     x = torch.randn(5, 16, generator=generator)
     change = made.change(RouterInput.of(x))
     assert change.shares is not None
-    found = add_to_rows(torch.zeros(5, 20), x, change, 0.0, None)
+    found = add_to_rows(torch.zeros(5, 20), x, change, None)
     for token in range(5):
         scores = (x[token] @ made.gate.T).softmax(-1)
         best = scores.argsort(descending=True)[:2]

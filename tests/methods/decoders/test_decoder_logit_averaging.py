@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from deciding import several
 from families import tiny_model
 
 from mixtura.authoring.contracts._decoded import model, tokenizer
 from mixtura.errors import UserError
+from mixtura.methods.decoders.logit_averaging import LogitAveraging
 from mixtura.running.decoders.entry import decode
 
 
@@ -43,3 +47,8 @@ def test_another_vocabulary_or_too_many_weights_are_refused() -> None:
         decode(model(), tokenizer(), "a", "logit_averaging")
     with pytest.raises(UserError, match="at most one for each of 2 models"):
         decode(model(), tokenizer(), "a", "logit_averaging", models=[model(1)], weights=[1.0, 1.0, 1.0])
+
+
+def test_a_model_without_weight_is_not_heard_at_all() -> None:
+    logits = torch.tensor([[[1.0, 2.0], [-math.inf, 5.0]]])
+    assert LogitAveraging(weights=[1.0, 0.0]).mix(logits, several(["a"]))[0].tolist() == [1.0, 2.0]

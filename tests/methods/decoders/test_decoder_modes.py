@@ -9,7 +9,7 @@ import torch
 
 from mixtura.authoring.contracts._decoded import model, samples, tokenizer
 from mixtura.errors import CheckpointError, UserError
-from mixtura.methods.decoders.modes import Modes, divergence
+from mixtura.methods.decoders.modes import Modes, divergence, largest_that_leaves
 from mixtura.methods.decoders.scmoe import Scmoe
 from mixtura.running.decoders.calibrating import calibrate_on
 from mixtura.running.decoders.entry import decode
@@ -64,3 +64,18 @@ def test_another_models_or_methods_calibration_is_refused(file: Path, tmp_path: 
         decode(model(), tokenizer(), "abc", "modes")
     with pytest.raises(UserError, match="Scmoe needs no calibration"):
         calibrate_on(model(), Scmoe(), samples(), tokenizer=tokenizer())
+
+
+def test_the_threshold_leaves_at_most_the_part_asked_for() -> None:
+    """Counted one by one, also with equals, a few scores and more than a quantile can be taken of."""
+    generator = torch.Generator().manual_seed(0)
+    for number in (1, 2, 3, 10, 11, 64):
+        scores = torch.randint(0, 20, (number,), generator=generator) / 20
+        for part in (0.1, 0.3, 0.4, 0.5, 0.99, 1.0):
+            found = largest_that_leaves(scores, part)
+            assert sum(score < found for score in scores.tolist()) <= part * number
+            higher = [score for score in scores.tolist() if score > found]
+            if higher and part < 1:
+                assert sum(score < min(higher) for score in scores.tolist()) > part * number
+    many = torch.rand((1 << 24) + 1, generator=generator)
+    assert largest_that_leaves(many, 0.5) == pytest.approx(0.5, abs=1e-3)

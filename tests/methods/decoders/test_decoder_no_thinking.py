@@ -36,3 +36,12 @@ def test_a_verifier_decides() -> None:
     for one, verdict in zip(candidates, (0.1, 0.7), strict=True):
         one.verdicts = [verdict]
     assert NoThinking().select(candidates) == 1
+
+
+def test_a_final_answer_is_begun_at_its_beginning_however_few_tokens_there_are() -> None:
+    made = decode(
+        model(), tokenizer(), "abc", "no_thinking", n=1, thought="xyz", final="FINAL", final_tokens=20,
+        max_new_tokens=9,
+    )  # fmt: skip
+    letters = [tokenizer().decode([token]) for token in made.token_ids]
+    assert letters[:8] == list("xyzFINAL")

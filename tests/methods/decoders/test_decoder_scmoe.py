@@ -22,6 +22,11 @@ def test_logits_are_contrasted_and_unlikely_tokens_are_out() -> None:
     assert made == [1.5 * 2.0, 1.5 * 1.0 - 1.5, -math.inf]
 
 
+def test_what_no_routing_can_say_stays_out() -> None:
+    logits = torch.tensor([[[2.0, -math.inf], [0.0, -math.inf]]])
+    assert Scmoe(beta=0.5, alpha=0.0).mix(logits, several(["a"]))[0].tolist() == [3.0, -math.inf]
+
+
 @torch.no_grad()
 def test_the_weak_view_is_the_second_expert_alone() -> None:
     inside = model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from zlib import crc32
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from mixtura.errors import SettingError
 from mixtura.methods._drawing import generator_of
-from mixtura.types import Change, LowRank, MatrixShape, Routing, Site
+from mixtura.methods._scores import crowding, mean_of_valid
+from mixtura.methods.adapters import Adapter
+from mixtura.types import Change, LowRank, MatrixShape, RouterInput, Routing, Site
 from mixtura.types.trace import LayerTrace, Trace
 
 Experts = dict[str, list[int]] | list[int] | None
@@ -59,31 +62,67 @@ def top_shares(scores: Float[Tensor, "T M"], top_k: int, *, renormalize: bool = 
     return torch.zeros_like(scores).scatter(-1, chosen, kept)
 
 
-def mixed(
-    pair: tuple[Tensor, Tensor], alpha: float, shares: Float[Tensor, "T M"], losses: Mapping[str, Tensor]
-) -> Change:
-    """LoRA experts at a linear layer, of which each token gets its shares; losses of 0 are left out."""
-    a, b = pair
-    count, rank = a.shape[:2]
-    part = low_rank(a, b, alpha, [rank] * count)
-    return Change(matrices={"weight": part}, shares=shares, losses=losses)
-
-
 def balance_loss(
     scores: Float[Tensor, "T M"], chosen: Num[Tensor, "T M"], valid: Bool[Tensor, " T"]
 ) -> Tensor:
     """M times the product of each expert's share of the choices and its mean score, summed; 1 if balanced."""
     counts = (chosen != 0)[valid].to(scores).sum(0)
     share = counts / counts.sum().clamp(min=1)
-    means = scores[valid].sum(0) / valid.sum().clamp(min=1)
-    return scores.shape[1] * (share.detach() * means).sum()
+    return crowding(share.detach(), mean_of_valid(scores, valid))
 
 
-def lora_gate(site: Site, count: int, seed: int) -> nn.Parameter:
+class LoraExperts(Adapter, ABC):
+    """LoRA experts beside a linear layer, of which tokens get shares: what all such adapters have.
+
+    Attributes:
+        rank: of each LoRA expert.
+        alpha: what they learn is scaled by it over the rank.
+        num_experts: M.
+        balance: coefficient of the loss that keeps them in use.
+        seed: of what ``a`` and the router start as.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        num_experts: int,
+        balance: float,
+        seed: int,
+        least_experts: int = 1,
+        named: str = "num_experts",
+    ) -> None:
+        super().__init__(site)
+        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
+        self.alpha = self.within("alpha", alpha, 0, 1e6)
+        self.dropout = self.within("dropout", dropout, 0, 0.99)
+        self.num_experts = self.within(named, num_experts, least_experts, 1024)
+        self.balance = self.within("balance", balance, 0, 1e6)
+        self.seed = seed
+        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
+
+    def mixed(self, shares: Float[Tensor, "T M"], losses: Mapping[str, Tensor]) -> Change:
+        """The experts' changes, of which each token gets its shares."""
+        part = low_rank(self.a, self.b, self.alpha, [self.rank] * self.num_experts)
+        return Change(matrices={"weight": part}, shares=shares, losses=losses)
+
+    def balanced(
+        self, inputs: RouterInput, scores: Float[Tensor, "T M"], chosen: Float[Tensor, "T M"]
+    ) -> dict[str, Tensor]:
+        """The loss of Switch that keeps the experts in use, in training and where it has a coefficient."""
+        if not (self.balance and inputs.training):
+            return {}
+        return {"balance": self.balance * balance_loss(scores, chosen, inputs.valid)}
+
+
+def lora_gate(adapter: LoraExperts) -> nn.Parameter:
     """Router rows ``[M, cols]`` of LoRA experts, as PyTorch draws a linear layer's."""
-    cols = next(iter(site.matrices.values())).cols
-    generator = generator_of(site_seed(site, seed, "gate"))
-    rows = torch.empty(count, cols, device=generator.device)
+    cols = adapter.site.matrices["weight"].cols
+    generator = generator_of(site_seed(adapter.site, adapter.seed, "gate"))
+    rows = torch.empty(adapter.num_experts, cols, device=generator.device)
     return nn.Parameter(rows.uniform_(-1.0, 1.0, generator=generator).mul_(cols**-0.5))
 
 
@@ -96,10 +135,12 @@ def experts_at(site: Site, experts: Experts, owner: str) -> tuple[int, ...]:
     """Those of a site's experts that are named: for all layers, or by decoder layer; None names all.
 
     Raises:
-        SettingError: the layer has no such expert, or one is named twice.
+        SettingError: there is no such layer, it has no such expert, or one is named twice.
     """
     if experts is None:
         return tuple(range(site.num_experts))
+    for key in experts if isinstance(experts, Mapping) else ():
+        check_layer(site, key, f"experts of {owner}")
     named = experts.get(str(site.layer), []) if isinstance(experts, Mapping) else experts
     wrong = [e for e in named if not 0 <= e < site.num_experts]
     if wrong:
@@ -110,6 +151,12 @@ def experts_at(site: Site, experts: Experts, owner: str) -> tuple[int, ...]:
     if len(set(named)) < len(named):
         raise SettingError(f"experts of {owner} name an expert of layer {site.layer} twice")
     return tuple(sorted(named))
+
+
+def check_layer(site: Site, key: str, what: str) -> None:
+    """Raise `SettingError` unless a key is the number of one of the model's decoder layers."""
+    if not (key.isdecimal() and int(key) < site.num_layers):
+        raise SettingError(f"{what} name layer {key!r}; the model has layers 0 to {site.num_layers - 1}")
 
 
 def chosen_by(trace: Trace, score: Literal["gate", "token"], top_p: float) -> dict[str, list[int]]:

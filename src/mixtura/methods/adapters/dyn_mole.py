@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.methods._precision import exact_logits
-from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._shared import lora_gate, mixed, smallest_side, thin_pair
+from mixtura.methods._scores import crowding, mean_of_valid
+from mixtura.methods.adapters._shared import LoraExperts, lora_gate
 from mixtura.types import Change, RouterInput, Site
 
 METHOD = {
@@ -21,7 +21,7 @@ METHOD = {
 
 
 @final
-class DynMole(Adapter):
+class DynMole(LoraExperts):
     """Fine-tune LoRA experts beside each linear layer: few where the router is sure, all where it is not.
 
     A token gets the likeliest experts while their probabilities sum to ``top_p`` at most, ``least`` at
@@ -59,7 +59,9 @@ class DynMole(Adapter):
     Differences from the paper:
         As its code has it: the expert that crosses ``top_p`` is left out, shares are not divided by their
         sum, and the balance is of kept and of all probabilities, not of counts. Padding counts in neither
-        loss.
+        loss, where its code takes the entropy of padding, too. Losses are those of each layer, added up,
+        where its code takes one mean over all of them: divide both coefficients by the number of layers that
+        are changed to have it so.
 
     Reference:
         DynMoLE: Boosting Mixture of LoRA Experts Fine-Tuning with a Hybrid Routing Mechanism (paper 46);
@@ -82,22 +84,22 @@ class DynMole(Adapter):
         balance: float = 0.001,
         seed: int = 0,
     ) -> None:
-        super().__init__(site)
-        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
-        self.alpha = self.within("alpha", alpha, 0, 1e6)
-        self.dropout = self.within("dropout", dropout, 0, 0.99)
-        self.num_experts = self.within("num_experts", num_experts, 2, 1024)
-        self.top_p, self.least = (
-            self.within("top_p", top_p, 0, 1),
-            self.within("least", least, 1, num_experts),
+        super().__init__(
+            site,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            num_experts=num_experts,
+            balance=balance,
+            seed=seed,
+            least_experts=2,
         )
+        self.top_p = self.within("top_p", top_p, 0, 1)
+        self.least = self.within("least", least, 1, num_experts)
         self.threshold = self.within("threshold", threshold, 0, 2)
         self.q = self.within("q", q, 1.001, 10)
         self.uncertainty = self.within("uncertainty", uncertainty, 0, 1e6)
-        self.balance = self.within("balance", balance, 0, 1e6)
-        self.seed = seed
-        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
-        self.gate = lora_gate(site, num_experts, seed)
+        self.gate = lora_gate(self)
 
     def change(self, inputs: RouterInput) -> Change:
         scores = exact_logits(inputs.x, self.gate).softmax(-1)
@@ -110,12 +112,11 @@ class DynMole(Adapter):
         shares = scores * chosen
         losses = {}
         if self.uncertainty and inputs.training:
-            losses["entropy"] = self.uncertainty * unsure[inputs.valid].mean()
+            losses["entropy"] = self.uncertainty * mean_of_valid(unsure, inputs.valid)
         if self.balance and inputs.training:
-            valid = inputs.valid
-            even = (shares[valid].mean(0) * scores[valid].mean(0)).sum()
-            losses["balance"] = self.balance * self.num_experts * even
-        return mixed((self.a, self.b), self.alpha, shares, losses)
+            means = (mean_of_valid(one, inputs.valid) for one in (shares, scores))
+            losses["balance"] = self.balance * crowding(*means)
+        return self.mixed(shares, losses)
 
     def entropy(self, scores: Float[Tensor, "T M"]) -> Float[Tensor, " T"]:
         """Tsallis entropy of each token's scores, over the greatest there is: 1 where all are alike."""

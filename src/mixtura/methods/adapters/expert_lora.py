@@ -8,6 +8,7 @@ from typing import Any, Literal, final
 from mixtura.errors import SettingError
 from mixtura.methods.adapters import Adapter
 from mixtura.methods.adapters._shared import (
+    check_layer,
     check_score,
     chosen_settings,
     experts_at,
@@ -87,6 +88,7 @@ class ExpertLora(Adapter):
         self.experts, self.ranks, self.matrices, self.seed = experts, ranks, matrices, seed
         self.score, self.top_p = check_score("ExpertLora", score), self.within("top_p", top_p, 0, 1)
         self.expert_ids = experts_at(site, experts, "ExpertLora")
+        self._check_ranks(ranks or {})
         self.ranks_here = [self._rank_of(expert, most) for expert in self.expert_ids]
         self.changed = tuple(dict.fromkeys(matrices or site.matrices))
         for name in self.changed:
@@ -104,11 +106,20 @@ class ExpertLora(Adapter):
         made = {name: low_rank(part(f"{name}_a"), part(f"{name}_b"), alpha, ranks) for name in self.changed}
         return Change(matrices=made, expert_ids=self.expert_ids)
 
+    def _check_ranks(self, named: Mapping[str, int]) -> None:
+        for key in named:
+            layer, dot, expert = key.rpartition(".")
+            if not expert.isdecimal() or (dot and not layer.isdecimal()):
+                raise SettingError(f"ranks of ExpertLora name {key!r}; write EXPERT or LAYER.EXPERT")
+            if dot:
+                check_layer(self.site, layer, "ranks of ExpertLora")
+            if (not dot or int(layer) == self.site.layer) and int(expert) >= self.site.num_experts:
+                raise SettingError(
+                    f"ranks of ExpertLora name expert {expert} in layer {self.site.layer}, which has experts "
+                    f"0 to {self.site.num_experts - 1}"
+                )
+
     def _rank_of(self, expert: int, most: int) -> int:
         named = self.ranks or {}
-        for key in named:
-            parts = key.split(".")
-            if not (1 <= len(parts) <= 2 and all(part.isdigit() for part in parts)):
-                raise SettingError(f"ranks of ExpertLora name {key!r}; write EXPERT or LAYER.EXPERT")
         found = named.get(f"{self.site.layer}.{expert}", named.get(str(expert), self.rank))
         return self.within("ranks", found, 1, most)

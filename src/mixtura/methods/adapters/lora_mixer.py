@@ -5,16 +5,8 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.methods._precision import exact_logits
-from mixtura.methods._scores import entropy
-from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._shared import (
-    balance_loss,
-    lora_gate,
-    mixed,
-    smallest_side,
-    thin_pair,
-    top_shares,
-)
+from mixtura.methods._scores import entropy, mean_of_valid
+from mixtura.methods.adapters._shared import LoraExperts, lora_gate, top_shares
 from mixtura.types import Change, RouterInput, Site
 
 METHOD = {
@@ -25,7 +17,7 @@ METHOD = {
 
 
 @final
-class LoraMixer(Adapter):
+class LoraMixer(LoraExperts):
     """Fine-tune LoRA experts beside each linear layer: every token trains all of them, and uses the best few.
 
     In training a token gets every expert by its softmax, so that the router learns of all; afterwards the
@@ -80,24 +72,23 @@ class LoraMixer(Adapter):
         sharpness: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(site)
-        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
-        self.alpha = self.within("alpha", alpha, 0, 1e6)
-        self.dropout = self.within("dropout", dropout, 0, 0.99)
-        self.num_experts = self.within("num_experts", num_experts, 1, 1024)
+        super().__init__(
+            site,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            num_experts=num_experts,
+            balance=balance,
+            seed=seed,
+        )
         self.top_k = self.within("top_k", top_k, 1, num_experts)
-        self.balance = self.within("balance", balance, 0, 1e6)
         self.sharpness = self.within("sharpness", sharpness, 0, 1e6)
-        self.seed = seed
-        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
-        self.gate = lora_gate(site, num_experts, seed)
+        self.gate = lora_gate(self)
 
     def change(self, inputs: RouterInput) -> Change:
         scores = exact_logits(inputs.x, self.gate).softmax(-1)
         few = top_shares(scores, self.top_k)
-        losses = {}
-        if self.balance and inputs.training:
-            losses["balance"] = self.balance * balance_loss(scores, few, inputs.valid)
+        losses = self.balanced(inputs, scores, few)
         if self.sharpness and inputs.training:
-            losses["entropy"] = self.sharpness * entropy(scores[inputs.valid]).mean()
-        return mixed((self.a, self.b), self.alpha, scores if inputs.training else few, losses)
+            losses["entropy"] = self.sharpness * mean_of_valid(entropy(scores), inputs.valid)
+        return self.mixed(scores if inputs.training else few, losses)

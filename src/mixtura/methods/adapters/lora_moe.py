@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.methods._precision import exact_logits
-from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._shared import lora_gate, mixed, smallest_side, thin_pair
+from mixtura.methods.adapters._shared import LoraExperts, lora_gate
 from mixtura.types import Change, RouterInput, Site
 
 METHOD = {
@@ -17,7 +16,7 @@ METHOD = {
 
 
 @final
-class LoraMoe(Adapter):
+class LoraMoe(LoraExperts):
     """Fine-tune several LoRA experts beside each linear layer, all of which each token gets by a softmax.
 
     The base's knowledge stays in its frozen weights, and a router per layer shares out what is learned: for
@@ -50,11 +49,13 @@ class LoraMoe(Adapter):
     Differences from the paper:
         The balance has no two groups of experts for two kinds of data, which would need labels of the data.
         It is over the tokens of one layer and pass, for each of which it counts the same however many there
-        are. All linear layers have experts, not the feed-forward ones alone; name others by
-        ``target_modules``.
+        are. Its code divides the variance by the squared mean, and leaves the balance off by default. Its
+        script has 8 experts. All linear layers have experts, not the feed-forward ones alone; name others by
+        ``target_modules``. All experts see the same features where there is dropout.
 
     Reference:
-        LoRAMoE (no paper of the list); template of TUDB-Labs/MoE-PEFT at 40f8cb7 for M.
+        LoRAMoE (no paper of the list); its code, Ablustrund/LoRAMoE, ``peft/tuners/lora.py`` and
+        ``run_loramoe.sh``; template of TUDB-Labs/MoE-PEFT at 40f8cb7 for M.
     """
 
     def __init__(
@@ -68,15 +69,16 @@ class LoraMoe(Adapter):
         balance: float = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__(site)
-        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
-        self.alpha = self.within("alpha", alpha, 0, 1e6)
-        self.dropout = self.within("dropout", dropout, 0, 0.99)
-        self.num_experts = self.within("num_experts", num_experts, 1, 1024)
-        self.balance = self.within("balance", balance, 0, 1e6)
-        self.seed = seed
-        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
-        self.gate = lora_gate(site, num_experts, seed)
+        super().__init__(
+            site,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            num_experts=num_experts,
+            balance=balance,
+            seed=seed,
+        )
+        self.gate = lora_gate(self)
 
     def change(self, inputs: RouterInput) -> Change:
         shares = exact_logits(inputs.x, self.gate).softmax(-1)
@@ -85,4 +87,4 @@ class LoraMoe(Adapter):
             importance = shares[inputs.valid].sum(0)
             spread = importance.var(correction=0) / importance.mean().clamp(min=1e-9)
             losses["balance"] = self.balance * spread / max(int(inputs.valid.sum()), 1)
-        return mixed((self.a, self.b), self.alpha, shares, losses)
+        return self.mixed(shares, losses)

@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.methods import create
-from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._shared import (
-    balance_loss,
-    mixed,
-    site_seed,
-    smallest_side,
-    thin_pair,
-    to_shares,
-)
+from mixtura.methods.adapters._shared import LoraExperts, site_seed, to_shares
 from mixtura.types import Change, LayerShape, RouterInput, Site
 
 METHOD = {
@@ -24,7 +16,7 @@ METHOD = {
 
 
 @final
-class MoR(Adapter):
+class MoR(LoraExperts):
     """Fine-tune LoRA experts beside each linear layer, chosen by several routers that another one weighs.
 
     Each sub-router scores the experts, and a main router says for each token how much each sub-router
@@ -77,16 +69,17 @@ class MoR(Adapter):
         balance: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(site)
-        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
-        self.alpha = self.within("alpha", alpha, 0, 1e6)
-        self.dropout = self.within("dropout", dropout, 0, 0.99)
-        self.num_experts = self.within("num_experts", num_experts, 1, 1024)
+        super().__init__(
+            site,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            num_experts=num_experts,
+            balance=balance,
+            seed=seed,
+        )
         self.top_k = self.within("top_k", top_k, 1, num_experts)
         self.num_routers = self.within("num_routers", num_routers, 1, 1024)
-        self.balance = self.within("balance", balance, 0, 1e6)
-        self.seed = seed
-        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
         shape = LayerShape(site.matrices["weight"].cols, rank, num_experts)
         chosen = {"top_k": top_k, "num_routers": num_routers, "seed": site_seed(site, seed, "router")}
         self.router = create("routers", "mixture_of_routers", shape, **chosen)
@@ -94,7 +87,4 @@ class MoR(Adapter):
     def change(self, inputs: RouterInput) -> Change:
         routing = self.router(inputs)
         shares = to_shares(routing)
-        losses = {}
-        if self.balance and inputs.training:
-            losses["balance"] = self.balance * balance_loss(routing.scores, shares, inputs.valid)
-        return mixed((self.a, self.b), self.alpha, shares, losses)
+        return self.mixed(shares, self.balanced(inputs, routing.scores, shares))

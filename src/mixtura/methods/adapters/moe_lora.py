@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.methods._precision import exact_logits
-from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._shared import (
-    balance_loss,
-    lora_gate,
-    mixed,
-    smallest_side,
-    thin_pair,
-    top_shares,
-)
+from mixtura.methods.adapters._shared import LoraExperts, lora_gate, top_shares
 from mixtura.types import Change, RouterInput, Site
 
 METHOD = {
@@ -24,7 +16,7 @@ METHOD = {
 
 
 @final
-class MoeLora(Adapter):
+class MoeLora(LoraExperts):
     """Fine-tune LoRA experts beside each linear layer, of which a router gives each token the best few.
 
     Experts take on what differs, such as ways a recording was made or faked, beside one frozen encoder. It
@@ -74,21 +66,19 @@ class MoeLora(Adapter):
         balance: float = 0.01,
         seed: int = 0,
     ) -> None:
-        super().__init__(site)
-        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
-        self.alpha = self.within("alpha", alpha, 0, 1e6)
-        self.dropout = self.within("dropout", dropout, 0, 0.99)
-        self.num_experts = self.within("num_experts", num_experts, 1, 1024)
+        super().__init__(
+            site,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            num_experts=num_experts,
+            balance=balance,
+            seed=seed,
+        )
         self.top_k = self.within("top_k", top_k, 1, num_experts)
-        self.balance = self.within("balance", balance, 0, 1e6)
-        self.seed = seed
-        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
-        self.gate = lora_gate(site, num_experts, seed)
+        self.gate = lora_gate(self)
 
     def change(self, inputs: RouterInput) -> Change:
         scores = exact_logits(inputs.x, self.gate).softmax(-1)
         shares = top_shares(scores, self.top_k)
-        losses = {}
-        if self.balance and inputs.training:
-            losses["balance"] = self.balance * balance_loss(scores, shares, inputs.valid)
-        return mixed((self.a, self.b), self.alpha, shares, losses)
+        return self.mixed(shares, self.balanced(inputs, scores, shares))

@@ -5,15 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.methods._precision import exact_logits
-from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._shared import (
-    balance_loss,
-    lora_gate,
-    mixed,
-    smallest_side,
-    thin_pair,
-    top_shares,
-)
+from mixtura.methods.adapters._shared import LoraExperts, lora_gate, top_shares
 from mixtura.types import Change, RouterInput, Site
 
 METHOD = {
@@ -24,7 +16,7 @@ METHOD = {
 
 
 @final
-class Mola(Adapter):
+class Mola(LoraExperts):
     """Fine-tune LoRA experts beside each linear layer, more in higher layers, of which a token gets the best.
 
     The layers are cut into stretches of equal length, from the first to the last, each with a number of
@@ -55,12 +47,14 @@ class Mola(Adapter):
         (torch.Size([4, 8]), [2, 2, 2, 2])
 
     Differences from the paper:
-        The balance is off, as in its template. Where the layers do not divide by the stretches the earlier
-        ones are the longer. A layer with fewer experts than ``top_k`` gives all of them.
+        The balance is off, as in its code for a task; with it, its code has 0.001 and counts all matrices of
+        a decoder layer together. Dropout is off, where its code has 0.05. Where the layers do not divide by
+        the stretches the earlier ones are the longer. A layer with fewer experts than ``top_k`` gives all of
+        them.
 
     Reference:
-        MoLA (no paper of the list); template of TUDB-Labs/MoE-PEFT at 40f8cb7, which has one number for all
-        layers.
+        Higher Layers Need More LoRA Experts (MoLA; no paper of the list); its code, GCYZSL/MoLA,
+        ``src/mola_lora_hacked.py`` and ``mola_training.py``.
     """
 
     def __init__(
@@ -75,23 +69,23 @@ class Mola(Adapter):
         balance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(site)
-        self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
-        self.alpha = self.within("alpha", alpha, 0, 1e6)
-        self.dropout = self.within("dropout", dropout, 0, 0.99)
-        self.experts_by_depth, self.seed = experts_by_depth, seed
-        self.top_k = self.within("top_k", top_k, 1, 1024)
-        self.balance = self.within("balance", balance, 0, 1e6)
         stretches = experts_by_depth or [2, 4, 6, 8]
         place = min(site.layer * len(stretches) // max(site.num_layers, 1), len(stretches) - 1)
-        self.num_experts = self.within("experts_by_depth", stretches[place], 1, 1024)
-        self.a, self.b = thin_pair(site, "weight", [rank] * self.num_experts, seed)
-        self.gate = lora_gate(site, self.num_experts, seed)
+        super().__init__(
+            site,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            num_experts=stretches[place],
+            balance=balance,
+            seed=seed,
+            named="experts_by_depth",
+        )
+        self.experts_by_depth = experts_by_depth
+        self.top_k = self.within("top_k", top_k, 1, 1024)
+        self.gate = lora_gate(self)
 
     def change(self, inputs: RouterInput) -> Change:
         scores = exact_logits(inputs.x, self.gate).softmax(-1)
         shares = top_shares(scores, self.top_k)
-        losses = {}
-        if self.balance and inputs.training:
-            losses["balance"] = self.balance * balance_loss(scores, shares, inputs.valid)
-        return mixed((self.a, self.b), self.alpha, shares, losses)
+        return self.mixed(shares, self.balanced(inputs, scores, shares))

@@ -66,10 +66,10 @@ class Shallow(Cache):
         return leaving
 
     def _first_unprotected(self) -> int:
-        """The first layer whose experts, with those before them, are more than the share."""
-        room = int(self.share * self.capacity)
-        for layer in sorted(self._counts):
+        """The first layer whose experts, with those before them, are more than the share; else the last."""
+        room, held = int(self.share * self.capacity), sorted(+self._counts)
+        for layer in held:
             room -= self._counts[layer]
             if room < 0:
                 return layer
-        return 0
+        return held[-1]

@@ -227,7 +227,8 @@ class Candidate:
         prompt: what it grows from.
         branch: how.
         token_ids: new tokens so far.
-        log_probabilities: of these, as drawn from; kept for the tag ``reads:confidence``.
+        log_probabilities: of these at temperature 1, forced ones left out; kept for the tag
+            ``reads:confidence``.
         certainties: divergence (Kullback-Leibler) from the uniform distribution to each token's, likewise.
         verdicts: what the verifier said at the ends of steps, the last in the end.
         step_ends: numbers of new tokens at which steps have ended.

@@ -36,7 +36,7 @@ def successors_of(
 
 
 def features(logits: Float[Tensor, "T m"], before: Float[Tensor, "T m"]) -> Float[Tensor, "T _"]:
-    """Logits of drafts, their shares, and how these changed."""
+    """Logits of drafts, their shares, and how these changed: from 0 where no layer was tested before."""
     shares = logits.softmax(-1)
     return torch.cat([logits, shares, shares - before], dim=-1)
 

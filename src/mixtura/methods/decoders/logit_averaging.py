@@ -66,5 +66,6 @@ class LogitAveraging(Decoder):
     def mix(self, logits: Float[Tensor, "B W V"], candidates: Sequence[Candidate]) -> Float[Tensor, "B V"]:
         number = logits.shape[1]
         weights = self.weights or [1.0] * number
-        shares = torch.tensor(weights + [0.0] * (number - len(weights)))
-        return torch.einsum("bwv,w->bv", logits, shares / shares.sum())
+        shares = torch.tensor(weights + [0.0] * (number - len(weights)), device=logits.device)
+        heard = shares > 0
+        return torch.einsum("bwv,w->bv", logits[:, heard], shares[heard] / shares.sum())

@@ -22,8 +22,9 @@ METHOD = {
 class MaskExperts(Decoder):
     """Let no token choose some experts: what does a model lose without them?
 
-    ``experts`` are pairs of a decoder layer and an expert. The router chooses among the others, as many as
-    ever; nothing is written to the model.
+    ``experts`` are pairs of a decoder layer and an expert. Their logits become minus infinity, so that the
+    router chooses among the others, as many as ever, and weighs them as if there were no more; nothing is
+    written to the model.
 
     Shapes:
         E experts to those not masked.
@@ -39,10 +40,14 @@ class MaskExperts(Decoder):
         >>> view = MaskExperts(experts=[[1, 0], [1, 3]]).open(sample_prompt())[0].views[0]
         >>> view.steering[1].allowed.nonzero().flatten().tolist()
         [1, 2, 4, 5, 6, 7]
+        >>> view.steering[1].logits[:3].tolist()
+        [-inf, 0.0, 0.0]
 
     Differences from the paper:
         Only the mask, by whatever experts an audit names. The paper masks until a model gives answers it
-        should refuse; that search is left out on purpose.
+        should refuse; that search is left out on purpose. Where a router compares something else than its
+        scores, such as scores with a correction or those of chosen groups, masked experts are left out of
+        that, too.
 
     Reference:
         Large Language Lobotomy: Jailbreaking Mixture-of-Experts via Expert Silencing (paper 69).
@@ -61,5 +66,6 @@ class MaskExperts(Decoder):
                 )
             allowed = torch.ones(layer.num_experts, dtype=torch.bool)
             allowed[list(masked)] = False
-            steering[layer.index] = Steering(allowed=allowed)
+            silenced = torch.zeros(layer.num_experts).masked_fill(~allowed, -torch.inf)
+            steering[layer.index] = Steering(logits=silenced, allowed=allowed)
         return (Branch(views=(View(steering),)),)

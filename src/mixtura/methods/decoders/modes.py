@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError, check_range
+from mixtura.methods._scores import to_sum_one
 from mixtura.methods.decoders import (
     Branch,
     Decoder,
@@ -37,7 +39,7 @@ class Modes(Decoder):
     An expert is left out for a token where (share of the token's weights) times (importance of the layer) is
     below a threshold; the other weights stay as they are. Calibration measures importance, how much the
     answers' distributions change (Kullback-Leibler divergence) when the layer's routed experts add nothing,
-    and then, of a grid of thresholds, the largest that leaves at most the part ``skip`` of experts out.
+    and then takes the largest threshold that leaves at most the part ``skip`` of experts out.
 
     Shapes:
         Choices [T, K] to at most K of them.
@@ -105,12 +107,12 @@ class Modes(Decoder):
         shares = [value / whole for value in importance]
         scored = torch.cat(
             [
-                (ran.weights[layer.index] / ran.weights[layer.index].sum(-1, keepdim=True)).flatten() * share
+                to_sum_one(ran.weights[layer.index].float()).flatten() * share
                 for ran in plain
                 for layer, share in zip(facts.layers, shares, strict=True)
             ]
         )
-        threshold = float(scored.float().quantile(self.skip)) if self.skip else 0.0
+        threshold = largest_that_leaves(scored, self.skip) if self.skip else 0.0
         steering = _steering(threshold, shares, facts)
         changed = [probe.run(one.token_ids, steering=steering).logits for one in answered]
         lost = [
@@ -123,6 +125,16 @@ class Modes(Decoder):
             "divergence": sum(lost) / len(lost),
         }
         return values, {}
+
+
+def largest_that_leaves(scores: Float[Tensor, " N"], part: float) -> float:
+    """The largest threshold below which at most a part of the scores lie.
+
+    >>> largest_that_leaves(torch.tensor([0.4, 0.1, 0.3, 0.2]), 0.5)
+    0.30000001192092896
+    """
+    place = min(int(part * len(scores)), len(scores) - 1)
+    return float(scores.sort().values[place])
 
 
 def divergence(answer_from: int, original: Tensor, changed: Tensor) -> float:

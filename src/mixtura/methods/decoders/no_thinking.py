@@ -81,7 +81,9 @@ class NoThinking(Decoder):
     def force(self, candidate: Candidate) -> tuple[int, ...]:
         final = _FINAL if self.final is None else self.final
         words = candidate.prompt.encode(final) if final and self.final_tokens else ()
-        begun = candidate.prompt.max_new_tokens - self.final_tokens - len(words)
+        # Where all the tokens there are were too few, the answer is the final one from its beginning.
+        first = len(candidate.branch.forced)
+        begun = max(candidate.prompt.max_new_tokens - self.final_tokens - len(words), first)
         said = len(candidate.token_ids) - begun
         return words[said:] if 0 <= said < len(words) else ()
 

@@ -52,9 +52,9 @@ class Rewiring(Decoder):
     Differences from the paper:
         No code was found. The paper's formula of confidence is highest for the layer that is least decided,
         though it calls that decided; here layers are ranked by the mean log-probability of chosen experts,
-        the highest first. The learning rate and the share of layers were not found: 0.1 and a half. Its soft
-        choice of layers, which scales gradients, is left out. After an update the text is read again, so that
-        the cache is that of the new routing.
+        the highest first, once, at the prompt. The learning rate and the share of layers were not found: 0.1
+        and a half. Its soft choice of layers, which scales gradients, is left out. After an update the text
+        is read again, so that the cache is that of the new routing.
 
     Reference:
         Rewiring Experts on the Fly:Continuous Rerouting for Better Online Adaptation in Mixture-of-Expert
@@ -92,10 +92,12 @@ class Rewiring(Decoder):
     def _chosen(self, prompt: Prompt) -> dict[int, Float[Tensor, "T K"]]:
         """By layer, the probabilities of the experts that each token of the prompt chose."""
         ran = prompt.probe.run(prompt.token_ids)
-        return {
-            index: ran.probabilities[index].gather(-1, ids.clamp(max=ran.probabilities[index].shape[-1] - 1))
-            for index, ids in ran.chosen.items()
-        }
+        found = {}
+        for index, ids in ran.chosen.items():
+            scores, absent = ran.probabilities[index], ids >= ran.probabilities[index].shape[-1]
+            # The logarithm of an absent choice, which is none, adds nothing.
+            found[index] = scores.gather(-1, ids.masked_fill(absent, 0)).masked_fill(absent, 1.0)
+        return found
 
     def _learnt(self, probe: Probe, text: Sequence[int], start: Mapping[int, Tensor]) -> dict[int, Tensor]:
         vectors = {index: vector.clone() for index, vector in start.items()}

@@ -76,7 +76,8 @@ class Scmoe(Decoder):
         strong, weak = logits.unbind(1)
         least = strong.amax(-1, keepdim=True) + (math.log(self.alpha) if self.alpha else -math.inf)
         mixed = (1 + self.beta) * strong - self.beta * weak if self.beta else strong
-        return mixed.masked_fill(strong < least, -math.inf)
+        # What the model cannot say at all is no number in the contrast.
+        return mixed.masked_fill((strong < least) | strong.isneginf(), -math.inf)
 
     def _weak(self, layer: LayerFacts) -> Steering:
         if self.rank >= layer.num_experts:

@@ -53,11 +53,14 @@ class SpecEe(Decoder):
     Differences from the paper:
         Drafts come from pairs of tokens in calibration text, where the paper asks a draft model; layers above
         an exit get the keys and values of the layer that was left, where its code leaves their caches
-        shorter. Predictors are of 32 hidden units and trained on all positions of the calibration texts. The
-        likeliest token is compared at the exit, so that sampling is from what that layer says.
+        shorter. Predictors are of 32 hidden units and trained on all positions of the calibration texts, with
+        changes since the layer before. The likeliest token is compared at the exit, so that sampling is from
+        what that layer says. Layers about the last exits are tested from the first exit on, and a token that
+        passes all layers is no exit; its code waits for five tokens, and counts such a one as the last layer.
 
     Reference:
-        SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting (paper 217).
+        SpecEE: Accelerating Large Language Model Inference with Speculative Early Exiting (paper 217); its
+        code, MathsCode/ISCA25-SpecEE at 535c411, ``AutoEE/Pure/model_llama_ee.py``.
     """
 
     neutral: ClassVar[Mapping[str, Any]] = {"threshold": 1.1}
@@ -84,7 +87,7 @@ class SpecEe(Decoder):
             return False
         drafts = weights["successors"][candidate.token_ids[-1]].long()
         logits = head(hidden, drafts)[None].cpu()
-        before = logits.softmax(-1) if state.before is None else state.before
+        before = torch.zeros_like(logits) if state.before is None else state.before
         surety = predict(weights, layer, features(logits, before))
         state.before = logits.softmax(-1)
         if float(surety) <= self.threshold or int(head(hidden, None).argmax()) not in drafts.tolist():
@@ -107,7 +110,7 @@ class SpecEe(Decoder):
             for layer, hidden in enumerate(ran.layers):
                 whole = probe.head(hidden, None).cpu()
                 logits = whole.gather(-1, drafts)
-                rows[layer].append(features(logits, logits.softmax(-1) if before is None else before))
+                rows[layer].append(features(logits, torch.zeros_like(logits) if before is None else before))
                 before = logits.softmax(-1)
                 drafted = (drafts == said[:, None]).any(-1)
                 right[layer].append((whole.argmax(-1) == said) & drafted)

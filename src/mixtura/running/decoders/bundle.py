@@ -129,12 +129,29 @@ class Bundle:
         Raises:
             UnsupportedModelError: it has states that every token changes.
         """
-        cache = reserved_cache(self.model, 1)
-        if cache is None or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        if not self._keeps_tokens():
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} keeps states that every token changes, so its rows cannot wait "
                 f"for one another, which {why} needs; choose another decoder"
             )
+
+    def require_skipping(self, why: str) -> None:
+        """Refuse a model whose layers cannot be left out for a token, before any is run.
+
+        Raises:
+            UnsupportedModelError: it has states that every token changes.
+        """
+        if not self._keeps_tokens():
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} keeps states that every token changes, for which no other "
+                f"layer's can stand in, which {why} needs; choose another decoder"
+            )
+
+    def _keeps_tokens(self) -> bool:
+        """Whether all that the cache keeps is keys and values of single tokens."""
+        cache = reserved_cache(self.model, 1)
+        layers = [] if cache is None else cache.layers
+        return bool(layers) and not any(map(has_state, layers))
 
     def _read(self, rows: Sequence[Row], num_more: int) -> Float[Tensor, "U V"]:
         texts = [row.text for row in rows]
@@ -188,15 +205,21 @@ class Bundle:
                 self._cost.num_assignments += int(kept.cpu()[valid].sum())
 
     def _select(self, places: Int[Tensor, " R"]) -> None:
-        if not hasattr(self._cache, "batch_select_indices") or not all(
-            hasattr(layer, "batch_select_indices") for layer in getattr(self._cache, "layers", ())
-        ):
+        layers = getattr(self._cache, "layers", None)
+        # States are kept by rows as keys are, and beam search takes rows of them, several times or not.
+        take = "reorder_cache" if any(map(has_state, layers or ())) else "batch_select_indices"
+        if not layers or not all(hasattr(one, take) for one in (self._cache, *layers)):
             raise UnsupportedModelError(
                 f"the cache of {type(self.model).__name__} cannot be forked; choose a decoder of one branch"
             )
         self._mask = self._mask[places]
         self._steering = None
-        self._cache.batch_select_indices(places.to(self.model.device))
+        getattr(self._cache, take)(places.to(self.model.device))
+
+
+def has_state(layer: Any) -> bool:
+    """Whether a layer of a cache keeps something that every token changes, also beside keys and values."""
+    return not isinstance(layer, DynamicLayer) or hasattr(layer, "update_conv_state")
 
 
 def _reading(row: Row) -> tuple[Any, ...]:

@@ -106,6 +106,8 @@ class Loop:
             bundle = Bundle(runner.model, runner.facts, runner.steerer, key[1], self.cost)
             if "searches" in self.tags:
                 bundle.require_pausing(type(self.decoder).__name__)
+            if key[1] or "exits" in self.tags:
+                bundle.require_skipping(type(self.decoder).__name__)
             self._bundles[key] = bundle
             found.append((bundle, bundle.read(own, more)))
         return self._gathered(found)

@@ -130,16 +130,20 @@ def _neutral(name: str, layer: LayerFacts) -> Tensor:
 def merged(first: Mapping[int, Steering], second: Mapping[int, Steering]) -> dict[int, Steering]:
     """Both steerings at once.
 
+    What both add to logits is added.
+
     Raises:
-        ValueError: both say something of the same field of a layer; the message is the field's name.
+        ValueError: both say something of the same other field of a layer; the message is the field's name.
     """
     found = dict(first)
     for index, other in second.items():
         one = found.get(index, _NONE)
         both = set(one.given) & set(other.given)
-        if both:
-            raise ValueError(sorted(both)[0])
+        if both - {"logits"}:
+            raise ValueError(min(both - {"logits"}))
         values = {item.name: getattr(one, item.name) for item in fields(one)}
         values |= {name: getattr(other, name) for name in other.given}
+        if one.logits is not None and other.logits is not None:
+            values["logits"] = one.logits + other.logits
         found[index] = Steering(**values)
     return found
