@@ -63,3 +63,25 @@ def test_a_budget_below_the_smallest_is_refused_with_the_size() -> None:
     losses, sizes, _ = problem(0)
     with pytest.raises(BudgetError, match=str(int(sizes.min(1).sum()))):
         allocate(losses, sizes, int(sizes.min(1).sum()) - 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_parts_get_the_least_of_all_sums(seed: int) -> None:
+    """Beside every combination tried in turn, some options forbidden."""
+    rng = np.random.default_rng(seed)
+    parts, options = int(rng.integers(2, 6)), int(rng.integers(2, 5))
+    losses = rng.uniform(0, 1, (parts, options))
+    losses[1:][rng.random((parts - 1, options)) < 0.2] = np.inf
+    losses[:, 0] = rng.uniform(0, 1, parts)
+    num_bytes = rng.integers(1, 60, (parts, options)) * 96
+    rows = np.arange(parts)
+    least = int(np.where(np.isfinite(losses), num_bytes, 10**9).min(1).sum())
+    budget = least + int(rng.integers(0, 6000))
+    chosen = allocate(losses, num_bytes, budget)
+    assert num_bytes[rows, chosen].sum() <= budget
+    best = min(
+        losses[rows, list(every)].sum()
+        for every in itertools.product(range(options), repeat=parts)
+        if num_bytes[rows, list(every)].sum() <= budget
+    )
+    assert losses[rows, chosen].sum() == pytest.approx(best, abs=1e-12)

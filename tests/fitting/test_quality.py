@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from mixtura.fitting.quality import HeldOut, join, score_chunk, summarise
+from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summarise
 
 
 def held_out(lengths: list[int], answers: list[tuple[int, int]], width: int = 6) -> HeldOut:
@@ -78,3 +79,26 @@ def test_joining_chunks_keeps_the_order() -> None:
     joined = join(parts)
     assert np.allclose(joined.kl, whole.kl)
     assert (joined.right == whole.right).all()
+
+
+def test_a_domain_counts_by_its_share_whatever_its_length() -> None:
+    """Beside a plain loop over tokens."""
+    text = HeldOut(
+        input_ids=torch.zeros(3, 5, dtype=torch.long),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]),
+        domains=np.array([0, 0, 1]),
+        domain_names=("prose", "mine"),
+        groups=("", "", ""),
+        answers=torch.zeros(3, 5, dtype=torch.bool),
+    )
+    kl = np.arange(1.0, 8.0)
+    same = np.array([True, False, True, True, False, True, True])
+    scores = Scores(kl=kl, nll=np.ones(7), equal_top=same, right=same)
+    quality = summarise([(scores, text)], 0.0, shares={"mine": 0.25})
+    prose, mine = kl[:6].mean(), kl[6]
+    assert quality.kl == pytest.approx(0.75 * prose + 0.25 * mine)
+    assert quality.equal_top == pytest.approx(0.75 * same[:6].mean() + 0.25)
+    assert quality.kl_by_domain["mine"] == mine
+    assert quality.kl_low <= quality.kl <= quality.kl_high
+    assert summarise([(scores, text)], 0.0).kl == pytest.approx(kl.mean())
+    assert quality.perplexity == summarise([(scores, text)], 0.0).perplexity

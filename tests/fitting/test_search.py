@@ -9,8 +9,9 @@ import pytest
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import choice_bytes, drop_evenly, mixed, smallest, uniform
+from mixtura.fitting.forms.experts import plan_of
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, WAYS
-from mixtura.fitting.records import Candidate, Experts, Measured, Prices, Quality
+from mixtura.fitting.records import Candidate, Measured, Parts, Prices, Quality
 from mixtura.fitting.rest import Rest
 from mixtura.fitting.search import OutOfTimeError, Search
 from mixtura.types import Drop, Quantize, QuantizeMatrix
@@ -25,7 +26,7 @@ def made_prices(seed: int = 0, groups: int = 1) -> Prices:
     numbers = np.tile(np.arange(EXPERTS), LAYERS)
     every = range(LAYERS)
     same = [dict.fromkeys(every, value) for value in (2, groups, 2 * groups)]
-    experts = Experts(layers, numbers, *same)
+    experts = Parts(layers, numbers, *same)
     size = rng.uniform(0.2, 2.0, LAYERS * EXPERTS)[:, None]
     errors = size * np.array([0.0, *(4.8 * 4.0**-bits for bits in BITS), 1.0])
     num_bytes = np.tile(np.array([1600, *(int(100 * bits) + 40 for bits in BITS), 0]), (LAYERS * EXPERTS, 1))
@@ -34,7 +35,7 @@ def made_prices(seed: int = 0, groups: int = 1) -> Prices:
 
 def true_loss(prices: Prices, candidate: Candidate) -> float:
     """Errors of later layers cost more, and errors add up a little more than linearly."""
-    weights = 1.0 + prices.experts.layers
+    weights = 1.0 + prices.parts.layers
     rows = np.arange(len(candidate.choice))
     return float((prices.errors[rows, list(candidate.choice)] * weights).sum() ** 1.05)
 
@@ -130,7 +131,7 @@ def test_an_even_drop_takes_the_least_important_and_equally_from_each_group() ->
 def test_the_smallest_model_keeps_as_many_experts_as_a_token_chooses() -> None:
     prices = made_prices()
     kept = np.asarray(smallest(prices).choice).reshape(LAYERS, EXPERTS) != DROP
-    assert kept.sum(1).tolist() == [prices.experts.least_kept[0]] * LAYERS
+    assert kept.sum(1).tolist() == [prices.parts.least_kept[0]] * LAYERS
 
 
 def test_a_mixture_with_drops_leaves_enough_experts() -> None:
@@ -152,11 +153,11 @@ def test_a_candidate_becomes_the_plan_it_stands_for() -> None:
     choice[3], choice[9] = DROP, OPTIONS.index("4 bit")
     experts = (Drop(0, (3,)), Quantize(1, 1, "trellis", {"bits": 4}))
     rest = Rest(("lm_head.weight",), 10, 10.0)
-    plan = Candidate("x", tuple(choice)).plan(prices.experts, rest, "sha256:1")
+    plan = plan_of(Candidate("x", tuple(choice)), prices.parts, rest, "sha256:1")
     assert plan.actions == experts
     packed = Candidate("x", tuple(choice), packs_rest=True)
     matrix = QuantizeMatrix("lm_head.weight", "round_to_nearest", {"bits": 8})
-    assert packed.plan(prices.experts, rest, "sha256:1").actions == (*experts, matrix)
+    assert plan_of(packed, prices.parts, rest, "sha256:1").actions == (*experts, matrix)
     assert packed.key != Candidate("x", tuple(choice)).key
 
 
@@ -164,3 +165,32 @@ def test_a_measurement_survives_json() -> None:
     prices = made_prices()
     one = measured(prices, uniform(prices, 2))
     assert Measured.from_dict(one.to_dict()) == one
+
+
+def test_a_kept_domain_loses_least_of_what_loses_no_more_in_all_than_the_plain_plan() -> None:
+    """Its loss is in the first layer alone, which in all counts for little."""
+    prices, budget = made_prices(), 12_000
+    rows = np.arange(LAYERS * EXPERTS)
+    first = prices.parts.layers == 0
+
+    def measure(candidate: Candidate) -> Measured:
+        one = measured(prices, candidate)
+        errors = prices.errors[rows, list(candidate.choice)]
+        kept = float(errors[first].sum())
+        domains = {"all": one.quality.kl, "code": kept}
+        return replace(one, quality=replace(one.quality, kl_by_domain=domains))
+
+    def search(keep: str | None):
+        return Search(prices, prices.load.astype(float), budget, measure, keep_domain=keep).run()
+
+    plain, kept = search(None), search("code")
+    of = {name: found.chosen.quality for name, found in (("plain", plain), ("kept", kept))}
+    uniform_plan = kept.uniform.quality
+    assert of["kept"].kl_by_domain["code"] < of["plain"].kl_by_domain["code"]
+    assert of["kept"].kl <= uniform_plan.kl
+    allowed = [
+        m.quality.kl_by_domain["code"]
+        for m in kept.tried
+        if m.expert_bytes <= budget and m.quality.kl <= uniform_plan.kl
+    ]
+    assert of["kept"].kl_by_domain["code"] == min(allowed)

@@ -15,12 +15,13 @@ from mixtura.errors import BudgetError
 from mixtura.fitting import Request, fit
 from mixtura.fitting.candidates import choice_bytes, uniform
 from mixtura.fitting.clock import Clock, Progress
+from mixtura.fitting.forms.base import Tools
+from mixtura.fitting.forms.experts import ExpertsForm
 from mixtura.fitting.journal import open_journal
 from mixtura.fitting.judging import Judge
 from mixtura.fitting.palette import WAYS
 from mixtura.fitting.pricing import experts_of, option_bytes
 from mixtura.fitting.records import Candidate, Measured, Prices, Quality
-from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.search import OutOfTimeError, Search
 from mixtura.fitting.texts import texts_of
 
@@ -68,8 +69,9 @@ def test_two_candidates_are_enough_for_a_plan_that_beats_the_plain_one(view: Che
     assert len(measured) == 2
     assert found.chosen.candidate.key == measured[1].key != found.uniform.candidate.key
     assert found.chosen.quality.kl < found.uniform.quality.kl
-    assert found.left_out[0] == "every uniform width"
+    assert found.left_out[0].startswith("what each block")
     assert "even drops" in found.left_out
+    assert found.left_out[-1] == "every uniform width"
 
 
 def test_each_step_that_time_did_not_reach_is_named_and_none_otherwise(view: CheckpointView) -> None:
@@ -94,35 +96,19 @@ def test_the_plain_plan_is_measured_without_time_and_nothing_else(
     with open_journal(tmp_path / "work", {}) as journal:
 
         def judge_without_time() -> Judge:
-            rounder = rounder_for(view, journal)
-            return Judge(view, texts.held_out, journal, rounder, clock=over, seed=0, notify=lambda _: None)
+            form = ExpertsForm(request, view)
+            form.begin(Tools(journal, over, lambda _: None))
+            form.price_with(prices)
+            return Judge(form, texts.held_out, journal, clock=over, seed=0, notify=lambda _: None)
 
-        judge = Judge(
-            view,
-            texts.held_out,
-            journal,
-            rounder_for(view, journal),
-            clock=over,
-            seed=0,
-            notify=lambda _: None,
-        )
-        judge.price_with(prices, 0, 0.0)
+        judge = judge_without_time()
         assert judge.original().kl == 0
         plain = judge.measure(uniform(prices, 2))
         assert plain.quality.kl > 0
         with pytest.raises(OutOfTimeError):
             judge.measure(uniform(prices, 1))
         # Gone on with, it is known, and no other is measured in its place.
-        judge = Judge(
-            view,
-            texts.held_out,
-            journal,
-            rounder_for(view, journal),
-            clock=over,
-            seed=0,
-            notify=lambda _: None,
-        )
-        judge.price_with(prices, 0, 0.0)
+        judge = judge_without_time()
         assert judge.measure(uniform(prices, 2)) == plain
         with pytest.raises(OutOfTimeError):
             judge.measure(uniform(prices, 1))

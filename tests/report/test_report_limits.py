@@ -97,7 +97,7 @@ def made() -> Fitted:
         plan=None,
         rows=rows,
         tried=(tried,),
-        choice_map={0: ("8 bit", "4 bit")},
+        choice_map={"0": ("8 bit", "4 bit")},
         left_out=("even drops",),
         notes=("the context is 64 tokens",),
     )

@@ -16,21 +16,33 @@ if TYPE_CHECKING:
 
 _MMAP_BYTES = 16 << 20
 
+_MEMORY = (
+    "Budget of the whole process, such as 24GiB: Python and PyTorch (or llama.cpp), weights, cache, buffers. "
+    "Several with commas between make several sizes."
+)
+_MODEL_MEMORY = (
+    "Budget of weights, cache and buffers alone, such as 24MB, or several. Default: half of the weights."
+)
+_FORMAT = (
+    "mixtura: a directory, a width for every expert. gguf: a directory with a file for llama.cpp, a type for "
+    "every tensor; needs mixtura[llama]."
+)
+_TASK = (
+    "Your own prompts, JSONL with prompt and answer, messages or text: half of the loss that decides, and of "
+    "the calibration text as far as they go."
+)
+_KEEP = (
+    "The domain of the text, such as code, whose loss is to be least, of plans that lose no more in all than "
+    "the plain one."
+)
+
 
 def fit(
     model: str | None = typer.Argument(
         None, help="Directory or hub id (name@revision); without it, the specimen.", show_default=False
     ),
-    memory: str | None = typer.Option(
-        None,
-        help="Budget of the whole process, such as 24GiB: Python and PyTorch, weights, cache, buffers. "
-        "Several with commas between make several sizes.",
-    ),
-    model_memory: str | None = typer.Option(
-        None,
-        help="Budget of weights, cache and buffers alone, such as 24MB, or several. Default: half of the "
-        "weights.",
-    ),
+    memory: str | None = typer.Option(None, help=_MEMORY),
+    model_memory: str | None = typer.Option(None, help=_MODEL_MEMORY),
     context: int = typer.Option(4096, min=1, help="Tokens of context the cache must hold."),
     text: Path | None = typer.Option(
         None, help="Text to keep the model good at: a file or directory of UTF-8 text or JSONL."
@@ -39,6 +51,9 @@ def fit(
     time: str = typer.Option("30m", help="Observe and search for so long; the best so far is written."),
     estimate: bool = typer.Option(False, "--estimate", help="Say what it would take, and stop."),
     out: Path | None = typer.Option(None, help="New directory for the result. Default: NAME-fit."),
+    form: str = typer.Option("mixtura", "--format", help=_FORMAT),
+    task: Path | None = typer.Option(None, help=_TASK),
+    keep_domain: str | None = typer.Option(None, help=_KEEP),
     yes: bool = typer.Option(False, "--yes", help="Download from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     seed: int = typer.Option(0, min=0, help="Seed of samples and intervals."),
@@ -71,6 +86,9 @@ def fit(
         text=text,
         max_kl=max_kl,
         time_s=parse_seconds(time),
+        form=form,
+        task=task,
+        keep_domain=keep_domain,
         seed=seed,
     )
     _one_or_several(request, memory or model_memory or "", memory is not None, estimate, as_json)

@@ -1,8 +1,10 @@
 """Choosing one option per expert so that the predicted loss is least within a number of bytes.
 
-A multiple-choice knapsack, solved on the lower convex hull of each expert's (bytes, loss) points:
-the cheapest loss per byte saved goes first. What the hull leaves over is filled by single upgrades,
-so the result wastes less than one expert's step.
+A multiple-choice knapsack. Few parts, such as tensors, are large beside the budget, and all sums are tried by
+dynamic programming: exactly, or where sizes have no large common divisor, with sizes rounded up to
+thousandths of the budget. Many parts, such as experts, are solved on the lower convex hull of each one's
+(bytes, loss) points: the cheapest loss per byte saved goes first. What is left over is filled by single
+upgrades, so the result wastes less than one part's step.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from numpy import ndarray
 
 from mixtura.errors import BudgetError
 
+# Numbers of losses up to which all sums are tried, and different sums at most.
+_MOST_EXACT, _MOST_STEPS = 8192, 1 << 14
+
 # Letters here: M experts of all layers together, O options of one expert.
 
 
 def allocate(
     losses: Float[ndarray, "M O"], num_bytes: Int[ndarray, "M O"], budget_bytes: int
 ) -> Int[ndarray, " M"]:
-    """The option of each expert with (nearly) the least total loss that fits the budget.
+    """The option of each part with the least total loss that fits the budget, or nearly so of many parts.
 
     Args:
         losses: predicted loss of each option; infinity forbids one.
@@ -45,6 +50,51 @@ def allocate(
     smallest = int(allowed.min(axis=1).sum())
     if smallest > budget_bytes:
         raise BudgetError(f"the experts take at least {smallest} bytes, the budget leaves {budget_bytes}")
+    by_hull = _by_hull(losses, num_bytes, budget_bytes)
+    if losses.size > _MOST_EXACT:
+        return by_hull
+    exact = _exact(losses, num_bytes, budget_bytes)
+    rows = np.arange(len(losses))
+    return exact if losses[rows, exact].sum() <= losses[rows, by_hull].sum() else by_hull
+
+
+def _exact(
+    losses: Float[ndarray, "M O"], num_bytes: Int[ndarray, "M O"], budget_bytes: int
+) -> Int[ndarray, " M"]:
+    """All sums of sizes beyond the least, part by part: the least loss for each."""
+    usable = np.isfinite(losses)
+    least = np.where(usable, num_bytes, np.iinfo(np.int64).max).min(axis=1)
+    extra = np.where(usable, num_bytes - least[:, None], 0)
+    left = budget_bytes - int(least.sum())
+    unit = max(int(np.gcd.reduce(extra, axis=None)), 1)
+    # No more of a unit than all largest options take, and no finer than the table can be.
+    left = min(left, int(extra.max(axis=1).sum()))
+    unit *= -(-left // (unit * _MOST_STEPS)) or 1
+    steps = -(-extra // unit)
+    room = left // unit + 1
+    best, taken = np.zeros(room), np.zeros((len(losses), room), dtype=np.int16)
+    for part in range(len(losses)):
+        after = np.full(room, np.inf)
+        for option in np.flatnonzero(usable[part] & (steps[part] < room)):
+            step = int(steps[part, option])
+            here = best[: room - step] + losses[part, option]
+            is_less = here < after[step:]
+            after[step:][is_less] = here[is_less]
+            taken[part, step:][is_less] = option
+        best = after
+    place = int(best.argmin())
+    chosen = np.zeros(len(losses), dtype=np.int64)
+    for part in reversed(range(len(losses))):
+        chosen[part] = taken[part, place]
+        place -= int(steps[part, chosen[part]])
+    spent = int(num_bytes[np.arange(len(chosen)), chosen].sum())
+    return _fill(losses, num_bytes, chosen, budget_bytes - spent)
+
+
+def _by_hull(
+    losses: Float[ndarray, "M O"], num_bytes: Int[ndarray, "M O"], budget_bytes: int
+) -> Int[ndarray, " M"]:
+    """The cheapest loss per byte saved goes first."""
     chosen, steps = _start_and_steps(losses, num_bytes)
     total = int(num_bytes[np.arange(len(chosen)), chosen].sum())
     heapq.heapify(steps)

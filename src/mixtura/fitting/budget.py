@@ -84,7 +84,7 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
     """
     check_apart(request.out, view.path)
     require_generating(view)
-    context, notes = _context(request, view)
+    context, notes = context_of(request, view)
     taken = account(view, context)
     packed = account(view, context, as_packed=True)
     fixed = packed.total_bytes - packed.expert_bytes
@@ -98,7 +98,7 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
     else:
         budget = request.model_memory_bytes or 0
         if not budget:
-            budget, why = _usual_budget(taken, least)
+            budget, why = usual_budget(taken, least)
             notes += why
         left = budget
     if left <= 0:
@@ -127,7 +127,7 @@ def allowance(request: Request, view: CheckpointView, runtime: int | None = None
     )
 
 
-def _context(request: Request, view: CheckpointView) -> tuple[int, tuple[str, ...]]:
+def context_of(request: Request, view: CheckpointView) -> tuple[int, tuple[str, ...]]:
     """Tokens the cache is to hold, and what is to be said of them."""
     positions = _positions(view)
     if positions is None or request.context <= positions:
@@ -140,7 +140,7 @@ def _context(request: Request, view: CheckpointView) -> tuple[int, tuple[str, ..
     return positions, (note,)
 
 
-def _usual_budget(taken: MemoryAccount, least: int) -> tuple[int, tuple[str, ...]]:
+def usual_budget(taken: MemoryAccount, least: int) -> tuple[int, tuple[str, ...]]:
     """Half of the weights, with cache and buffers; the least a plan can keep where that is more.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Candidates for a budget: uniform ones, and ones that give each expert what it is worth."""
+"""Candidates for a budget: uniform ones, and ones that give each part what it is worth."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from numpy import ndarray
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.allocate import allocate
-from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST
-from mixtura.fitting.records import Candidate, Experts, Prices
+from mixtura.fitting.records import Candidate, Parts, Prices
 
 MOST_BLOCKS = 8
 
 
 def choice_bytes(prices: Prices, choice: Sequence[int] | Int[ndarray, " M"]) -> int:
-    """Bytes the experts take under a choice."""
+    """Bytes the parts take under a choice."""
     chosen = np.asarray(choice)
     return int(prices.num_bytes[np.arange(len(chosen)), chosen].sum())
 
 
 def uniform(prices: Prices, option: int) -> Candidate:
-    """Every expert at the same width."""
-    label = "unchanged" if option == KEEP else f"uniform {OPTIONS[option]}"
+    """Every part in the same way."""
+    palette = prices.palette
+    label = "unchanged" if option == palette.keep else f"uniform {palette.names[option]}"
     return Candidate(label, tuple([option] * len(prices.errors)))
 
 
 def smallest(prices: Prices) -> Candidate:
     """The smallest model that still runs: two bits, and no more experts than a token chooses."""
-    return drop_evenly(prices, prices.load.astype(float), SMALLEST, most=True)
+    return drop_evenly(prices, prices.load.astype(float), prices.palette.stored[-1], most=True)
 
 
 def drop_evenly(
@@ -48,7 +48,9 @@ def drop_evenly(
     Raises:
         BudgetError: no share meets the budget.
     """
-    experts = prices.experts
+    experts, palette = prices.parts, prices.palette
+    if palette.drop is None:
+        raise BudgetError("no part of this model can be dropped")
     layers = list(dict.fromkeys(experts.layers.tolist()))
     sizes = {layer: int(experts.of_layer(layer).sum()) for layer in layers}
     steps = range(max(sizes.values()) + 1)
@@ -58,16 +60,16 @@ def drop_evenly(
             lost = sizes[layer] * step // max(sizes.values())
             groups = experts.num_groups[layer]
             lost = min(lost - lost % groups, sizes[layer] - experts.least_kept[layer])
-            chosen[_least(importance, experts, layer, lost)] = DROP
+            chosen[_least(importance, experts, layer, lost)] = palette.drop
         if most or budget_bytes is None or choice_bytes(prices, chosen) <= budget_bytes:
-            dropped = int((chosen == DROP).sum())
-            width = "full width" if option == KEEP else OPTIONS[option]
+            dropped = int((chosen == palette.drop).sum())
+            width = "full width" if option == palette.keep else palette.names[option]
             label = f"{width}, {dropped} experts dropped evenly"
             return Candidate(label, tuple(chosen.tolist()))
     raise BudgetError("no even share of dropped experts meets the budget")
 
 
-def _least(importance: Float[ndarray, " M"], experts: Experts, layer: int, lost: int) -> Int[ndarray, " X"]:
+def _least(importance: Float[ndarray, " M"], experts: Parts, layer: int, lost: int) -> Int[ndarray, " X"]:
     """Places of a layer's least important experts, the same number from each group."""
     places = np.flatnonzero(experts.of_layer(layer))
     groups = np.split(places, experts.num_groups[layer])
@@ -95,31 +97,35 @@ def mixed(
         BudgetError: nothing within the rules is small enough.
     """
     losses = prices.errors * scale[:, None]
-    losses[:, DROP] = np.inf if drop_scale is None else losses[:, DROP] * drop_scale
-    if drop_scale is not None:
-        _protect(losses, prices)
-    if dropped is not None:
-        losses[dropped] = np.inf
-        losses[dropped, DROP] = 0.0
+    drop = prices.palette.drop
+    if drop is not None:
+        losses[:, drop] = np.inf if drop_scale is None else losses[:, drop] * drop_scale
+        if drop_scale is not None:
+            _protect(losses, prices, drop)
+        if dropped is not None:
+            losses[dropped] = np.inf
+            losses[dropped, drop] = 0.0
     return Candidate(label, tuple(allocate(losses, prices.num_bytes, budget_bytes).tolist()))
 
 
-def _protect(losses: Float[ndarray, "M O"], prices: Prices) -> None:
+def _protect(losses: Float[ndarray, "M O"], prices: Prices, drop: int) -> None:
     """Forbid dropping the experts without which a layer or group could not choose enough."""
-    experts = prices.experts
+    experts = prices.parts
     for layer in dict.fromkeys(experts.layers.tolist()):
         groups = experts.num_groups[layer]
         places = np.flatnonzero(experts.of_layer(layer))
         if groups > 1:
             # A group-limited router needs equal groups; only even drops keep them so.
-            losses[places, DROP] = np.inf
+            losses[places, drop] = np.inf
             continue
-        order = places[np.argsort(-losses[places, DROP], kind="stable")]
-        losses[order[: experts.least_kept[layer]], DROP] = np.inf
+        order = places[np.argsort(-losses[places, drop], kind="stable")]
+        losses[order[: experts.least_kept[layer]], drop] = np.inf
 
 
-def blocks(experts: Experts) -> list[Bool[ndarray, " M"]]:
-    """Neighbouring MoE layers in at most `MOST_BLOCKS` groups, as masks over the experts."""
-    layers = np.array(list(dict.fromkeys(experts.layers.tolist())))
-    parts = np.array_split(layers, min(MOST_BLOCKS, len(layers)))
-    return [np.isin(experts.layers, part) for part in parts]
+def blocks(prices: Prices) -> list[Bool[ndarray, " M"]]:
+    """Parts whose errors cost the same: neighbouring layers in at most `MOST_BLOCKS` groups, as masks."""
+    if prices.blocks:
+        return list(prices.blocks)
+    layers = np.array(list(dict.fromkeys(prices.parts.layers.tolist())))
+    groups = np.array_split(layers, min(MOST_BLOCKS, len(layers)))
+    return [np.isin(prices.parts.layers, group) for group in groups]

@@ -15,6 +15,7 @@ from mixtura.checkpoints.skeleton import CheckpointView, build, open_checkpoint
 from mixtura.checkpoints.summary import ModelSummary, summarize
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import num_embeddings_of
+from mixtura.errors import SettingError
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
 from mixtura.fitting.depth import Depth, Work, choose_depth, options_near, positions
@@ -88,6 +89,11 @@ def estimate_fit(request: Request) -> Estimate:
     Raises:
         UserError: the model, its text or the budget cannot be worked with.
     """
+    if request.form != "mixtura":
+        raise SettingError(
+            f"--estimate predicts fits in mixtura's own format alone; for --format {request.form} leave it "
+            f"out: that says while it runs how long it will take"
+        )
     view = open_checkpoint(request.model)
     runtime = psutil.Process(os.getpid()).memory_info().rss
     allowed = allowance(request, view, runtime)
@@ -178,8 +184,8 @@ def _plan_estimate(
     sizes = prices.num_bytes[np.arange(len(chosen)), chosen]
     saved = int(prices.num_bytes[:, KEEP].sum() - sizes.sum())
     active, seconds = allowed.dense_active_bytes, dense_s
-    for layer, top_k in prices.experts.top_k.items():
-        here = prices.experts.of_layer(layer) & (chosen != DROP)
+    for layer, top_k in prices.parts.top_k.items():
+        here = prices.parts.of_layer(layer) & (chosen != DROP)
         read = top_k * float(sizes[here].mean())
         active += read
         seconds += read / rates[int(chosen[here][0])]

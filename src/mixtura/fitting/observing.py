@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
-from numpy import ndarray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,7 +29,7 @@ from mixtura.fitting.pricing import (
     load_prices,
     save_prices,
 )
-from mixtura.fitting.records import Prices
+from mixtura.fitting.records import Observed
 from mixtura.fitting.rounding import Rounder
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.fitting.texts import Texts, as_batch
@@ -45,16 +42,6 @@ _UNSEEN = "observed"
 # Of a fit's time, what observing may take: then it looks at fewer experts, and a little later it stops.
 _HURRY_SHARE, _STOP_SHARE = 0.7, 0.8
 _PRICED_IN_HURRY = 2
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What observing found: prices, each expert's importance, and how many layers time did not reach."""
-
-    prices: Prices
-    importance: Float[ndarray, " M"]
-    num_unseen_layers: int
 
 
 def observed(

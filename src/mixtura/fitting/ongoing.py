@@ -7,19 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from mixtura.checkpoints.apply import apply_plan
-from mixtura.checkpoints.applying.card import MeasuredLoss
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.budget import Allowance
 from mixtura.fitting.clock import Clock, Notify
-from mixtura.fitting.depth import Depth
+from mixtura.fitting.forms.base import Form
 from mixtura.fitting.journal import Journal
-from mixtura.fitting.palette import option_of
-from mixtura.fitting.quality import ALL
-from mixtura.fitting.records import Measured, Quality, Request
-from mixtura.fitting.rounding import Rounder
+from mixtura.fitting.records import Measured, Request
 from mixtura.fitting.texts import Texts
-from mixtura.types import Plan
 
 
 @final
@@ -28,15 +22,14 @@ class Ongoing:
     """What one fit knows as it goes along; ``notes`` are for the reader of its result."""
 
     request: Request
+    form: Form
     view: CheckpointView
     tokenizer: Any
     allowance: Allowance
     texts: Texts
     journal: Journal
-    rounder: Rounder
     notify: Notify
     clock: Clock
-    depth: Depth = field(default_factory=Depth)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -55,42 +48,10 @@ def model_directory(fit: Ongoing, measured: Measured) -> Path:
     return fit.journal.path(f"model-{measured.candidate.key}")
 
 
-def written(fit: Ongoing, plan: Plan, measured: Measured) -> Path:
+def written(fit: Ongoing, measured: Measured) -> Path:
     """Write a candidate as it is to be published, if that has not been done."""
     directory = model_directory(fit, measured)
     if not directory.is_dir():
         fit.notify("writing the model")
-        round_for(fit, plan)
-        apply_plan(
-            plan,
-            fit.view.path,
-            directory,
-            source_name=fit.request.name or None,
-            name=fit.request.out.name,
-            measured=_loss(measured.quality),
-            rounded=fit.rounder.kept,
-        )
+        fit.form.write(measured.candidate, directory, measured.quality)
     return directory
-
-
-def _loss(quality: Quality) -> MeasuredLoss:
-    """What the model card says was lost."""
-    return MeasuredLoss(
-        kl=quality.kl,
-        kl_interval=(quality.kl_low, quality.kl_high),
-        same_token=quality.equal_top,
-        perplexity=quality.perplexity[ALL],
-        num_tokens=quality.num_tokens,
-        text="held-out text",
-        chose=True,
-        details="`measured.json` has all of it, with how it was measured; `report.html` shows it.",
-    )
-
-
-def round_for(fit: Ongoing, plan: Plan) -> None:
-    """Round every expert that a plan stores in fewer bits, unless that has been done."""
-    by_layer: dict[int, dict[int, tuple[int, ...]]] = {}
-    for (layer, expert), action in plan.quantized().items():
-        by_layer.setdefault(layer, {})[expert] = (option_of(action),)
-    for layer, wanted in by_layer.items():
-        fit.rounder.ensure(layer, wanted)

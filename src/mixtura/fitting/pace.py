@@ -8,7 +8,7 @@ disturbs it least.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -61,8 +61,11 @@ class Pace:
     head_s: float
 
 
-def measure_pace(view: CheckpointView) -> Pace:
-    """Measure a model's pace here; reads an expert and a decoder layer, and takes a few seconds."""
+def measure_pace(view: CheckpointView, options: Sequence[int] = tuple(STORED)) -> Pace:
+    """Measure a model's pace here; reads an expert and a decoder layer, and takes a few seconds.
+
+    ``options`` are the ways of storing experts whose rounding is timed.
+    """
     layer = view.layers[0]
     streamed = Streamed(view)
     tensors = layer.native_expert(0)
@@ -75,7 +78,7 @@ def measure_pace(view: CheckpointView) -> Pace:
     math = math_of(module)
     transposed = layer.layout.transposed
     with torch.no_grad():
-        rounding = {option: _rounding_seconds(tensors, option, transposed=transposed) for option in STORED}
+        rounding = {option: _rounding_seconds(tensors, option, transposed=transposed) for option in options}
         warm = best_of(lambda: [t.clone() for t in layer.native_expert(0) if t is not None]) / num_bytes
         multiply = best_of(lambda: math.outputs(math.hidden(rows, ready), ready)) / (num_weights * _ROWS)
     cold = max(warm, 1 / disk_bytes_per_second(Path(view.files[0])))

@@ -1,4 +1,4 @@
-"""What can be done to an expert: leave it, store it in fewer bits in one of a few ways, or drop it."""
+"""What can be done to a part of a model; to an expert: leave it, store it in fewer bits, or drop it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from typing import Any, final
 from mixtura.methods import create
 from mixtura.methods.quantizers import Quantizer
 from mixtura.types import Quantize
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Palette:
+    """What the parts of a model can be stored as, by number. The letter O counts these options.
+
+    Attributes:
+        names: as tables show them, from most bytes to fewest.
+        keep: the option that leaves a part as it is.
+        drop: the option that leaves it out; None where no part can be.
+    """
+
+    names: tuple[str, ...]
+    keep: int = 0
+    drop: int | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Options that store a part in fewer bits."""
+        return tuple(option for option in range(len(self.names)) if option not in (self.keep, self.drop))
 
 
 @final
@@ -45,10 +66,10 @@ WAYS = (
     _trellis(3),
     _trellis(2),
 )
-# From most bytes to fewest. The letter O counts these options.
 OPTIONS = ("keep", *(way.name for way in WAYS), "drop")
 KEEP, DROP = 0, len(OPTIONS) - 1
 SMALLEST = DROP - 1
+EXPERTS = Palette(OPTIONS, KEEP, DROP)
 # By option.
 STORED = {1 + number: way for number, way in enumerate(WAYS)}
 

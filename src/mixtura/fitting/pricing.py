@@ -19,7 +19,7 @@ from mixtura.checkpoints.viewing.droppable import least_kept
 from mixtura.errors import CheckpointError
 from mixtura.fitting.calibration import Seen
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, STORED, WAYS, quantizer_of
-from mixtura.fitting.records import Experts, Prices
+from mixtura.fitting.records import Parts, Prices
 from mixtura.fitting.rounding import Rounder
 from mixtura.methods import create
 
@@ -175,7 +175,7 @@ def collect_prices(pricers: Sequence[LayerPricer], keep_dtype: torch.dtype | Non
     for of_layer in errors:
         of_layer[:, untried] = np.inf
     return Prices(
-        experts=experts_of(layers),
+        parts=experts_of(layers),
         num_bytes=np.concatenate(sizes),
         errors=np.concatenate(errors),
         load=np.concatenate(loads),
@@ -199,9 +199,9 @@ def _usual_shares(pricers: Sequence[LayerPricer]) -> Float[ndarray, " O"]:
     return shares
 
 
-def experts_of(layers: Sequence[LayerView]) -> Experts:
+def experts_of(layers: Sequence[LayerView]) -> Parts:
     """The experts of all MoE layers in one row."""
-    return Experts(
+    return Parts(
         layers=np.repeat([layer.index for layer in layers], [layer.num_experts for layer in layers]),
         numbers=np.concatenate([np.arange(layer.num_experts) for layer in layers]),
         top_k={layer.index: layer.top_k for layer in layers},
@@ -242,11 +242,11 @@ def uniform_bytes(view: CheckpointView) -> dict[int, int]:
 def save_prices(prices: Prices, importance: Float[ndarray, " M"], path: Path) -> None:
     """Write prices and importances as one safetensors file."""
     arrays: dict[str, Any] = {
-        "layers": prices.experts.layers,
-        "numbers": prices.experts.numbers,
-        "top_k": np.array(list(prices.experts.top_k.items())),
-        "num_groups": np.array(list(prices.experts.num_groups.items())),
-        "least_kept": np.array(list(prices.experts.least_kept.items())),
+        "layers": prices.parts.layers,
+        "numbers": prices.parts.numbers,
+        "top_k": np.array(list(prices.parts.top_k.items())),
+        "num_groups": np.array(list(prices.parts.num_groups.items())),
+        "least_kept": np.array(list(prices.parts.least_kept.items())),
         "num_bytes": prices.num_bytes,
         "errors": prices.errors,
         "load": prices.load,
@@ -262,7 +262,7 @@ def load_prices(path: Path) -> tuple[Prices, Float[ndarray, " M"]]:
     def by_layer(name: str) -> dict[int, int]:
         return {int(layer): int(value) for layer, value in arrays[name]}
 
-    experts = Experts(
+    experts = Parts(
         arrays["layers"],
         arrays["numbers"],
         by_layer("top_k"),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mixtura.fitting.estimate import Estimate
+from mixtura.fitting.frontier import frontier_rows
 from mixtura.fitting.report import domain_rows, table_rows
 from mixtura.fitting.result import Fitted
 from mixtura.report import counted, human_number, human_percent
@@ -49,7 +50,7 @@ def print_table(console: Console, title: str, headers: list[str], cells: list[li
 def print_fitted(fitted: Fitted) -> None:
     """The result of a fit for people, on standard output."""
     console = screen()
-    if fitted.plan is None:
+    if fitted.out is None:
         before = fitted.before
         console.print(
             f"{fitted.model} fits as it is: it takes {format_bytes(before.accounted_bytes)} "
@@ -63,11 +64,15 @@ def print_fitted(fitted: Fitted) -> None:
     console.print()
     print_table(console, "By domain, on held-out text", *domain_rows(fitted.rows))
     console.print()
+    points = frontier_rows(fitted.frontier, fitted.after.accounted_bytes)
+    print_table(console, "The measured frontier", *points)
+    console.print()
     _print_remarks(console, fitted.remarks)
     # Lines to copy: a terminal wraps them itself.
     console.print(f"model   {fitted.out}", soft_wrap=True)
     console.print(f"report  {fitted.out}/report.html", soft_wrap=True)
-    console.print(f'try     mixtura generate {fitted.out} "..."', soft_wrap=True)
+    for where, command in fitted.commands.items():
+        console.print(f"run     {command}   ({where})", soft_wrap=True)
 
 
 def print_sizes(several: Iterable[Fitted]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -128,10 +128,22 @@ def _sums(scores: Scores, text: HeldOut) -> _Sums:
     )
 
 
-def summarise(scored: Sequence[tuple[Scores, HeldOut]], seconds: float, seed: int = 0) -> Quality:
+def summarise(
+    scored: Sequence[tuple[Scores, HeldOut]],
+    seconds: float,
+    seed: int = 0,
+    shares: Mapping[str, float] | None = None,
+) -> Quality:
     """Means over tokens, by domain and in all, with an interval from resampling sequences.
 
     An answer is exact when every token of it is the most likely one given those before.
+
+    Args:
+        scored: what was measured on each part of the text.
+        seconds: that it took.
+        seed: of the interval.
+        shares: by domain, its share of the mean loss; domains that are not named have the rest by their
+            tokens. Perplexity counts tokens alike.
     """
     parts = [_sums(scores, text) for scores, text in scored]
     kl, nll, equal_top, counts, has_answer, exact = (
@@ -141,15 +153,16 @@ def summarise(scored: Sequence[tuple[Scores, HeldOut]], seconds: float, seed: in
     domains = np.array([domain for part in parts for domain in part.domains])
     groups = np.array([group for part in parts for group in part.groups])
     masks = {ALL: counts > 0} | {str(n): (domains == n) & (counts > 0) for n in dict.fromkeys(domains)}
-    low, high = _interval(kl, counts, seed)
+    weights = _weights(domains, counts, shares or {})
+    low, high = _interval(kl * weights, counts * weights, seed)
     answered = {str(g): has_answer & (groups == g) for g in dict.fromkeys(groups[has_answer])}
     if answered:
         answered[ALL] = has_answer
     return Quality(
-        kl=float(kl.sum() / counts.sum()),
+        kl=float((kl * weights).sum() / (counts * weights).sum()),
         kl_low=low,
         kl_high=high,
-        equal_top=float(equal_top.sum() / counts.sum()),
+        equal_top=float((equal_top * weights).sum() / (counts * weights).sum()),
         perplexity={n: math.exp(nll[m].sum() / counts[m].sum()) for n, m in masks.items() if m.any()},
         kl_by_domain={n: float(kl[m].sum() / counts[m].sum()) for n, m in masks.items() if m.any()},
         accuracy={group: float(exact[mask].mean()) for group, mask in answered.items()},
@@ -158,9 +171,23 @@ def summarise(scored: Sequence[tuple[Scores, HeldOut]], seconds: float, seed: in
     )
 
 
-def _interval(sums: Float[ndarray, " S"], counts: Int[ndarray, " S"], seed: int) -> tuple[float, float]:
+def _weights(
+    domains: ndarray, counts: Int[ndarray, " S"], shares: Mapping[str, float]
+) -> Float[ndarray, " S"]:
+    """What a token of each sequence counts, so that domains have their shares."""
+    weights = np.ones(len(counts))
+    others = ~np.isin(domains, list(shares))
+    rest = 1.0 - sum(shares.values())
+    total = counts.sum()
+    for mask, share in [(others, rest), *((domains == name, share) for name, share in shares.items())]:
+        if shares and counts[mask].sum():
+            weights[mask] = share * total / counts[mask].sum()
+    return weights
+
+
+def _interval(sums: Float[ndarray, " S"], counts: Float[ndarray, " S"], seed: int) -> tuple[float, float]:
     generator = np.random.default_rng(seed)
     picks = generator.integers(0, len(sums), (_RESAMPLES, len(sums)))
-    totals = np.maximum(counts[picks].sum(1), 1)
+    totals = np.maximum(counts[picks].sum(1), 1e-9)
     low, high = np.percentile(sums[picks].sum(1) / totals, [2.5, 97.5])
     return float(low), float(high)

@@ -12,9 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from mixtura.fitting.palette import DROP, KEEP, STORED
-from mixtura.fitting.rest import Rest
-from mixtura.types import Action, Drop, Plan
+from mixtura.fitting.palette import EXPERTS, Palette
 
 DEFAULT_CONTEXT = 4096
 
@@ -27,7 +25,9 @@ class Request:
     Exactly one of ``memory_bytes`` (the whole process) and ``model_memory_bytes`` (weights, cache
     and working buffers) may be given; without either the budget is half of the model's weights, or the
     least that a plan can keep. ``time_s`` is for observing and searching; writing and checking come after.
-    ``work`` is where measurements are kept meanwhile: beside ``out``, where nothing else is said.
+    ``work`` is where measurements are kept meanwhile: beside ``out``, where nothing else is said. ``form``
+    is the format that is written. ``task`` are prompts of the user's own, and ``keep_domain`` the domain of
+    text whose loss is to be least.
     """
 
     model: Path
@@ -43,24 +43,28 @@ class Request:
     held_out_tokens: int = 8192
     seed: int = 0
     work: Path | None = None
+    form: str = "mixtura"
+    task: Path | None = None
+    keep_domain: str | None = None
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """The experts of a model in one row, layer by layer: which layer and number each of the M has.
+class Parts:
+    """What is stored each in its own way, in one row: which layer and number each of the M has.
 
-    ``least_kept`` is the fewest experts that the router of each layer can choose from.
+    They are the routed experts, or tensors. Where they are experts, ``least_kept`` is the fewest that the
+    router of each layer can choose from.
     """
 
     layers: Int[ndarray, " M"]
     numbers: Int[ndarray, " M"]
-    top_k: Mapping[int, int]
-    num_groups: Mapping[int, int]
-    least_kept: Mapping[int, int]
+    top_k: Mapping[int, int] = field(default_factory=dict)
+    num_groups: Mapping[int, int] = field(default_factory=dict)
+    least_kept: Mapping[int, int] = field(default_factory=dict)
 
     def of_layer(self, layer: int) -> Bool[ndarray, " M"]:
-        """Mask of the experts of one decoder layer."""
+        """Mask of the parts of one decoder layer."""
         mask: Bool[ndarray, " M"] = np.equal(self.layers, layer)
         return mask
 
@@ -68,31 +72,45 @@ class Experts:
 @final
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What each option of each expert costs in bytes and in predicted loss.
+    """What each option of each part costs in bytes and in predicted loss.
 
     Attributes:
         num_bytes: bytes the option takes in memory and on disk.
         errors: mean square error of the layer's output that the option makes on calibration text,
             summed over the expert's assignments and divided by the number of tokens; infinity where an
             option was not tried.
-        load: assignments seen per expert.
+        load: assignments seen per expert; 0 for other parts.
+        palette: the options.
+        blocks: masks of parts whose errors cost the same; where there are none, blocks of layers are taken.
     """
 
-    experts: Experts
+    parts: Parts
     num_bytes: Int[ndarray, "M O"]
     errors: Float[ndarray, "M O"]
     load: Int[ndarray, " M"]
+    palette: Palette = EXPERTS
+    blocks: tuple[Bool[ndarray, " M"], ...] = ()
 
     @property
     def stored(self) -> tuple[int, ...]:
         """Ways of storing that have a price, from most bytes to fewest."""
-        return tuple(option for option in STORED if np.isfinite(self.errors[:, option]).all())
+        return tuple(option for option in self.palette.stored if np.isfinite(self.errors[:, option]).all())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What observing found: prices, each part's importance, and how many layers time did not reach."""
+
+    prices: Prices
+    importance: Float[ndarray, " M"]
+    num_unseen_layers: int = 0
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to make the model smaller: an option for every expert, and why it was tried.
+    """One way to make the model smaller: an option for every part, and why it was tried.
 
     ``packs_rest``: whether what is outside the experts takes 8 bits, too.
     """
@@ -106,21 +124,6 @@ class Candidate:
         """Names the choice, whatever it is called."""
         rest = b"rest" if self.packs_rest else b""
         return hashlib.sha256(bytes(self.choice) + rest).hexdigest()[:16]
-
-    def plan(self, experts: Experts, rest: Rest, source_digest: str) -> Plan:
-        """The plan that makes it."""
-        chosen = np.asarray(self.choice)
-        actions: list[Action] = []
-        for layer in dict.fromkeys(experts.layers.tolist()):
-            gone = experts.numbers[(chosen == DROP) & experts.of_layer(layer)]
-            if len(gone):
-                actions.append(Drop(int(layer), tuple(int(e) for e in gone)))
-        for layer, number, option in zip(experts.layers, experts.numbers, chosen, strict=True):
-            if KEEP < option < DROP:
-                actions.append(STORED[int(option)].action(int(layer), int(number)))
-        if self.packs_rest:
-            actions.extend(rest.actions)
-        return Plan(source_digest, tuple(actions))
 
 
 @final

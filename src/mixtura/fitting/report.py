@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mixtura.fitting.palette import OPTIONS
+from mixtura.fitting.frontier import USUAL_GROWTH, cliff, frontier_rows
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.records import Measured
 from mixtura.fitting.result import Fitted, Row
@@ -39,10 +39,12 @@ def report_html(fitted: Fitted) -> str:
     if fitted.tried:
         sections += [
             Section("Everything tried", [*_tried(fitted)]),
-            Section("What happened to every expert", [*_experts(fitted)]),
+            Section(f"What happened to every {_part(fitted)}", [*_parts(fitted)]),
         ]
     if fitted.samples:
         sections.append(Section("Answers side by side", [*_samples(fitted)]))
+    if fitted.commands:
+        sections.append(Section("Where it runs", [facts(dict(fitted.commands))]))
     sections += [
         Section("Left as it was", [*_untouched(fitted)]),
         Section("How this was measured", [facts({k: str(v) for k, v in fitted.about.items()})]),
@@ -155,7 +157,7 @@ def _tried(fitted: Fitted) -> Iterable[Html]:
         own = [m for m in rest if belongs(m)]
         rest = [m for m in rest if not belongs(m)]
         series.append(_series(name, own, joined=name.startswith("one width")))
-    series.insert(1, _series("expert by expert", rest, joined=False))
+    series.insert(1, _series(f"{_part(fitted)} by {_part(fitted)}", rest, joined=False))
     chosen = fitted.after
     yield line_svg(
         [one for one in series if one.points],
@@ -167,6 +169,14 @@ def _tried(fitted: Fitted) -> Iterable[Html]:
         log_y=True,
         x_unit=_MIB,
         x_format=format_bytes,
+    )
+    headers, cells = frontier_rows(fitted.frontier, chosen.accounted_bytes)
+    yield table_html(headers, cells, caption="The measured frontier: nothing measured is smaller and better")
+    fall = cliff(fitted.frontier, fitted.before.weights_bytes)
+    yield paragraph(
+        f"A cliff is where KL grows more than {USUAL_GROWTH**2:g}-fold for a sixteenth of the original's "
+        f"weights and reaches 0.01 nats; "
+        + ("there is none among what was measured." if fall is None else fall.told + ".")
     )
 
 
@@ -183,15 +193,28 @@ def _is_probe(measured: Measured) -> bool:
     return measured.candidate.label.startswith("block ")
 
 
-def _experts(fitted: Fitted) -> Iterable[Html]:
+def _part(fitted: Fitted) -> str:
+    """What options are chosen for, in a word."""
+    return "tensor" if fitted.columns else "expert"
+
+
+def _shown(fitted: Fitted) -> list[str]:
+    """All options there were for experts, and of the many types of a file those that it has."""
+    used = {name for row in fitted.choice_map.values() for name in row if name}
+    known = [name for name in fitted.options if not fitted.columns or name in used]
+    return [*sorted(used - set(fitted.options)), *known]
+
+
+def _parts(fitted: Fitted) -> Iterable[Html]:
     layers = list(fitted.choice_map)
     width = max(len(row) for row in fitted.choice_map.values())
     yield category_map_svg(
         [fitted.choice_map[layer] for layer in layers],
         [str(layer) for layer in layers],
-        [str(expert) for expert in range(width)],
-        categories=list(OPTIONS),
-        title="What was done to each expert",
+        list(fitted.columns or map(str, range(width))),
+        categories=_shown(fitted),
+        title=f"What was done to each {_part(fitted)}",
+        col_name="tensor" if fitted.columns else "expert",
     )
 
 

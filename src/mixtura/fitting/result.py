@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
+from mixtura.fitting.frontier import cliff, frontier
+from mixtura.fitting.palette import EXPERTS
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.records import Measured, Quality
 from mixtura.types import Plan
@@ -71,10 +73,14 @@ class Fitted:
         model_budget_bytes: what the budget leaves for weights, cache and buffers.
         runtime_bytes: a process with Python, PyTorch and transformers imported and no model.
         context: tokens the account's cache holds; the most the model was made for if that is less.
-        plan: what was done; `None` where nothing was.
+        plan: what was done; `None` where nothing was, or nothing that mixtura applies itself.
         rows: before, uniform, chosen; only before where the unchanged model fits.
         tried: every candidate measured.
-        choice_map: per MoE layer, the option of each expert by name.
+        choice_map: by row, such as an MoE layer, the option of each part by name.
+        columns: names of the parts of a row; numbers where it is empty.
+        options: all there were, from most bytes to fewest.
+        settings: whatever else makes the same result again.
+        commands: how the result is run, by what it runs in.
         untouched: names of every tensor that was copied as it was.
         samples: answers side by side.
         left_out: kinds of candidates that the time did not reach.
@@ -92,7 +98,11 @@ class Fitted:
     plan: Plan | None
     rows: tuple[Row, ...]
     tried: tuple[Measured, ...] = ()
-    choice_map: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    choice_map: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    options: tuple[str, ...] = EXPERTS.names
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
     untouched: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -110,6 +120,11 @@ class Fitted:
         return self.rows[-1]
 
     @property
+    def frontier(self) -> tuple[Measured, ...]:
+        """What nothing measured is both smaller and better than, the largest first."""
+        return frontier(self.tried)
+
+    @property
     def out_of_time(self) -> bool:
         """Whether the time was over before everything was tried."""
         return bool(self.left_out)
@@ -118,7 +133,8 @@ class Fitted:
     def remarks(self) -> tuple[str, ...]:
         """Everything a reader should know beside the numbers, a sentence each."""
         rows = tuple(f"{row.name}: {row.note}" for row in self.rows if row.note)
-        return (*self.notes, *time_over(self.left_out), *rows)
+        fall = cliff(self.frontier, self.before.weights_bytes)
+        return (*self.notes, *time_over(self.left_out), *rows, *(() if fall is None else (fall.told,)))
 
     def to_dict(self) -> dict[str, Any]:
         """The object `mixtura fit --json` prints."""
@@ -126,7 +142,7 @@ class Fitted:
         return {
             "model": self.model,
             "out": None if self.out is None else str(self.out),
-            "fits_unchanged": self.plan is None,
+            "fits_unchanged": self.out is None,
             "budget_bytes": self.budget_bytes,
             "budget_kind": self.budget_kind,
             "model_budget_bytes": self.model_budget_bytes,
@@ -152,9 +168,13 @@ class Fitted:
                     "active_bytes": m.active_bytes,
                     "kl": m.quality.kl,
                     "equal_top": m.quality.equal_top,
+                    "perplexity": m.quality.perplexity.get(ALL),
+                    "on_frontier": m in self.frontier,
                 }
                 for m in self.tried
             ],
+            "settings": dict(self.settings),
+            "commands": dict(self.commands),
             "out_of_time": self.out_of_time,
             "left_out": list(self.left_out),
             "notes": list(self.remarks),

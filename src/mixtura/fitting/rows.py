@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from mixtura.checkpoints.apply import apply_plan
-from mixtura.fitting.ongoing import Ongoing, model_directory, round_for
-from mixtura.fitting.records import Measured, Prices, Quality
+from mixtura.fitting.ongoing import Ongoing, model_directory
+from mixtura.fitting.records import Measured, Quality
 from mixtura.fitting.result import Row, Sample
 from mixtura.fitting.search import Found
-from mixtura.fitting.verifying import Verified, sample_answers, verify
+from mixtura.fitting.verifying import Verified, sample_answers
 
 # How much longer than its time a fit may take for checks that the result does not need.
 _OVERRUN_SHARE = 0.25
@@ -27,10 +27,15 @@ def samples_of(fit: Ongoing, directory: Path) -> tuple[Sample, ...]:
         fit.notes.append("answers side by side were left out: the time was over")
         return ()
     fit.notify("answering a few questions with both")
-    return sample_answers(fit.view, fit.tokenizer, directory, fit.texts, fit.allowance.context, _whole(fit))
+    context = fit.allowance.context
+
+    def ask(prompts: Sequence[str]) -> list[str]:
+        return fit.form.answers(directory, fit.tokenizer, prompts, context)
+
+    return sample_answers(fit.view, fit.tokenizer, ask, fit.texts, context, _whole(fit))
 
 
-def _verify_all(fit: Ongoing, found: Found, prices: Prices, digest: str) -> dict[str, Verified]:
+def _verify_all(fit: Ongoing, found: Found) -> dict[str, Verified]:
     """Generate with the written model, with the uniform plan beside it and, if it fits, the original."""
     chosen = _verify(fit, model_directory(fit, found.chosen), "chosen", found.chosen.candidate.key)
     if not _has_time_to_check(fit):
@@ -38,25 +43,21 @@ def _verify_all(fit: Ongoing, found: Found, prices: Prices, digest: str) -> dict
         is_uniform = found.uniform.candidate.key == found.chosen.candidate.key
         return {"before": late, "uniform": chosen if is_uniform else late, "chosen": chosen}
     return {
-        "before": _verify(fit, fit.view.path, "before", "original", needed_bytes=_whole(fit)),
-        "uniform": _verify_uniform(fit, found, prices, digest) or chosen,
+        "before": _verify(fit, fit.view.path, "before", "original", needed_bytes=_whole(fit))
+        if fit.form.runs_source
+        else Verified(None, None, None, None),
+        "uniform": _verify_uniform(fit, found) or chosen,
         "chosen": chosen,
     }
 
 
 def _verify(fit: Ongoing, directory: Path, name: str, key: str, *, needed_bytes: int = 0) -> Verified:
-    return verify(
-        directory,
-        fit.allowance.context,
-        fit.journal,
-        name,
-        fit.notify,
-        key=f"verified {key} with {fit.allowance.context} tokens",
-        needed_bytes=needed_bytes,
-    )
+    context = fit.allowance.context
+    key = f"verified {key} with {context} tokens"
+    return fit.form.verify(directory, name, key, context=context, needed_bytes=needed_bytes)
 
 
-def _verify_uniform(fit: Ongoing, found: Found, prices: Prices, digest: str) -> Verified | None:
+def _verify_uniform(fit: Ongoing, found: Found) -> Verified | None:
     """The plain plan, written for as long as it generates; None where it is the chosen one."""
     uniform = found.uniform
     if uniform.candidate.key == found.chosen.candidate.key:
@@ -64,9 +65,7 @@ def _verify_uniform(fit: Ongoing, found: Found, prices: Prices, digest: str) -> 
     directory = model_directory(fit, uniform)
     if not directory.is_dir():
         fit.notify("writing the plain plan beside it")
-        plan = uniform.candidate.plan(prices.experts, fit.allowance.rest, digest)
-        round_for(fit, plan)
-        apply_plan(plan, fit.view.path, directory, rounded=fit.rounder.kept)
+        fit.form.write(uniform.candidate, directory, None)
     verified = _verify(fit, directory, "uniform", uniform.candidate.key)
     shutil.rmtree(directory, ignore_errors=True)
     return verified
@@ -77,9 +76,9 @@ def _whole(fit: Ongoing) -> int:
     return fit.allowance.account.total_bytes + fit.allowance.runtime_bytes
 
 
-def rows_of(fit: Ongoing, found: Found, prices: Prices, original: Quality, digest: str) -> tuple[Row, ...]:
+def rows_of(fit: Ongoing, found: Found, original: Quality) -> tuple[Row, ...]:
     """The table: before, uniform, chosen."""
-    verified = _verify_all(fit, found, prices, digest)
+    verified = _verify_all(fit, found)
     uniform, chosen = found.uniform, found.chosen
     return (
         _row(fit, "before", "", None, verified["before"], original),
@@ -98,8 +97,7 @@ def _row(
 ) -> Row:
     account, weights = fit.allowance.account, fit.allowance.account.weights_bytes
     if measured is not None:
-        weights -= account.expert_bytes - measured.expert_bytes
-        weights -= fit.allowance.rest.saved_bytes if measured.candidate.packs_rest else 0
+        weights = fit.form.weights_bytes(measured.candidate)
     return Row(
         name=name,
         label=label,

@@ -7,11 +7,9 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import mixtura
@@ -20,32 +18,25 @@ from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import BudgetError, OutputError
-from mixtura.fitting.budget import Allowance, allowance
+from mixtura.fitting.budget import Allowance
 from mixtura.fitting.clock import Clock, Notify
-from mixtura.fitting.depth import Depth, Work, choose_depth, options_near, shortened
 from mixtura.fitting.environment import environment
+from mixtura.fitting.forms.base import Tools
+from mixtura.fitting.forms.known import form_of
 from mixtura.fitting.journal import open_journal
 from mixtura.fitting.judging import Judge
-from mixtura.fitting.observing import forget_prices, observed
 from mixtura.fitting.ongoing import Ongoing, model_directory, work_directory, written
-from mixtura.fitting.pace import measure_pace
-from mixtura.fitting.palette import OPTIONS
-from mixtura.fitting.pricing import uniform_bytes
-from mixtura.fitting.records import Measured, Prices, Quality, Request
+from mixtura.fitting.records import Quality, Request
 from mixtura.fitting.report import report_html
 from mixtura.fitting.result import Fitted, Row, Sample, time_over
-from mixtura.fitting.rounding import rounder_for
 from mixtura.fitting.rows import rows_of, samples_of
 from mixtura.fitting.search import Found, Search
 from mixtura.fitting.texts import Texts, sequence_length, texts_of
 from mixtura.report.units import format_bytes
-from mixtura.types import Plan
 
 _SEQUENCE_LENGTH = 512
 _REPORT = "report.html"
 _MEASURED = "measured.json"
-_DEPTH = "depth"
-_LEAST_OPTIONS = 2
 
 
 def fit(request: Request, notify: Notify = lambda _: None, *, keep_work: bool = False) -> Fitted:
@@ -63,8 +54,9 @@ def fit(request: Request, notify: Notify = lambda _: None, *, keep_work: bool = 
     """
     check_out(request)
     view = open_checkpoint(request.model)
+    form = form_of(request, view)
     notify("accounting for memory")
-    allowed = allowance(request, view)
+    allowed = form.allowance()
     for note in allowed.notes:
         notify(note)
     if allowed.account.total_bytes <= allowed.model_budget_bytes:
@@ -75,9 +67,10 @@ def fit(request: Request, notify: Notify = lambda _: None, *, keep_work: bool = 
     clock = Clock(time.monotonic(), request.time_s)
     settings = _settings(request, view, allowed, texts)
     with open_journal(work_directory(request), settings) as journal:
-        rounder = rounder_for(view, journal)
-        ongoing = Ongoing(request, view, tokenizer, allowed, texts, journal, rounder, notify, clock)
-        fitted = _run(_measured_in_time(ongoing))
+        form.begin(Tools(journal, clock, notify))
+        fitted = _run(
+            Ongoing(request, form, view, tokenizer, allowed, form.in_time(texts), journal, notify, clock)
+        )
     if not keep_work:
         shutil.rmtree(work_directory(request))
     return fitted
@@ -117,96 +110,60 @@ def _settings(request: Request, view: CheckpointView, allowed: Allowance, texts:
         "context": sequence_length(allowed.context),
         "text": texts.digest,
         "seed": request.seed,
+        "format": request.form,
+        "keep domain": request.keep_domain,
         "threads": torch.get_num_threads(),
         "mixtura": mixtura.__version__,
         "torch": torch.__version__,
     }
 
 
-def _measured_in_time(fit: Ongoing) -> Ongoing:
-    """The fit with as much text, and as many experts priced, as its time allows on this machine.
-
-    A fit that goes on measures as it began: numbers of other text are no numbers to compare with.
-    """
-    fit.notes += fit.allowance.notes
-    known = fit.journal.notes().get(_DEPTH)
-    near = options_near(uniform_bytes(fit.view), fit.allowance.most_expert_bytes)
-    if known is None:
-        fit.notify("timing a layer of this model on this machine")
-        work = Work(fit.view, measure_pace(fit.view))
-        known = asdict(choose_depth(work, fit.texts, fit.clock.left_s, near))
-        fit.journal.note(_DEPTH, known)
-    fit.depth = Depth(**{**known, "options": None if known["options"] is None else tuple(known["options"])})
-    if near[0] not in fit.depth.stored:
-        # Begun for another budget; the text stays, and so do the codes and numbers there are.
-        options = tuple(sorted({*fit.depth.stored, *near[:_LEAST_OPTIONS]}))
-        fit.depth = replace(fit.depth, options=options)
-        fit.journal.note(_DEPTH, asdict(fit.depth))
-        forget_prices(fit.journal)
-    if not fit.depth.is_full:
-        fit.texts = shortened(fit.texts, fit.depth)
-        fit.notes.append(f"to keep the time, {fit.depth.told}; a longer --time measures more")
-        fit.notify(f"{fit.notes[-1]}, once {work_directory(fit.request)} is removed")
-    return fit
-
-
 def _run(fit: Ongoing) -> Fitted:
     since = time.monotonic()
-    seen = observed(
-        fit.view, fit.texts, fit.depth, fit.journal, fit.rounder, clock=fit.clock, notify=fit.notify
-    )
-    prices = seen.prices
-    if seen.num_unseen_layers:
-        fit.notes.append(
-            f"the time for observing was over before {seen.num_unseen_layers} of {len(fit.view.layers)} "
-            f"layers were reached; their experts are priced like the others on average"
-        )
+    seen = fit.form.observed(fit.texts)
     fit.timed("observe and price", since)
     since = time.monotonic()
     judge = Judge(
-        fit.view,
+        fit.form,
         fit.texts.held_out,
         fit.journal,
-        fit.rounder,
         clock=fit.clock,
         seed=fit.request.seed,
         notify=fit.notify,
-        rest=fit.allowance.rest,
+        shares=fit.texts.shares,
     )
-    judge.price_with(prices, fit.allowance.fixed_bytes, fit.allowance.dense_active_bytes)
     original = judge.original()
-    # With what the budget leaves for the experts.
+    # With what the budget leaves for the parts.
     found = Search(
-        prices,
+        seen.prices,
         seen.importance,
         fit.allowance.expert_budget_bytes,
         judge.measure,
         rest_saves_bytes=fit.allowance.rest.saved_bytes,
+        keep_domain=fit.request.keep_domain,
     ).run()
     fit.timed("search", since)
     if fit.request.max_kl is not None and found.chosen.quality.kl > fit.request.max_kl:
         raise BudgetError(_too_much_loss(found, fit))
     since = time.monotonic()
-    digest = checkpoint_digest(fit.view.path)
-    plan = found.chosen.candidate.plan(prices.experts, fit.allowance.rest, digest)
-    directory = written(fit, plan, found.chosen)
+    directory = written(fit, found.chosen)
     fit.timed("write", since)
     since = time.monotonic()
-    rows = rows_of(fit, found, prices, original, digest)
+    rows = rows_of(fit, found, original)
     samples = samples_of(fit, directory)
     fit.timed("verify and measure", since)
-    return _published(fit, found, prices, plan, rows, samples)
+    return _published(fit, found, rows, samples)
 
 
 def _published(
     fit: Ongoing,
     found: Found,
-    prices: Prices,
-    plan: Plan,
     rows: tuple[Row, ...],
     samples: tuple[Sample, ...],
 ) -> Fitted:
     """The result, with its measurements and report beside the model, in its place."""
+    directory = model_directory(fit, found.chosen)
+    told = fit.form.told(found.chosen.candidate, directory)
     fitted = Fitted(
         model=fit.request.name or str(fit.request.model),
         out=fit.request.out,
@@ -215,17 +172,21 @@ def _published(
         model_budget_bytes=fit.allowance.model_budget_bytes,
         runtime_bytes=fit.allowance.runtime_bytes,
         context=fit.allowance.context,
-        plan=plan,
+        plan=told.plan,
         rows=rows,
         tried=found.tried,
-        choice_map=_choice_map(prices, found.chosen),
-        untouched=_untouched(fit.view, plan),
+        choice_map=told.choice_map,
+        columns=told.columns,
+        options=fit.form.prices.palette.names,
+        untouched=told.untouched,
+        settings=told.settings,
+        commands=told.commands,
         samples=samples,
         left_out=found.left_out,
-        notes=tuple(fit.notes),
+        notes=(*fit.allowance.notes, *fit.texts.notes, *fit.form.notes, *fit.notes),
         about=environment(fit.request, fit.texts, fit.seconds),
     )
-    _publish(fitted, model_directory(fit, found.chosen))
+    _publish(fitted, directory)
     return fitted
 
 
@@ -245,26 +206,6 @@ def _too_much_loss(found: Found, fit: Ongoing) -> str:
         f"that is allowed; of the sizes measured, {costs}; {over}give more memory or allow more loss; the "
         f"same command with another budget or --max-kl goes on from what has been measured"
     )
-
-
-def _choice_map(prices: Prices, chosen: Measured) -> dict[int, tuple[str, ...]]:
-    options = np.asarray(chosen.candidate.choice)
-    layers = dict.fromkeys(prices.experts.layers.tolist())
-    return {
-        int(layer): tuple(OPTIONS[option] for option in options[prices.experts.of_layer(layer)])
-        for layer in layers
-    }
-
-
-def _untouched(view: CheckpointView, plan: Plan) -> tuple[str, ...]:
-    """Tensors that stay as they are; routers lose rows only where experts are dropped."""
-    experts = {
-        name
-        for layer in view.layers
-        for e in range(layer.num_experts)
-        for name in layer.expert_tensor_names(e)
-    }
-    return tuple(name for name in view.tensor_names if name not in experts | plan.matrices().keys())
 
 
 def _unchanged(request: Request, view: CheckpointView, allowed: Allowance) -> Fitted:

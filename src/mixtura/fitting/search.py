@@ -2,11 +2,11 @@
 
 First the plain plan is measured, which is the baseline, and a mixture that takes an error to cost the
 same in every layer: where the time is short, that is all. What is outside the experts takes 8 bits in these
-where experts then get a larger width; the other way round is tried next. Then come the other uniform
-widths, the ends of the trade-off curve, and each block of layers alone made small, which shows how much
-KL an error in that block costs. With those prices each expert is given an option; the mixtures, even drops
-and their combinations are measured, and the best mixture is improved by moving bytes between blocks while
-that helps.
+where experts then get a larger width; the other way round is tried next. Then each block of parts alone is
+made small, which shows how much KL an error in that block costs. With those prices each part is given an
+option; the mixtures, even drops and their combinations are measured, and the best mixture is improved by
+moving bytes between blocks while that helps. Last come the other uniform widths, for the curve of what
+bytes buy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from numpy import ndarray
 
 from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import blocks, choice_bytes, drop_evenly, mixed, uniform
-from mixtura.fitting.palette import DROP, KEEP, OPTIONS
 from mixtura.fitting.records import Candidate, Measured, Prices
 from mixtura.fitting.rest import NAME
 
@@ -60,11 +59,13 @@ class Search:
     """One search over candidates for a budget.
 
     Args:
-        prices: bytes and errors of every option of every expert.
+        prices: bytes and errors of every option of every part.
         importance: how much each expert matters, for even drops.
-        budget_bytes: what the experts may take together.
+        budget_bytes: what the parts may take together.
         measure: measures a candidate, or raises `OutOfTimeError`.
         rest_saves_bytes: what experts may take besides where the rest of the model takes 8 bits.
+        keep_domain: the domain of text whose loss is to be least, of what loses no more than the plain plan
+            in all; without one, it is the loss in all that is to be least.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Search:
         budget_bytes: int,
         measure: Callable[[Candidate], Measured],
         rest_saves_bytes: int = 0,
+        keep_domain: str | None = None,
     ) -> None:
         self.prices = prices
         self.importance = importance
@@ -81,6 +83,9 @@ class Search:
         self._measure = measure
         self._tried: dict[str, Measured] = {}
         self._rest_saves_bytes = rest_saves_bytes
+        self._keep_domain = keep_domain
+        # What no choice may lose more than, where a domain is kept.
+        self._most_kl = np.inf
         # Whether candidates store the rest of the model in 8 bits, too.
         self._packs_rest = False
         # Predicted KL per unit of error, by expert, and how much worse drops are: measured on the way.
@@ -94,7 +99,7 @@ class Search:
             BudgetError: nothing fits, or the time ended before anything that fits was measured.
         """
         baseline = self.baseline()
-        self._try(baseline)
+        self._most_kl = self._try(baseline).quality.kl
         steps = iter(self._steps())
         left_out: list[str] = []
         for name, step in steps:
@@ -105,16 +110,26 @@ class Search:
         chosen = self._best()
         return Found(chosen, self._tried[baseline.key], tuple(self._tried.values()), tuple(left_out))
 
+    def _kl(self, measured: Measured) -> float:
+        """The loss that prices are made of: of the kept domain, or in all."""
+        quality = measured.quality
+        return quality.kl if self._keep_domain is None else quality.kl_by_domain[self._keep_domain]
+
+    def _loss(self, measured: Measured) -> float:
+        """What is to be least; infinite for what may not be chosen."""
+        is_allowed = self._keep_domain is None or measured.quality.kl <= self._most_kl
+        return self._kl(measured) if is_allowed else np.inf
+
     def _steps(self) -> list[tuple[str, Callable[[], None]]]:
         """What is tried after the baseline, the most promising for its time first."""
+        drops = [("mixtures with drops", self._with_drops), ("even drops", self._even_drops)]
         return [
             ("a mixture of widths", self._blocks_alike),
             ("the rest as it is, or in 8 bits", self._other_rest),
-            ("every uniform width", self._uniform_widths),
             ("what each block of layers costs, and mixtures by it", self._mixed_by_block),
-            ("mixtures with drops", self._with_drops),
-            ("even drops", self._even_drops),
+            *(drops if self.prices.palette.drop is not None else ()),
             ("moving bytes between blocks", self._improve),
+            ("every uniform width", self._uniform_widths),
         ]
 
     def baseline(self) -> Candidate:
@@ -128,6 +143,9 @@ class Search:
                 candidate = uniform(self.prices, option)
                 if choice_bytes(self.prices, candidate.choice) <= self._room_bytes:
                     return self._dressed(candidate)
+        if self.prices.palette.drop is None:
+            # The least of one way for all is too large, where others are smaller for some parts.
+            return mixed(self.prices, self._scale, self._room_bytes, "plain mixture")
         fewest = drop_evenly(self.prices, self.importance, self.prices.stored[-1], self._room_bytes)
         return self._dressed(fewest)
 
@@ -149,15 +167,18 @@ class Search:
         """Whether it is better the other way: the rest as it is, or in 8 bits and more bytes for experts."""
         if not self._rest_saves_bytes:
             return
-        before = self._best().quality.kl
+        before = self._loss(self._best())
         self._packs_rest = not self._packs_rest
         measured = self._try_mixed(self._scale, "mixed widths, blocks alike")
-        if measured is None or measured.quality.kl >= before:
+        if measured is None or self._loss(measured) >= before:
             self._packs_rest = not self._packs_rest
 
     def _uniform_widths(self) -> None:
-        for option in self.prices.stored:
-            self._try(uniform(self.prices, option))
+        candidates = [uniform(self.prices, option) for option in self.prices.stored]
+        sizes = [choice_bytes(self.prices, candidate.choice) for candidate in candidates]
+        # Those near the budget first.
+        for place in np.argsort([abs(size - self.budget_bytes) for size in sizes], kind="stable"):
+            self._try(candidates[place])
 
     def _mixed_by_block(self) -> None:
         scale = self._block_scale()
@@ -167,7 +188,7 @@ class Search:
             "mixed widths, blocks alike": np.full_like(scale, scale.mean()),
         }
         measured = {label: self._try_mixed(values, label) for label, values in scales.items()}
-        losses = {label: m.quality.kl for label, m in measured.items() if m is not None}
+        losses = {label: self._loss(m) for label, m in measured.items() if m is not None}
         self._scale = scales[min(losses, key=lambda label: losses[label])] if losses else scale
 
     def _with_drops(self) -> None:
@@ -178,11 +199,13 @@ class Search:
         """KL per unit of error for each block, measured by making that block alone small."""
         option = self._probe_option()
         scale = np.ones(len(self.prices.errors))
-        for number, mask in enumerate(blocks(self.prices.experts)):
-            chosen = np.where(mask, option, KEEP)
-            measured = self._try(Candidate(f"block {number} at {OPTIONS[option]}", tuple(chosen.tolist())))
+        palette = self.prices.palette
+        for number, mask in enumerate(blocks(self.prices)):
+            chosen = np.where(mask, option, palette.keep)
+            label = f"block {number} at {palette.names[option]}"
+            measured = self._try(Candidate(label, tuple(chosen.tolist())))
             error = float(self.prices.errors[mask, option].sum())
-            scale[mask] = max(measured.quality.kl, _LEAST_KL) / max(error, 1e-30)
+            scale[mask] = max(self._kl(measured), _LEAST_KL) / max(error, 1e-30)
         return scale
 
     def _probe_option(self) -> int:
@@ -193,17 +216,19 @@ class Search:
 
     def _drop_scale(self, scale: Float[ndarray, " M"]) -> float:
         """How much worse (or better) drops are than their predicted error says."""
-        small = drop_evenly(self.prices, self.importance, KEEP, self._bytes(KEEP) * 7 // 8)
-        gone = np.asarray(small.choice) == DROP
-        predicted = float((self.prices.errors[gone, DROP] * scale[gone]).sum())
-        return self._try(small).quality.kl / max(predicted, 1e-30)
+        keep, drop = self.prices.palette.keep, self.prices.palette.drop
+        small = drop_evenly(self.prices, self.importance, keep, self._bytes(keep) * 7 // 8)
+        gone = np.asarray(small.choice) == drop
+        predicted = float((self.prices.errors[gone, drop] * scale[gone]).sum())
+        return self._kl(self._try(small)) / max(predicted, 1e-30)
 
     def _bytes(self, option: int) -> int:
         return choice_bytes(self.prices, uniform(self.prices, option).choice)
 
     def _even_drops(self) -> None:
         """Even drops alone, and with fewer bits for those that stay."""
-        for option in (KEEP, *self.prices.stored[:-1]):
+        keep = self.prices.palette.keep
+        for option in (keep, *self.prices.stored[:-1]):
             if self._bytes(option) > self._room_bytes:
                 try:
                     even = drop_evenly(self.prices, self.importance, option, self._room_bytes)
@@ -211,8 +236,8 @@ class Search:
                 except BudgetError:
                     continue
         for share in (8, 4):
-            even = drop_evenly(self.prices, self.importance, KEEP, self._bytes(KEEP) * (share - 1) // share)
-            gone = np.asarray(even.choice) == DROP
+            even = drop_evenly(self.prices, self.importance, keep, self._bytes(keep) * (share - 1) // share)
+            gone = np.asarray(even.choice) == self.prices.palette.drop
             label = f"mixed widths, 1/{share} dropped evenly"
             self._try_mixed(self._scale, label, dropped=gone)
 
@@ -227,21 +252,21 @@ class Search:
         """Move bytes between blocks while the measured KL falls."""
         rules = {} if self._best_has_no_drops() else {"drop_scale": self._dropping}
         scale = self._scale
-        best = self._best().quality.kl
+        best = self._loss(self._best())
         for _ in range(_ROUNDS):
             before = best
-            for mask in blocks(self.prices.experts):
+            for mask in blocks(self.prices):
                 for factor in (_STEP, 1 / _STEP):
                     moved = np.where(mask, scale * factor, scale)
                     measured = self._try_mixed(moved, "mixed widths, improved", **rules)
-                    if measured is not None and measured.quality.kl < best:
-                        best, scale = measured.quality.kl, moved
+                    if measured is not None and self._loss(measured) < best:
+                        best, scale = self._loss(measured), moved
                         break
             if best == before:
                 return
 
     def _best_has_no_drops(self) -> bool:
-        return DROP not in self._best().candidate.choice
+        return self.prices.palette.drop not in self._best().candidate.choice
 
     def _best(self) -> Measured:
         saved = self._rest_saves_bytes
@@ -250,7 +275,7 @@ class Search:
             for m in self._tried.values()
             if m.expert_bytes <= self.budget_bytes + (saved if m.candidate.packs_rest else 0)
         ]
-        return min(fitting, key=lambda m: (m.quality.kl, m.expert_bytes))
+        return min(fitting, key=lambda m: (self._loss(m), m.expert_bytes))
 
     def _try(self, candidate: Candidate) -> Measured:
         if candidate.key not in self._tried:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.errors import SettingError
-from mixtura.fitting.budget import allowance
 from mixtura.fitting.clock import Notify
+from mixtura.fitting.forms.known import form_of
 from mixtura.fitting.ongoing import work_directory
 from mixtura.fitting.records import Request
 from mixtura.fitting.result import Fitted
@@ -58,7 +58,7 @@ def fit_several(requests: Sequence[Request], notify: Notify = lambda _: None) ->
     waiting = [request for request in requests if not _is_made(request, made)]
     for request in waiting:
         check_out(request)
-        allowed = allowance(request, open_checkpoint(request.model))
+        allowed = form_of(request, open_checkpoint(request.model)).allowance()
         if allowed.account.total_bytes > allowed.model_budget_bytes:
             check_smallest(allowed)
     for request in requests:

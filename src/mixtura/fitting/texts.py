@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -15,7 +16,7 @@ import torch
 from mixtura.data import text as data_text
 from mixtura.data.records import Document
 from mixtura.data.tokens import TokenBatch, encode_text
-from mixtura.errors import UserError
+from mixtura.errors import UnknownNameError, UserError
 from mixtura.fitting.quality import HeldOut
 from mixtura.fitting.records import Request
 
@@ -25,6 +26,8 @@ _SHORTEST = 8
 _SEQUENCE_LENGTH = 512
 _MOST_ANSWERS = 60
 _CHARS_PER_TOKEN = 8
+# Of the loss that decides, and of the calibration text as far as it goes, what a user's task has.
+TASK_SHARE = 0.5
 
 
 @final
@@ -32,12 +35,20 @@ _CHARS_PER_TOKEN = 8
 class Texts:
     """Calibration and held-out text of one fit; no document is in both.
 
-    ``digest`` names the documents and how they were cut, so that a journal can tell them apart.
+    Attributes:
+        calibration: what the model is observed on.
+        held_out: what candidates are judged by.
+        digest: names the documents and how they were cut, so that a journal can tell them apart.
+        shares: by domain, its share of the loss that decides; domains that are not named have the rest by
+            their tokens.
+        notes: what the reader of a result should know of the text, a sentence each.
     """
 
     calibration: tuple[HeldOut, ...]
     held_out: tuple[HeldOut, ...]
     digest: str
+    shares: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_texts(
@@ -49,24 +60,72 @@ def load_texts(
     held_out_tokens: int,
     seed: int,
     num_embeddings: int | None = None,
+    task: Path | None = None,
+    keep_domain: str | None = None,
 ) -> Texts:
     """Read the user's text, or the text that comes with mixtura, and cut it into sequences.
 
     A user's text is split by sequence: two of three calibrate, the third judges. With ``num_embeddings``,
     those of the model, no token is let through that has none.
 
+    Args:
+        path: a user's text.
+        tokenizer: of the model.
+        length: tokens of a sequence at most.
+        calibration_tokens: of each kind of text, about.
+        held_out_tokens: of each kind of text, about.
+        seed: of the choice of text.
+        num_embeddings: of the model.
+        task: a user's prompts, split in the same way: a domain of its own, with half of the loss that
+            decides and, as far as it goes, of the calibration text.
+        keep_domain: a domain that is given half of the calibration text as far as it goes.
+
     Raises:
-        UserError: the text is missing, unreadable, too short or has tokens that the model has not.
+        UserError: the text is missing, unreadable, too short or has tokens that the model has not, or no text
+            is of the domain.
     """
     encode = partial(encode_text, tokenizer=tokenizer, num_embeddings=num_embeddings)
+    favoured = [keep_domain] if keep_domain is not None else []
     if path is None:
         chars = _CHARS_PER_TOKEN * max(calibration_tokens, held_out_tokens)
         calibration = _cut(data_text.calibration(chars, seed=seed), encode, length)
         held_out = _cut(data_text.held_out(chars, seed=seed), encode, length)
     else:
-        every = _cut(data_text.read(path, tokenizer), encode, length)
-        calibration = [s for number, s in enumerate(every) if number % 3 != 2]
-        held_out = [s for number, s in enumerate(every) if number % 3 == 2]
+        calibration, held_out = _split(_cut(data_text.read(path, tokenizer), encode, length), path, length)
+    _check_long(calibration, held_out, path, length)
+    shares: dict[str, float] = {}
+    if task is not None:
+        name = f"task:{task.stem}"
+        own = [replace(document, domain=name) for document in data_text.read(task, tokenizer)]
+        to_see, to_judge = _split(_cut(own, encode, length), task, length)
+        calibration, held_out = [*to_see, *calibration], [*to_judge, *held_out]
+        favoured.append(name)
+        shares[name] = TASK_SHARE
+    if keep_domain is not None:
+        _check_domain(keep_domain, calibration, held_out)
+    digest = hashlib.sha256()
+    for sequence in (*calibration, *held_out):
+        digest.update(np.asarray(sequence.ids, dtype=np.int64).tobytes())
+    return Texts(
+        calibration=(seen := _parts(calibration, calibration_tokens, favoured)),
+        held_out=_parts(held_out, held_out_tokens, favoured),
+        digest=f"sha256:{digest.hexdigest()}",
+        shares=shares,
+        notes=tuple(_told(name, seen, shares) for name in favoured),
+    )
+
+
+def _split(every: Sequence[_Sequence], path: Path, length: int) -> tuple[list[_Sequence], list[_Sequence]]:
+    """Two of three to calibrate on, the third to judge by."""
+    calibration = [s for number, s in enumerate(every) if number % 3 != 2]
+    held_out = [s for number, s in enumerate(every) if number % 3 == 2]
+    _check_long(calibration, held_out, path, length)
+    return calibration, held_out
+
+
+def _check_long(
+    calibration: Sequence[_Sequence], held_out: Sequence[_Sequence], path: Path | None, length: int
+) -> None:
     if not calibration or not held_out:
         where = "the text" if path is None else str(path)
         raise UserError(
@@ -74,14 +133,22 @@ def load_texts(
             f"{length} tokens, and at least 3 are needed, two to calibrate on and one to judge by; give "
             f"more text"
         )
-    digest = hashlib.sha256()
-    for sequence in (*calibration, *held_out):
-        digest.update(np.asarray(sequence.ids, dtype=np.int64).tobytes())
-    return Texts(
-        calibration=_parts(calibration, calibration_tokens),
-        held_out=_parts(held_out, held_out_tokens),
-        digest=f"sha256:{digest.hexdigest()}",
-    )
+
+
+def _check_domain(name: str, calibration: Sequence[_Sequence], held_out: Sequence[_Sequence]) -> None:
+    here = {s.domain for s in calibration} & {s.domain for s in held_out}
+    if name not in here:
+        raise UnknownNameError("domain of the text", name, sorted(here))
+
+
+def _told(name: str, seen: Sequence[HeldOut], shares: Mapping[str, float]) -> str:
+    """How much of the text, and of the loss that decides, a domain has."""
+    tokens: Counter[str] = Counter()
+    for part in seen:
+        for domain, mask in zip(part.domains, part.attention_mask, strict=True):
+            tokens[part.domain_names[domain]] += int(mask.sum())
+    said = f"{name} is {tokens[name] / tokens.total():.0%} of the calibration text"
+    return f"{said} and {shares[name]:.0%} of the loss that decides" if name in shares else said
 
 
 def sequence_length(context: int) -> int:
@@ -103,6 +170,8 @@ def texts_of(request: Request, context: int, tokenizer: Any, num_embeddings: int
         held_out_tokens=request.held_out_tokens,
         seed=request.seed,
         num_embeddings=num_embeddings,
+        task=request.task,
+        keep_domain=request.keep_domain,
     )
 
 
@@ -162,12 +231,25 @@ def _question(document: Document, encode: Encode, length: int) -> list[_Sequence
     return [_Sequence(ids, document.domain, group, len(asked))]
 
 
-def _parts(sequences: Sequence[_Sequence], num_tokens: int) -> tuple[HeldOut, ...]:
-    """Plain text and questions apart (they differ in length), domains taken in turn."""
+def _parts(
+    sequences: Sequence[_Sequence], num_tokens: int, favoured: Sequence[str] = ()
+) -> tuple[HeldOut, ...]:
+    """Plain text and questions apart (they differ in length), domains taken in turn.
+
+    Favoured domains have as many tokens as all others together, as far as they go, and these half as many.
+    """
     plain = _in_turn([s for s in sequences if not s.has_answer], lambda s: s.domain)
     asked = _in_turn([s for s in sequences if s.has_answer], lambda s: s.group)
-    parts = [_take(plain, num_tokens, len(plain)), _take(asked, num_tokens, _MOST_ANSWERS)]
-    return tuple(_padded(part) for part in parts if part)
+    own = [s for s in (*asked, *plain) if s.domain in favoured]
+    plain, asked = ([s for s in part if s.domain not in favoured] for part in (plain, asked))
+    each = num_tokens // 2 if favoured else num_tokens
+    taken = [*_take(plain, each, len(plain)), *_take(asked, each, _MOST_ANSWERS)]
+    if favoured:
+        room = sum(len(s.ids) for s in taken) or num_tokens
+        # Whoever takes the first of them takes of both.
+        taken = _in_turn([*_take(own, room, len(own)), *taken], lambda s: s.domain in favoured)
+    kinds = [[s for s in taken if s.has_answer == answered] for answered in (False, True)]
+    return tuple(_padded(part) for part in kinds if part)
 
 
 def _in_turn(sequences: list[_Sequence], key: Any) -> list[_Sequence]:

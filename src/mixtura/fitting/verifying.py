@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -22,7 +22,7 @@ from mixtura.running.memory.process import release
 
 _MEASURED_TOKENS = 32
 _NUM_SAMPLES = 3
-_SAMPLE_TOKENS = 64
+SAMPLE_TOKENS = 64
 _PROMPT_TOKENS = 48
 
 
@@ -74,19 +74,32 @@ def verify(
 
 
 def sample_answers(
-    view: CheckpointView, tokenizer: Any, directory: Path, texts: Texts, context: int, needed_bytes: int
+    view: CheckpointView,
+    tokenizer: Any,
+    answers: Callable[[Sequence[str]], list[str]],
+    texts: Texts,
+    context: int,
+    needed_bytes: int,
 ) -> tuple[Sample, ...]:
     """What the original and the new model write after a few held-out prompts.
 
     The original's side is empty where it does not fit this machine's memory.
+
+    Args:
+        view: the original.
+        tokenizer: of both.
+        answers: asks the new model.
+        texts: where prompts are taken from.
+        context: tokens of prompt and answer at most.
+        needed_bytes: what a process with the original takes.
     """
     # Decoded and encoded again, a prompt can become longer than it was.
     prompts = [p for p in _prompts(tokenizer, texts) if len(tokenizer(p)["input_ids"]) < context]
-    after = _continue(directory, tokenizer, prompts, context)
+    after = answers(prompts)
     if needed_bytes > available_bytes():
         before = ["(the original does not fit this machine's memory)"] * len(prompts)
     else:
-        before = _continue(view.path, tokenizer, prompts, context)
+        before = continued(view.path, tokenizer, prompts, context)
     return tuple(Sample(*three) for three in zip(prompts, before, after, strict=True))
 
 
@@ -105,12 +118,13 @@ def _prompts(tokenizer: Any, texts: Texts) -> list[str]:
     return prompts
 
 
-def _continue(directory: Path, tokenizer: Any, prompts: list[str], context: int) -> list[str]:
+def continued(directory: Path, tokenizer: Any, prompts: Sequence[str], context: int) -> list[str]:
+    """What a model of transformers writes after each of some prompts, greedily."""
     model = load(directory)
     answers = []
     for prompt in prompts:
         room = context - len(tokenizer(prompt)["input_ids"])
-        most = max(1, min(_SAMPLE_TOKENS, room))
+        most = max(1, min(SAMPLE_TOKENS, room))
         made = generate(model, tokenizer, prompt, max_new_tokens=most)
         # An answer that was not ended by the model is cut, and says so.
         is_cut = len(made.token_ids) == most and made.token_ids[-1] not in _ends(model)

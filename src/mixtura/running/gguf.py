@@ -9,7 +9,7 @@ from typing import final
 from mixtura.checkpoints.gguf.libraries import llama_library
 from mixtura.checkpoints.gguf.tensors import Importance
 from mixtura.checkpoints.gguf.types import TypeRules
-from mixtura.checkpoints.gguf.write import Advance, GgufFile, check_out, plan_file, write_file
+from mixtura.checkpoints.gguf.write import Advance, GgufFile, check_out, encoding, plan_file, write_file
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.running.observing.checkpoint import read_text
 from mixtura.running.observing.importance import input_squares
@@ -74,7 +74,7 @@ class GgufExport:
             OutputError: it exists, or cannot be written.
             CheckpointError: a tensor that is read is damaged.
         """
-        write_file(self.planned, out, importance or {}, advance or (lambda num_bytes: None))
+        write_file(self.planned, out, encoding(importance or {}), advance or (lambda num_bytes: None))
 
 
 def export_gguf(

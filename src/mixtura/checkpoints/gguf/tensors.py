@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -38,10 +38,22 @@ _ROUTER = re.compile(r"\.ffn_gate_inp(_shexp)?\.")
 @final
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor, or one expert's matrix of one: how it is read, and under which name its importance is."""
+    """A tensor, or one expert's matrix of one.
+
+    Attributes:
+        read: its values as the file has them.
+        parameter: the parameter of the model that it is of; the experts' module for an expert's matrix.
+        inputs: under which name its importance is.
+        place: puts values as the file has them into the parameter as the model has it; None for an
+            expert's matrix, of which ``expert`` says which it is.
+        expert: the expert's number and which of its matrices.
+    """
 
     read: Callable[[], Tensor]
+    parameter: str
     inputs: str | None = None
+    place: Callable[[Tensor, Tensor], None] | None = None
+    expert: tuple[int, Part] | None = None
 
 
 @final
@@ -68,6 +80,16 @@ class FileTensor:
     def is_rounded(self) -> bool:
         """Whether it is stored in a type of blocks."""
         return not self.kind.is_plain
+
+    @property
+    def may_be_rounded(self) -> bool:
+        """Whether it may be stored in fewer bits: matrices but routers."""
+        return _has_rule(self.name, self.shape)
+
+    def stored_as(self, name: str) -> FileTensor:
+        """The same tensor in a type, or in what that gives way to where rows are no whole blocks of it."""
+        kind = fitting_type(name, self.shape[-1])
+        return replace(self, kind=kind, wanted=None if kind.name == name else name)
 
 
 def expert_inputs(layer: LayerView, expert: int, part: Part) -> str:
@@ -175,7 +197,7 @@ def _dense(
         return view.parameter(name)
 
     if family.latent and name.endswith(".kv_b_proj.weight"):
-        yield from _expansion(view.config, names.layer(name), read, inputs)
+        yield from _expansion(view.config, names.layer(name), read, name, inputs)
         return
     heads = _rotated_heads(view.config, name) if family.pairs else 0
 
@@ -183,7 +205,10 @@ def _dense(
         value = read().reshape(_squeezed(shape))
         return _in_pairs(value, heads) if heads else value
 
-    yield _Untyped(names.of(name), _squeezed(shape), (Piece(made, inputs),))
+    def place(whole: Tensor, value: Tensor) -> None:
+        whole.copy_((_in_halves(value, heads) if heads else value).reshape(whole.shape))
+
+    yield _Untyped(names.of(name), _squeezed(shape), (Piece(made, name, inputs, place),))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -207,17 +232,32 @@ def _in_pairs(value: Tensor, heads: int) -> Tensor:
     return turned
 
 
-def _expansion(config: Any, layer: int, read: Callable[[], Tensor], inputs: str | None) -> Iterator[_Untyped]:
+def _in_halves(value: Tensor, heads: int) -> Tensor:
+    """Rows of each head as they were before `_in_pairs`."""
+    pairs = value.unflatten(0, (heads, -1, 2))
+    turned: Tensor = pairs.transpose(1, 2).flatten(0, 2)
+    return turned
+
+
+def _expansion(
+    config: Any, layer: int, read: Callable[[], Tensor], name: str, inputs: str | None
+) -> Iterator[_Untyped]:
     """What makes keys and values of a latent, apart; of the keys' part rows and columns change places."""
     heads, rank = int(config.num_attention_heads), int(config.kv_lora_rank)
     keys, values = int(config.qk_nope_head_dim), int(config.v_head_dim)
 
-    def apart() -> Tensor:
-        return read().view(heads, keys + values, rank)
+    def apart(whole: Tensor) -> Tensor:
+        return whole.view(heads, keys + values, rank)
 
-    key = Piece(lambda: apart()[:, :keys].transpose(1, 2))
+    def place_keys(whole: Tensor, value: Tensor) -> None:
+        apart(whole)[:, :keys].copy_(value.transpose(1, 2))
+
+    def place_values(whole: Tensor, value: Tensor) -> None:
+        apart(whole)[:, keys:].copy_(value)
+
+    key = Piece(lambda: apart(read())[:, :keys].transpose(1, 2), name, place=place_keys)
     yield _Untyped(f"blk.{layer}.attn_k_b.weight", (heads, rank, keys), (key,))
-    value = Piece(lambda: apart()[:, keys:], inputs)
+    value = Piece(lambda: apart(read())[:, keys:], name, inputs, place_values)
     yield _Untyped(f"blk.{layer}.attn_v_b.weight", (heads, values, rank), (value,))
 
 
@@ -237,7 +277,8 @@ def _expert_piece(layer: LayerView, expert: int, part: Part) -> Piece:
         assert isinstance(found, Tensor)
         return found
 
-    return Piece(read, expert_inputs(layer, expert, part))
+    inputs = expert_inputs(layer, expert, part)
+    return Piece(read, layer.name, inputs, expert=(expert, part))
 
 
 @final

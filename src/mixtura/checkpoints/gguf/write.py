@@ -28,6 +28,7 @@ from mixtura.report import counted
 from mixtura.report.units import format_bytes
 
 Advance = Callable[[int], None]
+Encoded = Callable[[FileTensor, Piece], memoryview]
 UNFINISHED_SUFFIX = ".partial"
 _ALIGNMENT = 32
 _SLACK_BYTES = 1 << 20
@@ -86,13 +87,13 @@ def plan_file(view: CheckpointView, name: str, rules: TypeRules, *, calibrated: 
     )
 
 
-def write_file(planned: GgufFile, out: Path, importance: Importance, advance: Advance) -> None:
+def write_file(planned: GgufFile, out: Path, encoded: Encoded, advance: Advance) -> None:
     """Write the file beside its place and move it there when all of it is on the disk.
 
     Args:
         planned: what to write.
         out: the new file.
-        importance: what calibration text says of the matrices' inputs.
+        encoded: gives each piece's bytes; see `encoding`.
         advance: told of the bytes that were just written; what it raises stops the writing.
 
     Raises:
@@ -106,7 +107,7 @@ def write_file(planned: GgufFile, out: Path, importance: Importance, advance: Ad
             _pad(stream)
             for tensor in planned.tensors:
                 for piece in tensor.pieces:
-                    advance(stream.write(_encoded(tensor, piece, importance)))
+                    advance(stream.write(encoded(tensor, piece)))
                 _pad(stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -189,7 +190,21 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _encoded(tensor: FileTensor, piece: Piece, importance: Importance) -> memoryview:
+def encoding(importance: Importance) -> Encoded:
+    """Encodes each piece when it is asked for.
+
+    Args:
+        importance: what calibration text says of the matrices' inputs.
+    """
+    return lambda tensor, piece: encoded_piece(tensor, piece, importance)
+
+
+def encoded_piece(tensor: FileTensor, piece: Piece, importance: Importance) -> memoryview:
+    """A piece as the bytes of its tensor's type.
+
+    Raises:
+        CheckpointError: what is read holds NaN or infinity.
+    """
     value = piece.read()
     if not torch.isfinite(value).all():
         raise CheckpointError(

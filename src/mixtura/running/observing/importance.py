@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -22,6 +23,20 @@ from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
 Report = Callable[[int, int], None]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the inputs of a model's matrices are like on some text, by the names of `input_squares`.
+
+    Attributes:
+        squares: the mean square of each input feature.
+        rows: rows that a matrix was given; 0 for an expert that no token reached.
+    """
+
+    squares: Mapping[str, Float[Tensor, " C"]]
+    rows: Mapping[str, int]
+
+
 def input_squares(
     view: CheckpointView, tokens: TokenBatch, report: Report | None = None
 ) -> Mapping[str, Float[Tensor, " C"]]:
@@ -36,7 +51,18 @@ def input_squares(
         tokens: calibration text.
         report: called after each batch with how many are done and how many there are.
     """
-    streamed = Streamed(view)
+    return inputs_of(Streamed(view), tokens, report).squares
+
+
+def inputs_of(streamed: Streamed, tokens: TokenBatch, report: Report | None = None) -> Inputs:
+    """What `input_squares` measures, with the number of rows that each matrix was given.
+
+    Args:
+        streamed: the model.
+        tokens: calibration text.
+        report: called after each batch with how many are done and how many there are.
+    """
+    view = streamed.view
     cursor, sums = Cursor(), _Sums()
     observers = {
         layer.name: _ExpertInputs(layer, math_of(streamed.model.get_submodule(layer.name)), sums)
@@ -56,7 +82,7 @@ def input_squares(
             sums.add("lm_head", states.flatten(0, 1)[valid])
             if report is not None:
                 report(number + 1, len(batches))
-    found = sums.means()
+    found, counted = sums.means(), sums.rows()
     for layer in view.layers:
         for part in ("up", "down"):
             names = [f"{layer.name}.{expert}.{part}" for expert in range(layer.num_experts)]
@@ -64,7 +90,7 @@ def input_squares(
             if reached:
                 usual = torch.stack(reached).mean(0)
                 found |= {name: usual for name in names if name not in found}
-    return found
+    return Inputs(found, {name: counted.get(name, 0) for name in found})
 
 
 @final
@@ -86,6 +112,10 @@ class _Sums:
     def means(self) -> dict[str, Tensor]:
         """The mean squares."""
         return {name: squares / self._rows[name] for name, squares in self._squares.items()}
+
+    def rows(self) -> dict[str, int]:
+        """The numbers of rows."""
+        return dict(self._rows)
 
 
 def _watching(name: str, cursor: Cursor, sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:
