@@ -208,7 +208,7 @@ def perplexities(path: Path) -> dict[str, float]:
 def sized_rows(root: Path, python: str) -> list[dict[str, Any]]:
     """Both tools on models of full width, without a limit and under one."""
     paths = make_sized(root)
-    prompts = prompts_of(paths)
+    prompts = {name: own[:3] for name, own in prompts_of(paths).items()}
     file = root / "sized.json"
     file.write_text(json.dumps(prompts))
     weights = sum(f.stat().st_size for f in paths[0].glob("*.safetensors"))

@@ -66,6 +66,20 @@ FAULTS = (
         "test_apply.py",
     ),
     Fault(
+        "upcycling: a shared expert behind a switch of zero counts half",
+        "scale = _SWITCHED if names.shared_switch else 1.0",
+        "scale = 1.0",
+        "test_upcycling_families.py",
+        "function",
+    ),
+    Fault(
+        "upcycling: padding counts in what a router begins with",
+        "        lengths = valid.sum(1)\n        summed = (inputs.float() * valid[..., None]).sum(1)",
+        "        lengths = valid.sum(1) * 0 + valid.shape[1]\n        summed = inputs.float().sum(1)",
+        "test_upcycling_run.py",
+        "router_rows",
+    ),
+    Fault(
         "viewing: a mask stays on the correction bias",
         "            bias.copy_(held)",
         "            bias.copy_(bias)",

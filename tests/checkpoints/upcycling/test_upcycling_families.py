@@ -19,9 +19,23 @@ from mixtura.types import Action, Plan
 from mixtura.types.upcycling import Become, Build, Carry, SetRouter
 
 EXPERTS, WIDTH = 4, 48
+# Positions beyond the first 16 turn by other factors.
+LONG = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 3.0, 4.0, 6.0], "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+LLAMA3 = {
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
 # A dense model by family and config, and the MoE families that hold it without and with a shared expert.
 CASES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
-    ("llama", {}, {"mixtral", "granitemoeshared", "qwen2_moe"}, {"granitemoeshared", "qwen2_moe"}),
+    ("llama", LLAMA3, {"mixtral", "granitemoeshared", "qwen2_moe"}, {"granitemoeshared", "qwen2_moe"}),
     (
         "llama",
         {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16},
@@ -33,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
     ("qwen3", {"head_dim": 16}, {"qwen3_moe"}, {"dots1"}),
     ("olmo2", {}, {"flex_olmo"}, set()),
     ("gemma", {"head_dim": 16}, {"granitemoeshared"}, {"granitemoeshared"}),
-    ("phi3", {}, {"mixtral", "granitemoeshared", "qwen2_moe"}, {"granitemoeshared", "qwen2_moe"}),
+    ("phi3", LONG, {"mixtral", "granitemoeshared", "qwen2_moe"}, {"granitemoeshared", "qwen2_moe"}),
 ]
 
 

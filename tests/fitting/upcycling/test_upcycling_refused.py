@@ -85,6 +85,15 @@ def test_sources_that_do_not_match_are_named_tensor_by_tensor(
         mixtura.compose([dense[0], other], tmp_path / "out", method="random_gates", measure=False)
 
 
+def test_what_only_configs_say_is_looked_at(dense: tuple[Path, ...], tmp_path: Path) -> None:
+    heads = save_dense(tmp_path / "heads", num_attention_heads=8, num_key_value_heads=4)
+    with pytest.raises(UserError, match=r"heads has \(8, 4, 4\) as numbers of heads.* \(4, 2, 8\)"):
+        mixtura.compose([dense[0], heads], tmp_path / "out", method="random_gates", measure=False)
+    eps = save_dense(tmp_path / "eps", rms_norm_eps=1e-3)
+    made = mixtura.compose([dense[0], eps], tmp_path / "out", method="random_gates", measure=False)
+    assert any("other rms_norm_eps than" in note for note in made.notes)
+
+
 def test_commands_refuse_in_one_sentence(dense: tuple[Path, ...], tmp_path: Path) -> None:
     moe, out = save_tiny(tmp_path / "moe"), tmp_path / "out"
     for arguments, said in (

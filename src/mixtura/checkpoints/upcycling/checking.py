@@ -8,6 +8,7 @@ from typing import final
 
 from torch import Tensor
 
+from mixtura.checkpoints.dense.families import head_dim
 from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.upcycling.experts import Workshop
 from mixtura.checkpoints.viewing.reader import compute_dtype
@@ -44,6 +45,11 @@ def check_sources(sources: Sequence[DenseView]) -> None:
                 f"{other.path} ({other.config.model_type}) computes otherwise than {base.path} "
                 f"({base.config.model_type}); give models of one family that were made from the same one"
             )
+        if _heads(other) != _heads(base):
+            raise UnsupportedModelError(
+                f"{other.path} has {_heads(other)} as numbers of heads, of key heads and their width, "
+                f"{base.path} {_heads(base)}; give models that were made from the same one"
+            )
         wrong = _differences(base, other)
         if wrong:
             more = f" and {len(wrong) - _SHOWN} others" if len(wrong) > _SHOWN else ""
@@ -51,6 +57,22 @@ def check_sources(sources: Sequence[DenseView]) -> None:
                 f"{other.path} does not match {base.path} in {'; '.join(wrong[:_SHOWN])}{more}; give models "
                 "that were made from the same one"
             )
+
+
+def _heads(view: DenseView) -> tuple[int, int, int]:
+    config = view.config
+    return (config.num_attention_heads, config.num_key_value_heads, head_dim(config))
+
+
+def settings_that_differ(sources: Sequence[DenseView]) -> tuple[str, ...]:
+    """What configs say otherwise that tensors do not show, in words; the first source's holds."""
+    base, *others = sources
+    return tuple(
+        f"{other.path} has other {name} than {base.path}, whose holds"
+        for other in others
+        for name in ("rope_parameters", "rms_norm_eps", "max_position_embeddings")
+        if getattr(other.config, name, None) != getattr(base.config, name, None)
+    )
 
 
 def _differences(base: DenseView, other: DenseView) -> list[str]:

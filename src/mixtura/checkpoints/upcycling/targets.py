@@ -91,7 +91,7 @@ _NORMS = {
 _COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rope_parameters", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
-    "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "original_max_position_embeddings",
+    "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout",
 )  # fmt: skip
 _PER_EXPERT = Names(
     router="mlp.gate.weight",
@@ -290,6 +290,8 @@ def config_of(target: Target, config: Any, traits: Traits, become: Become) -> An
             "no MoE family here does"
         )
     common = {name: getattr(config, name) for name in _COMMON if getattr(config, name, None) is not None}
+    if rope.get("rope_type") == "longrope":
+        common["original_max_position_embeddings"] = config.original_max_position_embeddings
     own = target.config(config, traits, become)
     made = CONFIG_MAPPING[target.model_type](
         **{

@@ -22,7 +22,7 @@ from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.upcycling.apply import apply_upcycling, check_places, digests, load_plan, save_plan
 from mixtura.checkpoints.upcycling.blueprint import blueprint
-from mixtura.checkpoints.upcycling.checking import check_sources
+from mixtura.checkpoints.upcycling.checking import check_sources, settings_that_differ
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import UserError
 from mixtura.fitting.journal import Journal, open_journal
@@ -217,7 +217,7 @@ def _planned(work: _Work) -> tuple[Plan, dict[str, Tensor]]:
 
 def _facts(work: _Work, plan: Plan, arrays: dict[str, Tensor]) -> Upcycled:
     become = become_of(plan)
-    notes = []
+    notes = list(settings_that_differ(work.sources))
     empty = [a for a in plan.actions if getattr(a, "expert", 0) is None and getattr(a, "scale", 1.0) == 0.0]
     if empty:
         notes.append(
