@@ -26,7 +26,7 @@ def main() -> None:
         llama_cpp.llama_backend_init()
     else:
         has_scores = bool(request["sequences"])
-        _leave_weights(llama_cpp)
+        leave_weights(llama_cpp)
         llama = llama_cpp.Llama(
             request["path"],
             n_ctx=request["context"],
@@ -45,7 +45,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
 
 
-def _leave_weights(llama_cpp: Any) -> None:
+def leave_weights(llama_cpp: Any) -> None:
     """Have weights used as they lie in the file: no second copy in another order, which no account has.
 
     The copies for AMX also end the process on some machines (llama-cpp-python 0.3.36, tensors in q4_0).

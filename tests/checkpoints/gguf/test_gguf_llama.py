@@ -16,11 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.data import specimen
 from mixtura.running.gguf import export_gguf
+from mixtura.running.llama_process import leave_weights
 
 llama_cpp: Any = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed; pip install 'mixtura[llama]' compiles it"
 )
 pytestmark = pytest.mark.slow
+# As mixtura runs files: copies of weights for AMX end the process on some machines.
+leave_weights(llama_cpp)
 LENGTH = 24
 
 

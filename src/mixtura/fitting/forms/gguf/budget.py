@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mixtura.checkpoints.applying.staging import check_apart
 from mixtura.checkpoints.gguf.write import GgufFile
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.errors import BudgetError
@@ -32,9 +33,11 @@ def gguf_allowance(
         units: what gets types.
 
     Raises:
+        UserError: the place is no place for a result, or the model generates no text.
         BudgetError: the budget is smaller than the bare runtime.
         UnmetError: no budget was given, and nothing can be made smaller.
     """
+    check_apart(request.out, view.path)
     require_generating(view)
     context, notes = context_of(request, view)
     kept = sum(unit.num_bytes(PALETTE.keep) for unit in units)
@@ -63,6 +66,8 @@ def gguf_allowance(
             f"--memory {format_bytes(budget)} is less than llama.cpp takes without any model, "
             f"{format_bytes(bare)}; give more, or budget the model alone with --model-memory"
         )
+    if taken.total_bytes <= budget - bare:
+        notes += ("`mixtura export --format gguf` writes the file as it is, without any loss",)
     return Allowance(
         budget_bytes=budget,
         kind=kind,

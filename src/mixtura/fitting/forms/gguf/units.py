@@ -111,7 +111,7 @@ def units_of(view: CheckpointView, tensors: Sequence[FileTensor]) -> tuple[Unit,
 
 def _stored(view: CheckpointView, parameter: str) -> str:
     source = view.sources[parameter]
-    if len(source.names) != 1 or source.converter is not None or parameter in view.matrices:
+    if len(source.names) != 1 or source.converter is not None or source.names[0] in view.matrices:
         raise UnsupportedModelError(
             f"{parameter} is stored in a way in which a fit cannot try it in fewer bits; `mixtura export "
             f"--format gguf --type ...` writes a file in types that you name"
