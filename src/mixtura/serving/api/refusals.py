@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any, Final, final
 
@@ -23,6 +24,7 @@ _KINDS: Final = {
     429: "rate_limit_error",
 }
 _MOST_SHOWN: Final = 3
+_logger = logging.getLogger("mixtura")
 
 
 @final
@@ -74,6 +76,7 @@ def refusal_of(error: Exception) -> ApiError:
         return ApiError(sentence, status=500, code="model_unreadable")
     if isinstance(error, UserError):
         return ApiError(sentence)
+    _logger.error("a request failed by a fault of the server", exc_info=error)
     return ApiError("the server made a fault; its log has what it was", status=500, code="internal_error")
 
 
@@ -105,6 +108,7 @@ def add_refusals(app: FastAPI) -> None:
 
     app.add_exception_handler(UserError, ours)
     app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(Exception, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
 
