@@ -10,6 +10,7 @@ from typing import Any, Final, final
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 from starlette.exceptions import HTTPException
 
 from mixtura.errors import CheckpointError, UserError, one_line, suggest
@@ -106,7 +107,13 @@ def add_refusals(app: FastAPI) -> None:
         kind = ChatRequest if request.url.path.endswith("/chat/completions") else CompletionRequest
         return _unfit(error.errors(), kind).response()
 
+    async def deep(request: Request, error: Exception) -> Response:
+        del request, error
+        return ApiError("the body is nested too deeply", code="invalid_value").response()
+
     app.add_exception_handler(UserError, ours)
+    app.add_exception_handler(RecursionError, deep)
+    app.add_exception_handler(PydanticSerializationError, deep)
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(Exception, ours)
     app.add_exception_handler(HTTPException, http)

@@ -160,12 +160,16 @@ class Parser:
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         """What is new: changes of a message as OpenAI streams them."""
-        if self._is_broken:
-            return [{"content": text}] if text else []
-        try:
-            return self._changes(self._parser.feed(text))
-        except (ValueError, KeyError, TypeError):
-            return self._given_up(text)
+        made: list[dict[str, Any]] = []
+        for place, letter in enumerate(text):
+            if self._is_broken:
+                return [*made, {"content": text[place:]}]
+            try:
+                # One by one: what comes of the others is not lost with the one that cannot be read.
+                made += self._changes(self._parser.feed(letter))
+            except (ValueError, KeyError, TypeError):
+                made += self._given_up()
+        return _merged(made)
 
     def end(self) -> list[dict[str, Any]]:
         """What is left when the answer is over."""
@@ -175,11 +179,11 @@ class Parser:
             _, events = self._parser.finalize()
             return self._changes(events)
         except (ValueError, KeyError, TypeError):
-            return self._given_up("")
+            return self._given_up()
 
-    def _given_up(self, text: str) -> list[dict[str, Any]]:
+    def _given_up(self) -> list[dict[str, Any]]:
         self._is_broken = True
-        rest = getattr(self._parser, "_body", "") or text
+        rest = getattr(self._parser, "_body", "")
         return [{"content": rest}] if rest else []
 
     def _changes(self, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -206,3 +210,15 @@ class Parser:
             "type": "function",
             "function": {"name": str(function["name"]), "arguments": arguments},
         }
+
+
+def _merged(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Changes with neighbours of one text in one."""
+    made: list[dict[str, Any]] = []
+    for change in changes:
+        (name,) = change
+        if made and name in made[-1] and name != "tool_calls":
+            made[-1] = {name: made[-1][name] + change[name]}
+        else:
+            made.append(change)
+    return made
