@@ -64,9 +64,7 @@ def test_a_call_that_is_no_json_does_not_end_the_answer(answering: Answering) ->
     parser = answering.parser(answering.prompt(request()))
     changes = parser.feed("So: <tool_call>{broken</tool_call> and more") + parser.end()
     text = "".join(change.get("content", "") for change in changes)
-    assert text.startswith("So: ")
-    assert "broken" in text
-    assert text.endswith(" and more")
+    assert text == "So: <tool_call>{broken</tool_call> and more"
 
 
 def test_earlier_calls_and_variables_reach_the_template(answering: Answering) -> None:

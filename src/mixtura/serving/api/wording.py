@@ -156,6 +156,8 @@ class Parser:
     def __init__(self, parser: Any) -> None:
         self._parser = parser
         self._is_broken = False
+        # What was fed since something came of it.
+        self._unsaid = ""
         self.num_calls = 0
 
     def feed(self, text: str) -> list[dict[str, Any]]:
@@ -164,11 +166,15 @@ class Parser:
         for place, letter in enumerate(text):
             if self._is_broken:
                 return [*made, {"content": text[place:]}]
+            self._unsaid += letter
             try:
                 # One by one: what comes of the others is not lost with the one that cannot be read.
-                made += self._changes(self._parser.feed(letter))
+                found = self._changes(self._parser.feed(letter))
             except (ValueError, KeyError, TypeError):
-                made += self._given_up()
+                found = self._given_up()
+            if found:
+                self._unsaid = ""
+            made += found
         return _merged(made)
 
     def end(self) -> list[dict[str, Any]]:
@@ -183,8 +189,7 @@ class Parser:
 
     def _given_up(self) -> list[dict[str, Any]]:
         self._is_broken = True
-        rest = getattr(self._parser, "_body", "")
-        return [{"content": rest}] if rest else []
+        return [{"content": self._unsaid}] if self._unsaid else []
 
     def _changes(self, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
