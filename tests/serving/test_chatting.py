@@ -76,6 +76,7 @@ def test_another_file_is_no_conversation(opened: Opened, tmp_path: Path) -> None
         talk(opened)[0].take(f"/load {tmp_path / 'x.json'}")
 
 
+@pytest.mark.slow
 def test_the_command_answers_lines_that_are_piped_to_it() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mixtura", "chat", "--temperature", "0", "--context", "128"],

@@ -202,6 +202,8 @@ def test_an_answer_in_json(server: Server) -> None:
         (b"{", "not JSON"),
         (b'{"messages": "\xff\xfe"}', "UTF-8"),
         (b"[" * 9000, "JSON"),
+        (b'{"messages": [], "metadata": ' + b'{"a":' * 300 + b"1" + b"}" * 301, "messages"),
+        ({**CHAT, "stop": "x" * 300}, "stop"),
         ({**CHAT, "temperatur": 1}, "did you mean 'temperature'"),
         ({**CHAT, "temperature": 3}, "temperature"),
         ({**CHAT, "messages": []}, "messages"),

@@ -63,7 +63,8 @@ def test_reasoning_and_calls_are_found_however_they_come(answering: Answering, s
 def test_a_call_that_is_no_json_does_not_end_the_answer(answering: Answering) -> None:
     parser = answering.parser(answering.prompt(request()))
     changes = parser.feed("So: <tool_call>{broken</tool_call> and more") + parser.end()
-    assert "So:" in "".join(change.get("content", "") for change in changes)
+    text = "".join(change.get("content", "") for change in changes)
+    assert text == "So: <tool_call>{broken</tool_call> and more"
 
 
 def test_earlier_calls_and_variables_reach_the_template(answering: Answering) -> None:

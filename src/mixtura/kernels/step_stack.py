@@ -144,7 +144,7 @@ class _Output:
     kind: type[Any]
     fields: dict[str, None]
 
-    def of(self, hidden: Tensor, cached: DynamicCache) -> Any:
+    def of(self, hidden: Tensor, cached: DynamicCache | SideBySide) -> Any:
         """What ``kind`` makes of a hidden state and a cache."""
         made: Any = OrderedDict.__new__(self.kind)
         given = {"last_hidden_state": hidden, **with_cache(cached)}

@@ -1,1 +1,1 @@
-"""A model served: requests that run together, the OpenAI-compatible API, metrics, a dashboard, and a chat."""
+"""A model served: requests together, the OpenAI-compatible API, metrics, a dashboard, a chat."""

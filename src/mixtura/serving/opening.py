@@ -19,7 +19,7 @@ from mixtura.running.tiers.opening import DEFAULT_CONTEXT, Wish
 from mixtura.serving.engine.loop import DEFAULT_TEXTS, Engine, Limits, engine_of
 from mixtura.serving.engine.rows import PROMPT_LOGITS
 
-# What answering takes beside the model: its libraries (33 MiB measured), requests, answers that wait to be read.
+# What answering takes beside the model: libraries (33 MiB measured), requests, answers that wait to be read.
 _ANSWERING_BYTES: Final = 64 << 20
 _LOGITS_COPIES: Final = 3
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, final
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from mixtura.serving.api.answers import DONE, Collected, Usage, Words, event, streamed, until_gone
@@ -23,7 +24,8 @@ async def answer_chat(service: Service, request: ChatRequest, http: Request) -> 
     Raises:
         ApiError: it cannot be answered as asked.
     """
-    job = _Chat(service, request)
+    # Wording, encoding and grammars of large requests take long: not where others are answered.
+    job = await run_in_threadpool(_Chat, service, request)
     if request.stream:
         # The first piece is waited for, so that a refusal still has a status of its own.
         events = job.events()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any, final
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from mixtura.serving.api.answers import DONE, Collected, Usage, Words, event, streamed, until_gone
@@ -22,7 +23,7 @@ async def answer_completion(service: Service, request: CompletionRequest, http: 
     Raises:
         ApiError: it cannot be done as asked.
     """
-    job = _Completion(service, request)
+    job = await run_in_threadpool(_Completion, service, request)
     if request.stream:
         events = job.events()
         first = await until_gone(http, anext(events))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any, final
 
@@ -58,6 +59,7 @@ class Grammars:
         self._vocabulary = vocabulary
         self._end_ids = end_ids
         self._made: Any = None
+        self._lock = threading.Lock()
 
     def guide(self, asked: ResponseFormat | None) -> Callable[[], Guide] | None:
         """What makes a guide for each text of a request; None where its form is free.
@@ -82,7 +84,7 @@ class Grammars:
                 json.dumps(schema), defaults={"whitespace_flexible": False}
             )
             problem = library.LLMatcher.validate_grammar(grammar, known)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = str(error)
         if problem:
             raise ApiError(
@@ -101,14 +103,17 @@ class Grammars:
                 "install mixtura[serve]",
                 param="response_format",
             ) from None
-        if self._made is None:
-            end = sorted(self._end_ids) or None
-            try:
-                self._made = llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, end)
-            except Exception as error:
-                # Kinds of tokenizers that the library cannot take apart; it raises what it likes.
-                raise ApiError(
-                    f"answers in JSON are not possible with this model's tokenizer: {one_line(error, 200)}",
-                    param="response_format",
-                ) from None
+        with self._lock:
+            if self._made is None:
+                self._made = self._built(llguidance.hf)
         return llguidance, self._made
+
+    def _built(self, library: Any) -> Any:
+        try:
+            return library.from_tokenizer(self._tokenizer, self._vocabulary, sorted(self._end_ids) or None)
+        except Exception as error:
+            # Kinds of tokenizers that the library cannot take apart; it raises what it likes.
+            raise ApiError(
+                f"answers in JSON are not possible with this model's tokenizer: {one_line(error, 200)}",
+                param="response_format",
+            ) from None

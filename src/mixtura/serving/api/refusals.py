@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any, Final, final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 from starlette.exceptions import HTTPException
 
 from mixtura.errors import CheckpointError, UserError, one_line, suggest
@@ -23,6 +25,7 @@ _KINDS: Final = {
     429: "rate_limit_error",
 }
 _MOST_SHOWN: Final = 3
+_logger = logging.getLogger("mixtura")
 
 
 @final
@@ -74,6 +77,7 @@ def refusal_of(error: Exception) -> ApiError:
         return ApiError(sentence, status=500, code="model_unreadable")
     if isinstance(error, UserError):
         return ApiError(sentence)
+    _logger.error("a request failed by a fault of the server", exc_info=error)
     return ApiError("the server made a fault; its log has what it was", status=500, code="internal_error")
 
 
@@ -103,8 +107,15 @@ def add_refusals(app: FastAPI) -> None:
         kind = ChatRequest if request.url.path.endswith("/chat/completions") else CompletionRequest
         return _unfit(error.errors(), kind).response()
 
+    async def deep(request: Request, error: Exception) -> Response:
+        del request, error
+        return ApiError("the body is nested too deeply", code="invalid_value").response()
+
     app.add_exception_handler(UserError, ours)
+    app.add_exception_handler(RecursionError, deep)
+    app.add_exception_handler(PydanticSerializationError, deep)
     app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(Exception, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
 

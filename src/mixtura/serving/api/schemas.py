@@ -15,7 +15,9 @@ TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NumTokens = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
-Stops = str | Annotated[list[str], Field(max_length=16)] | None
+Stop = Annotated[str, Field(max_length=256)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=16)] | None
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 @final
@@ -125,7 +127,7 @@ class _Common(BaseModel, ABC):
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None

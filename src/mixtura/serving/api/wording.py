@@ -156,16 +156,26 @@ class Parser:
     def __init__(self, parser: Any) -> None:
         self._parser = parser
         self._is_broken = False
+        # What was fed since something came of it.
+        self._unsaid = ""
         self.num_calls = 0
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         """What is new: changes of a message as OpenAI streams them."""
-        if self._is_broken:
-            return [{"content": text}] if text else []
-        try:
-            return self._changes(self._parser.feed(text))
-        except (ValueError, KeyError, TypeError):
-            return self._given_up(text)
+        made: list[dict[str, Any]] = []
+        for place, letter in enumerate(text):
+            if self._is_broken:
+                return [*made, {"content": text[place:]}]
+            self._unsaid += letter
+            try:
+                # One by one: what comes of the others is not lost with the one that cannot be read.
+                found = self._changes(self._parser.feed(letter))
+            except (ValueError, KeyError, TypeError):
+                found = self._given_up()
+            if found:
+                self._unsaid = ""
+            made += found
+        return _merged(made)
 
     def end(self) -> list[dict[str, Any]]:
         """What is left when the answer is over."""
@@ -175,12 +185,11 @@ class Parser:
             _, events = self._parser.finalize()
             return self._changes(events)
         except (ValueError, KeyError, TypeError):
-            return self._given_up("")
+            return self._given_up()
 
-    def _given_up(self, text: str) -> list[dict[str, Any]]:
+    def _given_up(self) -> list[dict[str, Any]]:
         self._is_broken = True
-        rest = getattr(self._parser, "_body", "") or text
-        return [{"content": rest}] if rest else []
+        return [{"content": self._unsaid}] if self._unsaid else []
 
     def _changes(self, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
@@ -206,3 +215,15 @@ class Parser:
             "type": "function",
             "function": {"name": str(function["name"]), "arguments": arguments},
         }
+
+
+def _merged(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Changes with neighbours of one text in one."""
+    made: list[dict[str, Any]] = []
+    for change in changes:
+        (name,) = change
+        if made and name in made[-1] and name != "tool_calls":
+            made[-1] = {name: made[-1][name] + change[name]}
+        else:
+            made.append(change)
+    return made

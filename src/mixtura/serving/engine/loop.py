@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixtura.errors import CheckpointError, UnmetError, UserError
+from mixtura.errors import CheckpointError, UnmetError
 from mixtura.report.units import format_bytes
 from mixtura.running.decoding import StopStrings, decoding_config
 from mixtura.running.memory.available import available_bytes
@@ -114,8 +114,11 @@ class Engine:
         with self._lock:
             if self._is_closing:
                 raise ClosingError("the server is being shut down; send the request to another one, or later")
-            # What comes to an idle server never waits, however many texts it asks for.
-            if len(self._waiting) + len(rows) > self.limits.waiting and (self._waiting or self._running):
+            free = max(0, self.limits.running - len(self._running))
+            # An idle server takes a request however many texts it asks for.
+            if len(self._waiting) + len(rows) > self.limits.waiting + free and (
+                self._waiting or self._running
+            ):
                 self.counts.ended("refused")
                 raise BusyError(
                     f"{len(self._running)} requests run and {len(self._waiting)} wait, which is as many as "
@@ -206,16 +209,16 @@ class Engine:
             row = self._waiting[0]
             if self._sibling_reads(row):
                 return
-            if not self.prefixes.admit(row, self._running):
-                return
+            try:
+                if not self.prefixes.admit(row, self._running):
+                    return
+                row.start(self.model)
+            except Exception as error:
+                self._fail(row, error)
+                continue
             with self._lock:
                 self._waiting.popleft()
                 self._running.append(row)
-            try:
-                row.start(self.model)
-            except UserError as error:
-                self._fail(row, error)
-                continue
             self.counts.cached_tokens += row.num_cached
 
     def _sibling_reads(self, row: Row) -> bool:
