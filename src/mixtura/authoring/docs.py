@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mixtura.authoring import rooms
+from mixtura.authoring import recipes, rooms
 from mixtura.authoring.contracts import checks
 from mixtura.methods import PACKAGE_DIR, Header, Kind, header, kinds, own_names
 
@@ -66,6 +66,7 @@ def write(folder: Path = DOCS_DIR) -> list[str]:
 _PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "../README.md": {"tree": lambda: f"```\n{rooms.tree()}\n```"},
     "architecture.md": {"order": lambda: f"`{rooms.order()}`"},
+    "recipes.md": {"counts": recipes.counts, "sources": recipes.sources},
 }
 
 

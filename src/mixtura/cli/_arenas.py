@@ -217,6 +217,8 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "routers": _TRAINED,
     "balancers": _TRAINED,
     "mixers": _TRAINED,
+    "experts": _TRAINED,
+    "forms": _TRAINED,
     "pruners": _SHRUNK,
     "mergers": _SHRUNK,
     "decoders": Arena(_answer, _show_answered),

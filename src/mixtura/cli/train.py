@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mixtura.cli._places import check_folder
+from mixtura.errors import UserError
+
+if TYPE_CHECKING:
+    from mixtura.train.config import TrainConfig
 
 
 def train(
-    config: Path = typer.Argument(help="A YAML file; examples/train.yaml explains every key."),
+    config: Path | None = typer.Argument(None, help="A YAML file; examples/train.yaml explains every key."),
     changes: list[str] = typer.Option([], "--set", help="Change a key of it, such as router=ada_moe."),
+    recipe: str | None = typer.Option(None, help="A published model instead of a file: docs/recipes.md."),
+    scale: str | None = typer.Option(None, help="Of a recipe: published (default) or tiny."),
     experts: str | None = typer.Option(None, help="The experts, by name, such as latent."),
     form: str | None = typer.Option(None, help="The form of MoE layers, by name, such as chain."),
     out: Path | None = typer.Option(None, help="Directory of the training. Default: runs/NAME."),
@@ -28,12 +35,11 @@ def train(
     `mixtura methods` lists what there is: routers, mixers, experts, forms, balancers.
 
     Example: `mixtura train examples/train.yaml --set router=ada_moe --set num_steps=200`
+    Example: `mixtura train --recipe ling_plus --scale tiny`
     """
-    from mixtura.train.config import read_config
-
     named = [f"{key}={name}" for key, name in (("experts", experts), ("form", form)) if name is not None]
-    read = read_config(config, [*named, *changes])
-    directory = out or Path("runs") / config.stem
+    read, name = _read(config, recipe, scale, [*named, *changes])
+    directory = out or Path("runs") / name
     if not directory.is_file():
         check_folder(directory)
     import torch
@@ -60,3 +66,27 @@ def train(
         + (f", last loss {loss:.4f}" if loss is not None else "")
         + f"; the model is in {trained.model}"
     )
+
+
+def _read(
+    config: Path | None, recipe: str | None, scale: str | None, changes: list[str]
+) -> tuple[TrainConfig, str]:
+    """The configuration that was asked for, and what the training is called."""
+    if (config is None) == (recipe is None):
+        raise UserError(
+            "give a YAML file to train, or --recipe NAME; examples/train.yaml is a file to begin with"
+        )
+    if recipe is None:
+        from mixtura.train.config import read_config
+
+        if scale is not None:
+            raise UserError("--scale is of a recipe; give --recipe NAME, or leave --scale out")
+        assert config is not None
+        return read_config(config, changes), config.stem
+    from mixtura.running.memory.available import available_bytes
+    from mixtura.train.recipes import read_recipe, require_memory
+
+    asked = scale or "published"
+    read = read_recipe(recipe, asked, changes)
+    require_memory(read, available_bytes(), recipe)
+    return read, f"{recipe}-{asked}"

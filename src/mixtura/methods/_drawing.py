@@ -16,11 +16,21 @@ def generator_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed if known else seed % (1 << 64))
 
 
+def without_memory() -> bool:
+    """Whether modules are being made on the device "meta", where nothing is to be drawn."""
+    return torch.empty(0).is_meta
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers from a generator; on the device "meta" a tensor without numbers."""
+    if without_memory():
+        return torch.empty(shape)
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
 def drawn(seed: int, *shape: int, scale: float = 1.0) -> nn.Parameter:
     """A parameter from a normal distribution of variance ``scale`` over its last size."""
-    generator = generator_of(seed)
-    values = torch.randn(shape, generator=generator, device=generator.device)
-    return nn.Parameter(values * math.sqrt(scale / shape[-1]))
+    return nn.Parameter(normal(generator_of(seed), *shape) * math.sqrt(scale / shape[-1]))
 
 
 def router_weight(shape: LayerShape, seed: int, scale: float = 1.0) -> nn.Parameter:
@@ -30,6 +40,8 @@ def router_weight(shape: LayerShape, seed: int, scale: float = 1.0) -> nn.Parame
 
 def orthogonal(num_rows: int, width: int, seed: int, gain: float = 0.1) -> nn.Parameter:
     """Rows of length ``gain`` at right angles, as far as ``width`` allows, turned at random."""
+    if without_memory():
+        return nn.Parameter(torch.empty(num_rows, width))
     generator = generator_of(seed)
     rows = torch.empty(num_rows, width, device=generator.device)
     return nn.Parameter(nn.init.orthogonal_(rows, gain=gain, generator=generator))

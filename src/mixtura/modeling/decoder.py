@@ -162,6 +162,8 @@ class MixturaPreTrainedModel(PreTrainedModel, ABC):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what is not drawn by its own seed: projections and embeddings, in order."""
         if isinstance(module, nn.Linear | nn.Embedding):
+            if module.weight.is_meta:
+                return
             drawn = torch.randn(module.weight.shape, generator=self._generator(), device="cpu")
             init.copy_(module.weight, drawn * self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -15,6 +15,7 @@ from mixtura.errors import UserError
 from mixtura.kernels import routed_experts
 from mixtura.methods import declared_tags
 from mixtura.methods._activations import swiglu
+from mixtura.methods._drawing import normal
 from mixtura.methods._precision import exact
 from mixtura.methods.experts import Bank, materialises, runs
 from mixtura.methods.experts.ffn import Ffn
@@ -322,7 +323,7 @@ class SharedExpert(nn.Module):
         super().__init__()
         self.seed = seed
         self.experts = Experts(LayerShape(d_model, d_expert, 1), seed=seed)
-        drawn = torch.randn((1, 1, d_model), generator=torch.Generator().manual_seed(seed + 1))
+        drawn = normal(torch.Generator().manual_seed(seed + 1), 1, 1, d_model)
         self.gate = nn.Parameter(drawn / d_model**0.5) if gated else None
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:

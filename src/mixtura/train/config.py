@@ -148,16 +148,20 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         UnknownNameError: a key does not exist; the message has the nearest that does.
         SettingError: a value is of the wrong type or out of range.
     """
-    values = _read_yaml(Path(path))
+    return build_config(changed(read_yaml(Path(path)), changes))
+
+
+def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Plain values with ``key=value`` changes made to them; see `read_config` for what it raises."""
     for change in changes:
         key, value = key_and_value(change)
         _put(values, _full_key(key), parse_value(value, change))
-    return build_config(values)
+    return values
 
 
 def read_record(cls: type[Record], path: str | Path, where: str) -> Record:
     """A record of plain fields from a YAML file; see `read_config` for what it raises."""
-    return record_of(cls, _read_yaml(Path(path)), where)
+    return record_of(cls, read_yaml(Path(path)), where)
 
 
 def build_config(values: Mapping[str, Any]) -> TrainConfig:
@@ -177,7 +181,12 @@ def model_fields() -> tuple[str, ...]:
     return tuple(name for name in MixturaConfig.__annotations__ if not name.startswith("_"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file.
+
+    Raises:
+        UserError: the file cannot be read or is no mapping.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:

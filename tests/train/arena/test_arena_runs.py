@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from mixtura.cli import build_app
 from mixtura.errors import SettingError, UnknownNameError
 from mixtura.methods import names
+from mixtura.modeling.config import MixturaConfig
+from mixtura.modeling.counting import count
 from mixtura.train.arena.entries import KINDS, REFERENCE, entries
 from mixtura.train.arena.judge import balance, changed, judge, specialisation
 from mixtura.train.arena.race import Run, make_model, perform, result_of
@@ -42,7 +44,7 @@ def test_every_method_has_a_model_of_the_same_experts(kind: str) -> None:
     for name, entry in found.items():
         model = make_model(entry.model, 4096, 0)
         sizes[name] = sum(p.numel() for p in model.parameters())
-        for block in model.model.blocks:
+        for block in model.model.blocks if kind in ("routers", "balancers", "mixers") else ():
             own = block.experts
             shape = getattr(own, "members", [own])[0].shape
             assert shape.num_experts * shape.d_expert == 8 * 128
@@ -107,6 +109,33 @@ def test_balance_specialisation_and_change_by_hand() -> None:
     assert specialisation(torch.ones(2, 3, 4)) == 0.0
     assert changed([frozenset({1, 2})], [frozenset({2, 3})]) == 0.5
     assert changed([], []) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["experts", "forms"])
+def test_a_token_takes_as_much_arithmetic_with_all_of_them(kind: str) -> None:
+    found = {entry.name: entry for entry in entries(kind, 100)}
+
+    def active(name: str) -> int:
+        counted = count(MixturaConfig(**(Scale().config | dict(found[name].model)), vocab_size=8)).active
+        assert counted is not None
+        return counted
+
+    plain = active(REFERENCE)
+    assert plain > 4 * 96 * 128
+    for name in names(kind):
+        assert active(name) == pytest.approx(plain, rel=0.08), name
+
+
+def test_loads_of_grids_are_those_of_rows_and_columns() -> None:
+    found = {entry.name: entry for entry in entries("experts", 10)}
+    small = Scale(hidden_size=16, num_attention_heads=1, num_hidden_layers=1, d_expert=12)
+    (entry,) = (one for one in entries("experts", 10, ["atomic"], small) if one.name == "atomic")
+    judged = judge(make_model(entry.model, VOCABULARY, 0, small), small_text().held_out)
+    assert judged.loads is not None
+    assert [tuple(one.shape) for one in judged.loads] == [(3, 12), (3, 12)]
+    assert set(balance(judged.loads)) == {"max_over_mean", "dead_experts"}
+    assert 0 <= specialisation(judged.loads) <= 1
+    assert found["product"].model["moe"]["num_experts"] == 256
 
 
 @pytest.mark.slow

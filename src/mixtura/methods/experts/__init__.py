@@ -62,6 +62,17 @@ class Bank(nn.Module, ABC):
         """What the experts add to the training loss, by name, already multiplied by its coefficient."""
         return {}
 
+    def num_used(self, num_chosen: float) -> float:
+        """How many of the parameters compute a token that goes to so many experts.
+
+        Parameters whose first axis is the experts count by expert, others whole.
+        """
+        share, count = num_chosen / self.shape.num_experts, self.shape.num_experts
+        return sum(
+            one.numel() * (share if one.dim() > 1 and one.shape[0] == count else 1)
+            for one in self.parameters()
+        )
+
     @torch.no_grad()
     def rescale(self, deviation: float) -> None:
         """Give matrices drawn with a variance of one over their inputs a common ``deviation`` instead."""

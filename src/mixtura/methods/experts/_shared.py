@@ -7,13 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.methods._drawing import generator_of
+from mixtura.methods._drawing import generator_of, normal
 
 
 def drawn_matrices(generator: torch.Generator, *shape: int) -> nn.Parameter:
     """Matrices from a normal distribution whose variance is one over their inputs."""
-    values = torch.randn(shape, generator=generator, device=generator.device)
-    return nn.Parameter(values / shape[-1] ** 0.5)
+    return nn.Parameter(normal(generator, *shape) / shape[-1] ** 0.5)
 
 
 def begun(seed: int) -> torch.Generator:

@@ -68,6 +68,11 @@ class GruFfn(Bank):
         self.input_bias, self.state_bias = (nn.Parameter(torch.zeros(recurrent, 3 * width)) for _ in range(2))
         self.down_proj = drawn_matrices(generator, shape.num_experts, model, width)
 
+    def num_used(self, num_chosen: float) -> float:
+        # That of the mean of both kinds.
+        held = sum(one.numel() for one in self.parameters())
+        return held * num_chosen / self.shape.num_experts
+
     def run(self, rows: Rows) -> Ran:
         odd = rows.expert_ids % 2 == 1
         kind = rows.expert_ids // 2

@@ -83,6 +83,10 @@ class Product(Bank):
             self.write_rows = drawn_matrices(generator, rows, width // 2, hidden)
             self.write_rows_bias = nn.Parameter(torch.zeros(rows, width // 2))
 
+    def num_used(self, num_chosen: float) -> float:
+        # All rows and all columns, however few pairs count.
+        return sum(one.numel() for one in self.parameters())
+
     def run_gates(
         self, x: Float[Tensor, "T D"], rows: Float[Tensor, "T H R"], columns: Float[Tensor, "T H C"]
     ) -> Float[Tensor, "T D"]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError
-from mixtura.methods._drawing import orthogonal
+from mixtura.methods._drawing import normal, orthogonal
 from mixtura.methods._precision import exact
 from mixtura.methods.experts import Bank
 from mixtura.methods.experts._shared import begun
@@ -80,13 +80,17 @@ class Subspace(Bank):
         self.base_up = orthogonal(base, shape.d_model, seed, gain=1.0)
         self.base_down = orthogonal(base, shape.d_model, seed + 1, gain=1.0)
         generator = begun(seed + 2)
-        ties = torch.randn(count, count, generator=generator, device=generator.device)
+        ties = normal(generator, count, count)
         self.alpha = nn.Parameter((_TIE + _NOISE * ties).fill_diagonal_(1.0))
 
     @torch.no_grad()
     def rescale(self, deviation: float) -> None:
         for base in (self.base_up, self.base_down):
             base.mul_(deviation * max(base.shape) ** 0.5)
+
+    def num_used(self, num_chosen: float) -> float:
+        # Slices overlap; each chosen one is multiplied with.
+        return 2 * num_chosen * self.shape.d_expert * self.shape.d_model + self.alpha.numel()
 
     def strengths(self) -> Float[Tensor, "E B"]:
         """How much each expert is tied to each column of the base."""

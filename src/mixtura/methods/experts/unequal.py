@@ -73,6 +73,11 @@ class Unequal(Bank):
             )
             self.register_parameter(f"down_{width}", drawn_matrices(generator, count, shape.d_model, width))
 
+    def num_used(self, num_chosen: float) -> float:
+        # That of an expert of the mean width.
+        held = sum(one.numel() for one in self.parameters())
+        return held * num_chosen / self.shape.num_experts
+
     def matrices(self) -> Matrices:
         gate_up, down = [], []
         seen = dict.fromkeys(self.by_expert, 0)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.methods._drawing import generator_of
+from mixtura.methods._drawing import generator_of, normal
 from mixtura.methods._precision import exact
 
 _EPS = 1e-6
@@ -39,8 +39,7 @@ class GatedMlp(nn.Module):
         generator = generator_of(seed)
 
         def drawn(rows: int, columns: int) -> nn.Parameter:
-            values = torch.randn(rows, columns, generator=generator, device=generator.device)
-            return nn.Parameter(values / columns**0.5)
+            return nn.Parameter(normal(generator, rows, columns) / columns**0.5)
 
         self.gate, self.up, self.down = drawn(width, d_model), drawn(width, d_model), drawn(d_model, width)
 

@@ -12,9 +12,10 @@ from typing import Any, final
 
 from mixtura.errors import UnknownNameError
 from mixtura.methods import Header, header, names
+from mixtura.train.arena.layers import layer_of
 from mixtura.train.arena.scale import Scale
 
-KINDS = ("routers", "balancers", "mixers")
+KINDS = ("routers", "balancers", "mixers", "experts", "forms")
 REFERENCE = "top_k"
 BALANCER: Mapping[str, Any] = {"name": "switch_loss", "coefficient": 0.01}
 
@@ -110,6 +111,8 @@ def _moe(scale: Scale, layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _method(found: Header, num_steps: int, scale: Scale) -> Entry:
     """A method as it takes part."""
+    if found.kind in ("experts", "forms"):
+        return Entry(found.name, _moe(scale, layer_of(found.kind, found.name, scale)), tags=found.tags)
     key = f"{found.kind}/{found.name}"
     settings: dict[str, Any] = {"name": found.name}
     if found.kind != "balancers" and any(setting.name == "top_k" for setting in found.settings):

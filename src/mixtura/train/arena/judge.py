@@ -31,7 +31,7 @@ class Judged:
     """
 
     bits: tuple[float, ...]
-    loads: Float[Tensor, "L G E"] | None
+    loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"] | None
     choices: Choices
     experts_per_token: float | None
 
@@ -64,7 +64,9 @@ def judge(model: Any, held_out: Sequence[HeldOut]) -> Judged:
             assigned += one.token_ids.numel()
         seen += len(routings) * part.input_ids.numel()
     model.train(was_training)
-    loads = torch.stack([torch.stack(layer) for layer in zip(*by_domain, strict=True)]) if choices else None
+    layers = [torch.stack(layer) for layer in zip(*by_domain, strict=True)]
+    alike = len({layer.shape for layer in layers}) == 1
+    loads = (torch.stack(layers) if alike else layers) if choices else None
     return Judged(tuple(bits), loads, [frozenset(one) for one in choices], assigned / seen if seen else None)
 
 
@@ -76,20 +78,23 @@ def weight_loads(routing: Routing) -> Float[Tensor, " E"]:
     return routing.load.float()
 
 
-def balance(loads: Float[Tensor, "L G E"]) -> dict[str, float]:
+def balance(loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"]) -> dict[str, float]:
     """How even the load is: the worst layer's fullest expert over the mean, and experts without tokens."""
-    by_layer = loads.sum(1)
+    by_layer = [one.sum(0) for one in loads]
     return {
         "max_over_mean": max(float(violation(one)) + 1 for one in by_layer),
-        "dead_experts": float((by_layer == 0).sum(-1).float().mean()),
+        "dead_experts": statistics.fmean(float((one == 0).sum()) for one in by_layer),
     }
 
 
-def specialisation(loads: Float[Tensor, "L G E"]) -> float:
+def specialisation(loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"]) -> float:
     """The share of choices that would have to move for two domains to use experts alike; mean of pairs."""
-    shares = loads / loads.sum(-1, keepdim=True).clamp(min=1e-12)
-    pairs = combinations(range(loads.shape[1]), 2)
-    return statistics.fmean(float((shares[:, a] - shares[:, b]).abs().sum(-1).mean()) / 2 for a, b in pairs)
+    found = []
+    for one in loads:
+        shares = one / one.sum(-1, keepdim=True).clamp(min=1e-12)
+        pairs = combinations(range(len(shares)), 2)
+        found.append(statistics.fmean(float((shares[a] - shares[b]).abs().sum()) / 2 for a, b in pairs))
+    return statistics.fmean(found)
 
 
 def changed(before: Choices, after: Choices) -> float:

@@ -74,6 +74,14 @@ _SET = (
     "as much wider. {notes}"
 )
 _NOTES = {
+    "experts": (
+        "Sizes are such that a token takes as many multiplications as with plain experts, its router aside. "
+        "Experts on a grid have no number of experts a token, and their loads are those of rows and columns."
+    ),
+    "forms": (
+        "Sizes are such that a token takes as many multiplications as with a plain layer, routers aside; "
+        "with several passes loads are those of each."
+    ),
     "routers": (
         "`mixer_gate` is not refitted here, since nothing tells the loss of a context under each expert: its "
         "gate stays as drawn."

@@ -130,7 +130,8 @@ def measure(run: Run, text: Text) -> dict[str, Any]:
         "time_ratio": ratio,
         "leaks": run.entry.leaks,
     }
-    if run.kind == "mixers" and not run.entry.baseline:
+    on_grids = len(model.model.places) > len(model.model.blocks)
+    if on_grids or (run.kind == "mixers" and not run.entry.baseline):
         values["experts_per_token"] = None
     if last.loads is not None:
         values |= balance(last.loads)
