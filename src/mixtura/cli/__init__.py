@@ -25,6 +25,7 @@ COMMANDS = (
     "inspect",
     "doctor",
     "observe",
+    "analyze",
     "generate",
     "verify",
     "calibrate",
