@@ -96,7 +96,7 @@ def sample_trace(
         layers=tuple(layers),
         sequence_lengths=(num_tokens // 3, num_tokens - num_tokens // 3),
         sequence_domains=(0, 1),
-        token_ids=torch.randint(0, 12, (num_tokens,), generator=torch.Generator().manual_seed(seed)),
+        token_ids=torch.randint(0, 12, (num_tokens,), generator=torch.Generator().manual_seed(0)),
     )
 
 

@@ -184,7 +184,7 @@ class Study(Protocol):
             rows: token ids of each.
             steering: of each row, by decoder layer; none for the model as it is.
             last_only: the steering is for each row's last token alone.
-            training: route as in training, without gradients.
+            training: route as in training, with the same draws every time; nothing is learnt.
             scores: also give the routers' logits.
         """
 

@@ -100,7 +100,6 @@ class ModelStudy:
             return tuple(map(str, token_ids))
         return tuple(str(self._tokenizer.decode([one])) for one in token_ids)
 
-    @torch.no_grad()
     def run(
         self,
         rows: Sequence[Sequence[int]],
@@ -118,16 +117,15 @@ class ModelStudy:
         with ExitStack() as stack:
             caught = self._watch(stack, seen, scores)
             if training:
-                stack.callback(self._model.eval)
-                self._model.train()
+                self._train(stack)
             if steering:
                 self._steer(stack, steering, ids.shape[1], last_only)
-            with torch.compiler.set_stance("force_eager"):
+            # A pass without gradients is none of training, whatever the modules' mode.
+            with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(training):
                 output: Any = self._model(input_ids=ids, use_cache=False, return_dict=True)
-        logits = {index: one.logits for index, one in caught.items() if one.logits is not None}
-        return tuple(
-            _read(place, len(rows), output.logits[place], seen, logits) for place in range(len(rows))
-        )
+        made = output.logits.detach()
+        logits = {index: one.logits.detach() for index, one in caught.items() if one.logits is not None}
+        return tuple(_read(place, len(rows), made[place], seen, logits) for place in range(len(rows)))
 
     def matrices(self, index: int, expert: int) -> Mapping[str, Float[Tensor, "F D"]]:
         """An expert's matrices, one row a neuron."""
@@ -151,6 +149,18 @@ class ModelStudy:
         chosen = torch.zeros(len(inputs), 1, dtype=torch.int64, device=inputs.device)
         made = [experts(inputs, chosen + expert, ones).float() for expert in range(layer.num_experts)]
         return torch.stack(made)
+
+    def _train(self, stack: ExitStack) -> None:
+        """Put the model into training for a pass; what it draws is the same in every such pass."""
+        stack.callback(self._model.eval)
+        self._model.train()
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(0)
+        rerouting = vars(self._inside).get("mixtura_rerouting")
+        if isinstance(rerouting, Rerouting):
+            # Routers draw by the number of the pass.
+            stack.callback(setattr, rerouting.passes, "number", rerouting.passes.number)
+            rerouting.passes.number = 0
 
     def _layer(self, index: int) -> LayerView:
         if index not in self._views:
