@@ -26,6 +26,7 @@ COMMANDS = (
     "inspect",
     "doctor",
     "observe",
+    "analyze",
     "generate",
     "serve",
     "chat",

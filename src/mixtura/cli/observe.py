@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from mixtura.cli._analyses import Changes, evidence_of, made, print_reports, tags_of_analyses
 from mixtura.cli._places import check_file
 from mixtura.methods import header
 
@@ -36,8 +37,9 @@ def observe(
         "`mixtura methods statistics` lists them.",
     ),
     analysis: str = typer.Option(
-        "", help="Analyses of the trace by name, with commas; `mixtura methods analyses` lists them."
+        "", help="Analyses by name, with commas; `mixtura methods analyses` lists them."
     ),
+    changes: Changes = None,
     save: Path | None = typer.Option(None, help="Write the trace to this file (safetensors)."),
     report: Path | None = typer.Option(None, help="Write a page with heat maps to this file (HTML)."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
@@ -48,14 +50,17 @@ def observe(
     Example: `mixtura observe ./OLMoE-1B-7B --text ./docs --report observed.html`
 
     `mixtura observe --analysis routing_consistency,load`
+
+    `mixtura observe --analysis route_explainer --set text=2 --set token=40`
     """
     check_file(save)
     check_file(report)
     _check_known(statistics)
     wanted = [name.strip() for name in analysis.split(",") if name.strip()]
-    needs = tags_of_analyses(wanted)
+    needs = tags_of_analyses(wanted, observing=True)
+    analyses = made(wanted, changes)
     from mixtura.checkpoints.skeleton import open_checkpoint
-    from mixtura.running.observing.analyzing import analyze
+    from mixtura.running.observing.analyzing import DEFAULT_LOGITS
     from mixtura.running.observing.checkpoint import observe_checkpoint, read_text
     from mixtura.running.resolve import resolve_model
 
@@ -67,9 +72,11 @@ def observe(
         batch,
         statistics=list(dict.fromkeys([*statistics, *needs["statistic"]])),
         keep_choices="choices" in needs["needs"],
+        keep_logits=DEFAULT_LOGITS if "logits" in needs["needs"] else 0,
         progress=not as_json,
     )
-    reports = {name: analyze(trace, name) for name in wanted}
+    with evidence_of(view.path, trace, batch, needs) as evidence:
+        reports = {name: one.measure(evidence) for name, one in analyses.items()}
     _tell(resolved.name, trace, reports, save=save, page=report, as_json=as_json)
 
 
@@ -91,40 +98,16 @@ def _tell(
     if save is not None:
         trace.save(save)
     if page is not None:
-        page.write_text(readable(observation_page(name, description)), encoding="utf-8")
+        page.write_text(readable(observation_page(name, description, reports)), encoding="utf-8")
     if as_json:
         more = {"analyses": {key: one.to_dict() for key, one in reports.items()}} if reports else {}
         typer.echo(json.dumps({"model": name, **description.to_dict(), **more}))
         return
     _print(name, description)
-    _print_reports(reports)
+    print_reports(reports)
     for what, target in (("trace", save), ("report", page)):
         if target is not None:
             typer.echo(f"{what}: {target}", err=True)
-
-
-def tags_of_analyses(names: list[str]) -> dict[str, list[str]]:
-    """What analyses need observed, by the beginnings of their tags; refuses one that is not there."""
-    tags = [tag for name in names for tag in header("analyses", name).tags]
-    return {
-        kind: [tag.partition(":")[2] for tag in tags if tag.startswith(f"{kind}:")]
-        for kind in ("statistic", "needs")
-    }
-
-
-def _print_reports(reports: dict[str, Report]) -> None:
-    from mixtura.report.screen import screen, show_table
-
-    console = screen()
-    for name, one in reports.items():
-        rows = [[_shown(row[column]) for column in one.columns] for row in one.rows]
-        whole = ", ".join(f"{key} {_shown(value)}" for key, value in one.scalars.items())
-        console.print()
-        show_table(console, list(one.columns), rows, title=f"{name}: {whole}")
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _check_known(statistics: list[str]) -> None:

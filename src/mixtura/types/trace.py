@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from mixtura.errors import UnknownNameError, UserError, suggest
 from mixtura.types import LayerShape
 
 _VERSION = "1"
+_TOKEN_IDS = "token_ids"
 # What may be kept of every expert beside its statistics, one row each.
 FEATURES = {
     "mean_output": "the mean of the expert's outputs, before they are weighted, over its tokens",
@@ -46,6 +48,7 @@ class LayerTrace:
             same token; `None` in the last layer.
         choices: optionally every valid token's experts, in the order of the text; ids of E or more
             are absent choices.
+        logits: optionally what the router's matrix made of every `Trace.logits_every`-th valid token.
     """
 
     index: int
@@ -60,6 +63,7 @@ class LayerTrace:
     coactivation: Int[Tensor, "E E"] | None = None
     transitions: Int[Tensor, "E E2"] | None = None
     choices: Int[Tensor, "T K"] | None = None
+    logits: Float[Tensor, "S E"] | None = None
     top_groups: int = 1
 
     @property
@@ -118,8 +122,11 @@ class Trace:
         num_tokens: valid tokens per domain.
         layers: one record per MoE layer, in order.
         sequence_lengths: tokens of each sequence of the text, in order, where that is known; what belongs to
-        a
-            sequence in ``choices``.
+            a sequence in ``choices``.
+        sequence_domains: the place of each sequence's domain, likewise.
+        token_ids: optionally which token each valid one is, in the order of the text.
+        logits_every: of how many tokens one is in the layers' ``logits``, the first being in.
+        step: of training, where the model is a checkpoint of one and says so.
     """
 
     source_digest: str
@@ -128,6 +135,10 @@ class Trace:
     num_tokens: tuple[int, ...]
     layers: tuple[LayerTrace, ...]
     sequence_lengths: tuple[int, ...] = ()
+    sequence_domains: tuple[int, ...] = ()
+    token_ids: Int[Tensor, " T"] | None = None
+    logits_every: int = 1
+    step: int | None = None
 
     def sequences(self, index: int) -> tuple[Int[Tensor, "T K"], ...]:
         """The experts of each token of decoder layer ``index``, sequence by sequence.
@@ -144,6 +155,37 @@ class Trace:
         found: tuple[Tensor, ...] = choices.split(list(self.sequence_lengths))
         return found
 
+    def vocabulary_entries(self) -> Int[Tensor, " T"]:
+        """Which token each valid one is, in the order of ``choices``.
+
+        Raises:
+            UserError: the pass did not keep them.
+        """
+        if self.token_ids is None or len(self.token_ids) != sum(self.num_tokens):
+            raise UserError(
+                "this trace does not say which token each one is; observe again with keep_choices=True"
+            )
+        return self.token_ids
+
+    def logits(self, index: int) -> Float[Tensor, "S E"]:
+        """What the router of decoder layer ``index`` made of some tokens, evenly over the text.
+
+        Raises:
+            UserError: that layer has no experts, or the pass did not keep logits.
+        """
+        found = self.layer(index).logits
+        if found is None:
+            raise UserError(
+                "this trace has no logits of routers; observe again with keep_logits=4096, or for the "
+                "analysis that reads them"
+            )
+        return found
+
+    def sequence_of_logits(self) -> Int[Tensor, " S"]:
+        """The number of the sequence of each row of ``logits``."""
+        lengths = torch.tensor(self.sequence_lengths, dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:: self.logits_every]
+
     def layer(self, index: int) -> LayerTrace:
         """The record of decoder layer `index`.
 
@@ -158,7 +200,7 @@ class Trace:
     def of(self, domain: str) -> Trace:
         """The part that one domain's text made, to plan for that domain alone.
 
-        Features, co-activation, transitions and choices are not kept by domain, and are absent.
+        Features, co-activation, transitions, choices and logits are not kept by domain, and are absent.
 
         Raises:
             UnknownNameError: the trace has no such domain.
@@ -177,6 +219,7 @@ class Trace:
                 coactivation=None,
                 transitions=None,
                 choices=None,
+                logits=None,
             )
             for layer in self.layers
         )
@@ -186,6 +229,8 @@ class Trace:
             num_tokens=self.num_tokens[only],
             layers=layers,
             sequence_lengths=(),
+            sequence_domains=(),
+            token_ids=None,
         )
 
     def save(self, path: Path) -> None:
@@ -214,7 +259,12 @@ class Trace:
             "num_tokens": json.dumps(self.num_tokens),
             "layers": json.dumps(layers),
             "sequence_lengths": json.dumps(self.sequence_lengths),
+            "sequence_domains": json.dumps(self.sequence_domains),
+            "logits_every": json.dumps(self.logits_every),
+            "step": json.dumps(self.step),
         }
+        if self.token_ids is not None:
+            tensors[_TOKEN_IDS] = self.token_ids.contiguous()
         save_file(tensors, str(path), metadata=header)
 
     @staticmethod
@@ -243,6 +293,10 @@ class Trace:
             layers=tuple(layers),
             # Traces of before have none.
             sequence_lengths=tuple(json.loads(header.get("sequence_lengths", "[]"))),
+            sequence_domains=tuple(json.loads(header.get("sequence_domains", "[]"))),
+            token_ids=tensors.get(_TOKEN_IDS),
+            logits_every=json.loads(header.get("logits_every", "1")),
+            step=json.loads(header.get("step", "null")),
         )
 
 
@@ -251,6 +305,7 @@ def _tensors_of(layer: LayerTrace) -> dict[str, Tensor]:
         ("coactivation", layer.coactivation),
         ("transitions", layer.transitions),
         ("choices", layer.choices),
+        ("logits", layer.logits),
     )
     named = {"counts": layer.counts, "weight_sums": layer.weight_sums}
     named.update({name: tensor for name, tensor in optional if tensor is not None})
@@ -276,4 +331,5 @@ def _layer_from(number: int, values: Mapping[str, Any], tensors: Mapping[str, Te
         coactivation=own.get("coactivation"),
         transitions=own.get("transitions"),
         choices=own.get("choices"),
+        logits=own.get("logits"),
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mixtura.authoring.contracts import sample_trace
+from mixtura.methods.analyses import Evidence
 from mixtura.methods.analyses.domain_divergence import DomainDivergence, jensen_shannon
 from mixtura.types.trace import Trace
 
@@ -38,9 +39,14 @@ def test_divergence_is_as_defined() -> None:
 
 
 def test_a_planted_language_expert_is_seen() -> None:
-    report = DomainDivergence().measure(with_sums([5.0, 5.0, 0.0], [10.0, 10.0, 0.0], [0.0, 0.0, 7.0]))
+    report = DomainDivergence().measure(
+        Evidence.of(with_sums([5.0, 5.0, 0.0], [10.0, 10.0, 0.0], [0.0, 0.0, 7.0]))
+    )
     assert report.rows[0] == pytest.approx({"layer": 0, "mean": 0.5, "largest": 1.0})
 
 
 def test_one_domain_has_nothing_to_differ_from() -> None:
-    assert DomainDivergence().measure(with_sums([1.0, 2.0])).scalars == {"mean": None, "largest": None}
+    assert DomainDivergence().measure(Evidence.of(with_sums([1.0, 2.0]))).scalars == {
+        "mean": None,
+        "largest": None,
+    }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixtura.authoring.contracts import sample_trace
-from mixtura.methods.analyses import Report
+from mixtura.methods.analyses import Evidence, Report
 from mixtura.methods.analyses.load import Load
 
 
@@ -20,7 +20,7 @@ def measured(*loads: list[int], dead_share: float = 0.0) -> Report:
         replace(layer, counts=torch.tensor([load, [0] * len(load)]))
         for layer, load in zip(trace.layers, loads, strict=True)
     )
-    return Load(dead_share=dead_share).measure(replace(trace, layers=layers))
+    return Load(dead_share=dead_share).measure(Evidence.of(replace(trace, layers=layers)))
 
 
 def test_by_hand() -> None:

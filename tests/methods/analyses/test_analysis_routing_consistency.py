@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixtura.authoring.contracts import sample_trace
 from mixtura.errors import UserError
+from mixtura.methods.analyses import Evidence
 from mixtura.methods.analyses._caching import segment_hits
 from mixtura.methods.analyses.routing_consistency import RoutingConsistency
 from mixtura.types.trace import Trace
@@ -79,7 +80,7 @@ def hits_by_definition(tokens: list[list[int]], size: int, ahead: int) -> int:
 def test_srp_is_as_defined(segment: int) -> None:
     first, second = drawn(30, 6, 2, seed=1), drawn(25, 6, 2, seed=2)
     trace = traced(torch.cat([first, second]), lengths=(30, 25), num_experts=6)
-    found = RoutingConsistency(segment=segment).measure(trace).rows[0]["srp"]
+    found = RoutingConsistency(segment=segment).measure(Evidence.of(trace)).rows[0]["srp"]
     assert found == pytest.approx(srp_by_definition([first.tolist(), second.tolist()], 6, segment))
 
 
@@ -101,7 +102,7 @@ def test_a_larger_cache_has_no_fewer_hits_and_room_for_all_misses_nothing() -> N
 def test_the_sch_of_a_trace_is_the_mean_over_sequences() -> None:
     first, second = drawn(40, 6, 2, seed=1), drawn(20, 6, 2, seed=2)
     trace = traced(torch.cat([first, second]), lengths=(40, 20), num_experts=6)
-    found = RoutingConsistency(segment=4, cache=1.0).measure(trace).rows[0]["sch"]
+    found = RoutingConsistency(segment=4, cache=1.0).measure(Evidence.of(trace)).rows[0]["sch"]
     rates = [hits_by_definition(one.tolist(), 2, 4) / one.numel() for one in (first, second)]
     assert found == pytest.approx(sum(rates) / 2)
 
@@ -111,7 +112,7 @@ def test_planted_structure_is_found() -> None:
     steady = torch.arange(64)[:, None] // 16 % 4 * 2 + torch.tensor([0, 1])
     restless = torch.arange(64)[:, None] % 4 * 2 + torch.tensor([0, 1])
     report = RoutingConsistency(segment=16, cache=1.0).measure(
-        traced(steady, restless, lengths=(16,) * 4, num_experts=8)
+        Evidence.of(traced(steady, restless, lengths=(16,) * 4, num_experts=8))
     )
     assert report.rows[0]["srp"] == 1.0
     assert report.rows[0]["sch"] == 1.0
@@ -122,8 +123,10 @@ def test_planted_structure_is_found() -> None:
 
 def test_windows_do_not_cross_sequences() -> None:
     choices = torch.tensor([[0], [0], [1], [1]])
-    apart = RoutingConsistency(segment=2).measure(traced(choices, lengths=(2, 2), num_experts=4))
-    together = RoutingConsistency(segment=2).measure(traced(choices, lengths=(4,), num_experts=4))
+    apart = RoutingConsistency(segment=2).measure(Evidence.of(traced(choices, lengths=(2, 2), num_experts=4)))
+    together = RoutingConsistency(segment=2).measure(
+        Evidence.of(traced(choices, lengths=(4,), num_experts=4))
+    )
     assert apart.scalars["srp"] == 1.0
     assert together.scalars["srp"] is not None
     assert together.scalars["srp"] < 1.0
@@ -132,4 +135,4 @@ def test_windows_do_not_cross_sequences() -> None:
 def test_a_trace_without_choices_is_refused() -> None:
     made = sample_trace(seed=0)
     with pytest.raises(UserError, match="observe again with keep_choices=True"):
-        RoutingConsistency().measure(replace(made, sequence_lengths=()))
+        RoutingConsistency().measure(Evidence.of(replace(made, sequence_lengths=())))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mixtura.authoring.contracts import sample_trace
+from mixtura.methods.analyses import Evidence
 from mixtura.methods.analyses.super_experts import SuperExperts
 from mixtura.types.trace import Trace
 
@@ -40,7 +41,7 @@ def test_the_largest_of_a_flat_model_is_not_super() -> None:
 
 
 def test_the_report_counts_them() -> None:
-    report = SuperExperts().measure(trace_of({(1, 3): 500.0}))
+    report = SuperExperts().measure(Evidence.of(trace_of({(1, 3): 500.0})))
     assert report.scalars == {"super_experts": 1}
     assert [row["super_experts"] for row in report.rows] == [0, 1, 0, 0]
     assert [row["largest_output"] for row in report.rows] == [1.0, 500.0, 1.0, 1.0]

@@ -53,16 +53,18 @@ def sample_trace(
 ) -> Trace:
     """A trace of made-up text in two domains, with every statistic and feature there is.
 
-    Experts differ in how often they are chosen; counts, co-activation, transitions and choices are
-    of the same made-up tokens. An expert takes 1000 bytes.
+    Experts differ in how often they are chosen; counts, co-activation, transitions, choices and logits are
+    of the same made-up tokens. Tokens take turns between the domains, whatever sequences say; an expert takes
+    1000 bytes.
     """
     generator = torch.Generator().manual_seed(seed)
     domain = torch.arange(num_tokens) % len(DOMAINS)
-    chosen = []
+    logits = []
     for _ in range(num_layers):
         liking = torch.randn(len(DOMAINS), num_experts, generator=generator)
         noise = torch.randn(num_tokens, num_experts, generator=generator)
-        chosen.append((liking[domain] + noise).topk(top_k).indices)
+        logits.append(liking[domain] + noise)
+    chosen = [one.topk(top_k).indices for one in logits]
     layers = []
     for index, choices in enumerate(chosen):
         following = chosen[index + 1] if index + 1 < num_layers else None
@@ -83,6 +85,7 @@ def sample_trace(
                 coactivation=_pairs(choices, choices, num_experts).fill_diagonal_(0),
                 transitions=None if following is None else _pairs(choices, following, num_experts),
                 choices=choices,
+                logits=logits[index],
             )
         )
     num_per_domain = tuple(torch.bincount(domain, minlength=len(DOMAINS)).tolist())
@@ -93,6 +96,8 @@ def sample_trace(
         num_tokens=num_per_domain,
         layers=tuple(layers),
         sequence_lengths=(num_tokens // 3, num_tokens - num_tokens // 3),
+        sequence_domains=(0, 1),
+        token_ids=torch.randint(0, 12, (num_tokens,), generator=torch.Generator().manual_seed(0)),
     )
 
 
@@ -119,6 +124,8 @@ def relabelled(trace: Trace, orders: Sequence[Int[Tensor, " E"]]) -> Trace:
             changed["transitions"] = layer.transitions[order][:, orders[number + 1]]
         if layer.choices is not None:
             changed["choices"] = order.argsort()[layer.choices]
+        if layer.logits is not None:
+            changed["logits"] = layer.logits[:, order]
         layers.append(replace(layer, **changed))
     return replace(trace, layers=tuple(layers))
 

@@ -115,7 +115,7 @@ def _observe(
         watching = {recorder.layer.name: recorder for recorder in recorders}
         with attached(streamed.model, watching, cursor):
             run_together(streamed, tokens, cursor, run_layer, caught=dict(enumerate(caught)))
-    return trace_of(streamed.model, tokens, recorders, checkpoint_digest(view.path))
+    return trace_of(streamed.model, tokens, recorders, checkpoint_digest(view.path), wanted)
 
 
 def rounded(

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.methods.analyses import Analysis, Report
-from mixtura.types.trace import LayerTrace, Trace
+from mixtura.methods.analyses import Analysis, Evidence, Report
+from mixtura.types.trace import LayerTrace
 
 METHOD = {"paper": 109, "title": "Multilingual Routing in Mixture-of-Experts"}
 
@@ -28,7 +28,7 @@ class DomainDivergence(Analysis):
 
     Example:
         >>> from mixtura.authoring.contracts import sample_trace
-        >>> report = DomainDivergence().measure(sample_trace(seed=0, num_experts=4))
+        >>> report = DomainDivergence().measure(Evidence.of(sample_trace(seed=0, num_experts=4)))
         >>> round(report.scalars["mean"], 4)
         0.3031
 
@@ -40,7 +40,8 @@ class DomainDivergence(Analysis):
         Multilingual Routing in Mixture-of-Experts (paper 109).
     """
 
-    def measure(self, trace: Trace) -> Report:
+    def measure(self, evidence: Evidence) -> Report:
+        trace = evidence.trace
         rows: list[dict[str, float | None]] = []
         for layer in trace.layers:
             found = divergences(layer)

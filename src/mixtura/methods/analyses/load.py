@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixtura.errors import check_range
-from mixtura.methods.analyses import Analysis, Report
-from mixtura.types.trace import Trace
+from mixtura.methods.analyses import Analysis, Evidence, Report
 
 METHOD = {"paper": None, "title": "Expert load: balance, entropy, dead experts"}
 
@@ -32,7 +31,7 @@ class Load(Analysis):
 
     Example:
         >>> from mixtura.authoring.contracts import sample_trace
-        >>> Load().measure(sample_trace(seed=0, num_experts=4)).rows[0]["dead"]
+        >>> Load().measure(Evidence.of(sample_trace(seed=0, num_experts=4))).rows[0]["dead"]
         0
     """
 
@@ -40,7 +39,8 @@ class Load(Analysis):
         check_range("Load", "dead_share", dead_share, 0, 1)
         self.dead_share = dead_share
 
-    def measure(self, trace: Trace) -> Report:
+    def measure(self, evidence: Evidence) -> Report:
+        trace = evidence.trace
         rows = [{"layer": layer.index, **self._row(layer.load)} for layer in trace.layers]
         seen = [row for row in rows if row["entropy"] is not None]
         scalars = {

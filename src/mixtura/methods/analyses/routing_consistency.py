@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
-from mixtura.methods.analyses import Analysis, Report
+from mixtura.methods.analyses import Analysis, Evidence, Report
 from mixtura.methods.analyses._caching import segment_hits
-from mixtura.types.trace import Trace
 
 METHOD = {
     "paper": 119,
@@ -44,7 +43,7 @@ class RoutingConsistency(Analysis):
 
     Example:
         >>> from mixtura.authoring.contracts import sample_trace
-        >>> report = RoutingConsistency(segment=4).measure(sample_trace(seed=0, num_experts=4))
+        >>> report = RoutingConsistency(segment=4).measure(Evidence.of(sample_trace(seed=0, num_experts=4)))
         >>> [round(value, 3) for value in report.scalars.values()]
         [0.75, 1.342, 1.0]
 
@@ -65,7 +64,8 @@ class RoutingConsistency(Analysis):
         self.segment = segment
         self.cache = cache
 
-    def measure(self, trace: Trace) -> Report:
+    def measure(self, evidence: Evidence) -> Report:
+        trace = evidence.trace
         rows: list[dict[str, float | None]] = []
         whole = torch.zeros(3, self.segment + 1, dtype=torch.float64)
         rates = []

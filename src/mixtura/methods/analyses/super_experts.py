@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mixtura.errors import check_range
-from mixtura.methods.analyses import Analysis, Report
+from mixtura.methods.analyses import Analysis, Evidence, Report
 from mixtura.types.trace import Trace
 
 METHOD = {
@@ -61,7 +61,8 @@ class SuperExperts(Analysis):
         self.share_of_largest = share_of_largest
         self.share_of_layers = share_of_layers
 
-    def measure(self, trace: Trace) -> Report:
+    def measure(self, evidence: Evidence) -> Report:
+        trace = evidence.trace
         found = self.find(trace)
         rows = []
         for layer in trace.layers:

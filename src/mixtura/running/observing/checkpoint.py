@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mixtura.checkpoints.digest import checkpoint_digest
@@ -53,6 +56,7 @@ def observe_checkpoint(
     statistics: Sequence[str] = (),
     features: Sequence[str] = (),
     keep_choices: bool = False,
+    keep_logits: int = 0,
     batch_tokens: int | None = None,
     observers: Observers | None = None,
     progress: bool = True,
@@ -65,7 +69,8 @@ def observe_checkpoint(
         tokens: the text, in the model's own tokens.
         statistics: names of methods of the kind "statistics".
         features: what else to keep of every expert, by names of `mixtura.types.trace.FEATURES`.
-        keep_choices: also keep every token's experts.
+        keep_choices: also keep every token's experts, and which token it is.
+        keep_logits: of at most so many tokens, evenly over the text, also keep the logits of all routers.
         batch_tokens: tokens per forward; chosen by how it runs if not given.
         observers: makes one more observer for a layer.
         progress: show a bar on standard error, if that is a terminal.
@@ -86,15 +91,27 @@ def observe_checkpoint(
         batch_tokens = batch_tokens or max(1, DEFAULT_WORKING_BYTES // streamed.bytes_per_token(width))
     else:
         model = load(view.path)
-    return observe_model(
+    trace = observe_model(
         model,
         tokens,
         statistics=statistics,
         features=features,
         keep_choices=keep_choices,
+        keep_logits=keep_logits,
         batch_tokens=batch_tokens,
         progress=progress,
         observers=observers,
         layers=view.layers,
         source_digest=checkpoint_digest(view.path),
     )
+    return replace(trace, step=step_of(view.path))
+
+
+def step_of(path: Path) -> int | None:
+    """The optimizer step of a checkpoint that a `Trainer` wrote; None where the directory does not say."""
+    try:
+        step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        return int(found[1]) if found else None
+    return step if isinstance(step, int) else None

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.methods import create
-from mixtura.methods.analyses import Report
+from mixtura.methods.analyses import Evidence, Report
 from mixtura.types.trace import LayerTrace, Trace
 
 # Experts seen less often say nothing about where they belong.
@@ -101,8 +101,8 @@ def describe(trace: Trace) -> Description:
     load = create("analyses", "load")
     return Description(
         trace=trace,
-        load=load.measure(trace),
-        load_by_domain={name: load.measure(trace.of(name)) for name in trace.domains},
+        load=load.measure(Evidence.of(trace)),
+        load_by_domain={name: load.measure(Evidence.of(trace.of(name))) for name in trace.domains},
         specialisation=tuple(_specialisation(layer) for layer in trace.layers),
         specialists=_specialists(trace),
     )

@@ -23,6 +23,7 @@ def observe(
     statistics: Sequence[str] = (),
     features: Sequence[str] = (),
     keep_choices: bool = False,
+    keep_logits: int = 0,
     batch_tokens: int | None = None,
     progress: bool = True,
     observers: Observers | None = None,
@@ -42,7 +43,8 @@ def observe(
         tokens: the text, from `mixtura.data.tokens.encode_documents`; padding may be on any side.
         statistics: names of methods of the kind "statistics" to take of every assignment.
         features: what else to keep of every expert, by names of `mixtura.types.trace.FEATURES`.
-        keep_choices: also keep every token's experts; grows with the text.
+        keep_choices: also keep every token's experts, and which token it is; grows with the text.
+        keep_logits: of at most so many tokens, evenly over the text, also keep the logits of all routers.
         batch_tokens: tokens per forward, padding included; one sequence at least. By default 2048, or
             as many as working memory allows where every forward reads the model from disk.
         progress: show a bar on standard error, if that is a terminal.
@@ -66,6 +68,7 @@ def observe(
             statistics=statistics,
             features=features,
             keep_choices=keep_choices,
+            keep_logits=keep_logits,
             batch_tokens=batch_tokens,
             progress=progress,
             observers=observers,
@@ -76,6 +79,7 @@ def observe(
         statistics=statistics,
         features=features,
         keep_choices=keep_choices,
+        keep_logits=keep_logits,
         batch_tokens=batch_tokens,
         progress=progress,
         observers=observers,

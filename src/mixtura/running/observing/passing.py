@@ -39,6 +39,7 @@ def observe_model(
     statistics: Sequence[str] = (),
     features: Sequence[str] = (),
     keep_choices: bool = False,
+    keep_logits: int = 0,
     batch_tokens: int | None = None,
     progress: bool = True,
     observers: Observers | None = None,
@@ -53,7 +54,8 @@ def observe_model(
         raise UserError("there is no text to observe: every position is padding; give at least one token")
     cursor = Cursor()
     batches = packed(tokens).split(batch_tokens or DEFAULT_BATCH_TOKENS)
-    wanted = Wanted(tuple(statistics), tuple(features), keep_choices)
+    every = -(-tokens.num_tokens // keep_logits) if keep_logits else 0
+    wanted = Wanted(tuple(statistics), tuple(features), keep_choices, every)
     with (
         _bar(tokens.num_tokens, progress) as advance,
         recording(module, layers, cursor, len(tokens.domain_names), wanted) as (recorders, _),
@@ -64,7 +66,7 @@ def observe_model(
         with attached(module, watching, cursor), torch.compiler.set_stance("force_eager"):
             _run(module, batches, cursor, recorders)
     digest = memory_digest(module) if source_digest is None else source_digest
-    return trace_of(module, tokens, recorders, digest)
+    return trace_of(module, tokens, recorders, digest, wanted)
 
 
 @final
@@ -75,6 +77,7 @@ class Wanted:
     statistics: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     keep_choices: bool = False
+    logits_every: int = 0
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def recording(
     """
     # A statistic given as the path of its file is kept under its name.
     measures = {header("statistics", name).name: create("statistics", name) for name in wanted.statistics}
-    fields = caught_for(measures.values(), wanted.features)
+    fields = caught_for(measures.values(), wanted.features, keep_logits=bool(wanted.logits_every))
     with ExitStack() as stack:
         caught = [stack.enter_context(catching(module, layer, fields)) for layer in layers]
         yield (
@@ -101,6 +104,7 @@ def recording(
                     caught=one,
                     features=wanted.features,
                     keep_choices=wanted.keep_choices,
+                    logits_every=wanted.logits_every,
                 )
                 for layer, one in zip(layers, caught, strict=True)
             ],
@@ -109,17 +113,25 @@ def recording(
 
 
 def trace_of(
-    module: nn.Module, tokens: TokenBatch, recorders: Sequence[LayerRecorder], source_digest: str
+    module: nn.Module,
+    tokens: TokenBatch,
+    recorders: Sequence[LayerRecorder],
+    source_digest: str,
+    wanted: Wanted,
 ) -> Trace:
     """What recorders have seen of a text, as one record."""
     config: Any = module.config
+    lengths = tokens.attention_mask.sum(1)
     return Trace(
         source_digest=source_digest,
         model_type=str(getattr(config, "model_type", "")),
         domains=tokens.domain_names,
         num_tokens=_tokens_by_domain(tokens),
         layers=tuple(r.trace(_expert_num_bytes(module, r.layer)) for r in recorders),
-        sequence_lengths=tuple(length for length in tokens.attention_mask.sum(1).tolist() if length),
+        sequence_lengths=tuple(length for length in lengths.tolist() if length),
+        sequence_domains=tuple(tokens.domains[lengths > 0].tolist()),
+        token_ids=tokens.input_ids[tokens.attention_mask.bool()].int() if wanted.keep_choices else None,
+        logits_every=max(1, wanted.logits_every),
     )
 
 

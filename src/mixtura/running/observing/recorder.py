@@ -54,7 +54,7 @@ class LayerRecorder:
     """Adds up what happens in one MoE layer; an `mixtura.kernels.AssignmentObserver`.
 
     Memory is bounded by the layer's sizes: sums in float64, counts in int64, whatever the length of
-    the text. Only ``keep_choices`` grows with it.
+    the text. Only ``keep_choices`` and ``logits_every`` grow with it.
 
     Args:
         layer: what is recorded.
@@ -64,6 +64,7 @@ class LayerRecorder:
         caught: where the layer's residual stream and logits are left for statistics that read them.
         features: names of `mixtura.types.trace.FEATURES` to keep of every expert.
         keep_choices: also keep every token's experts.
+        logits_every: of how many tokens one's logits are kept; 0 for none.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class LayerRecorder:
         caught: Caught | None = None,
         features: Collection[str] = (),
         keep_choices: bool = False,
+        logits_every: int = 0,
     ) -> None:
         self.layer = layer
         self._cursor = cursor
@@ -93,6 +95,8 @@ class LayerRecorder:
         self._coactivation = torch.zeros((num_experts, num_experts), dtype=torch.int64)
         self._transitions: Tensor | None = None
         self._choices: list[Tensor] | None = [] if keep_choices else None
+        self._logits: list[Tensor] = []
+        self._logits_every, self._num_seen = logits_every, 0
         self._measured: list[_Rows] = []
         self._tokens: LayerTokens | None = None
 
@@ -130,10 +134,18 @@ class LayerRecorder:
             self._choices.append(chosen.to(torch.int32))
         if any(self._fields.values()):
             self._tokens = self._tokens_of(hidden, index, top_k_weights)
+        if "logit_products" in self._features or self._logits_every:
+            self._read_logits()
+
+    def _read_logits(self) -> None:
+        """Add up the products of a batch's logits, and keep those of some of its tokens."""
+        assert self._caught.logits is not None
+        logits = self._caught.logits.detach().cpu()[self._cursor.valid, : self._num_experts]
         if "logit_products" in self._features:
-            assert self._caught.logits is not None
-            logits = self._caught.logits.detach().cpu()[cursor.valid].double()
-            self._features["logit_products"] += logits.T @ logits
+            self._features["logit_products"] += logits.double().T @ logits.double()
+        if self._logits_every:
+            self._logits.append(logits[-self._num_seen % self._logits_every :: self._logits_every].float())
+            self._num_seen += len(logits)
 
     def followed_by(
         self, later: LayerRecorder, chosen: Int[Tensor, "R K"], later_chosen: Int[Tensor, "R K2"]
@@ -274,6 +286,7 @@ class LayerRecorder:
             coactivation=self._coactivation.clone(),
             transitions=None if self._transitions is None else self._transitions.clone(),
             choices=None if self._choices is None else torch.cat(self._choices),
+            logits=torch.cat(self._logits) if self._logits else None,
         )
 
     def _feature(self, name: str) -> Float[Tensor, "E _"]:
@@ -282,8 +295,10 @@ class LayerRecorder:
         return self._features[name].clone()
 
 
-def caught_for(statistics: Iterable[Statistic], features: Iterable[str]) -> frozenset[str]:
-    """What has to be caught of a layer for some statistics and features.
+def caught_for(
+    statistics: Iterable[Statistic], features: Iterable[str], *, keep_logits: bool = False
+) -> frozenset[str]:
+    """What has to be caught of a layer for some statistics and features, and for logits that are kept.
 
     Raises:
         UnknownNameError: there is no such feature.
@@ -291,7 +306,7 @@ def caught_for(statistics: Iterable[Statistic], features: Iterable[str]) -> froz
     for name in features:
         if name not in FEATURES:
             raise UnknownNameError("feature of experts", name, FEATURES)
-    logits = {"logits"} if "logit_products" in features else set()
+    logits = {"logits"} if keep_logits or "logit_products" in features else set()
     return fields_read(statistics) | logits
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from mixtura import __version__
+from mixtura.methods.analyses import Report
 from mixtura.report import (
     Html,
     Section,
@@ -22,6 +23,7 @@ from mixtura.report import (
     table_html,
 )
 from mixtura.running.observing.describe import Description
+from mixtura.running.observing.findings import finding_sections
 
 _FEW_TOKENS_PER_EXPERT = 50
 _UNKNOWN = "–"
@@ -89,8 +91,8 @@ EXPLANATION = (
 )
 
 
-def observation_page(name: str, description: Description) -> str:
-    """The page of a trace: facts, a heat map for all text and each domain, tables."""
+def observation_page(name: str, description: Description, reports: Mapping[str, Report] | None = None) -> str:
+    """The page of a trace: facts, a heat map for all text and each domain, tables, analyses."""
     trace = description.trace
     sections = [
         Section("At a glance", _glance(description)),
@@ -102,6 +104,7 @@ def observation_page(name: str, description: Description) -> str:
         sections.append(Section("Most specialised experts", _specialists(description)))
     if any(layer.statistics for layer in trace.layers):
         sections.append(Section("Statistics", _statistic_maps(description)))
+    sections += finding_sections(reports or {})
     return page(
         f"What the experts of {name} do",
         sections,
