@@ -232,13 +232,12 @@ class Seat:
         """What the router returned, without the experts that are left out and with weights as asked."""
         if self._normalizes is None:
             self._normalizes = normalizes(self.gate, self._run, self.width, self.matrix.dtype)
-        require_ranks(output, steering, self.layer.top_k, self.layer.num_experts)
+        count, known = self.layer.num_experts, self._normalizes
+        require_ranks(output, steering, self.layer.top_k, count)
         # Other implementations of experts run every number they are given.
         experts: Any = self.layer.experts
         absent = experts.config._experts_implementation == BACKEND
-        changed, kept = thinned(
-            output, steering, self.layer.num_experts, normalizes=self._normalizes, absent=absent
-        )
+        changed, kept = thinned(output, steering, count, normalizes=known, absent=absent)
         if kept is not None:
             here.kept[self.layer.index] = kept
         return changed
