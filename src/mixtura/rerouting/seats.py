@@ -25,7 +25,7 @@ from mixtura.modeling.layer import require_decodable
 from mixtura.rerouting.experts import experts_of
 from mixtura.rerouting.inside import Inside, Outline
 from mixtura.rerouting.passes import Pass, Passes, Seen
-from mixtura.rerouting.thinning import normalizes, thinned
+from mixtura.rerouting.thinning import normalizes, require_ranks, thinned
 from mixtura.types import RouterInput, Routing
 from mixtura.types.steering import Steering
 
@@ -232,29 +232,15 @@ class Seat:
         """What the router returned, without the experts that are left out and with weights as asked."""
         if self._normalizes is None:
             self._normalizes = normalizes(self.gate, self._run, self.width, self.matrix.dtype)
-        self._require_ranks(output, steering)
+        count, known = self.layer.num_experts, self._normalizes
+        require_ranks(output, steering, self.layer.top_k, count)
         # Other implementations of experts run every number they are given.
         experts: Any = self.layer.experts
         absent = experts.config._experts_implementation == BACKEND
-        changed, kept = thinned(
-            output, steering, self.layer.num_experts, normalizes=self._normalizes, absent=absent
-        )
+        changed, kept = thinned(output, steering, count, normalizes=known, absent=absent)
         if kept is not None:
             here.kept[self.layer.index] = kept
         return changed
-
-    def _require_ranks(self, output: Any, steering: Steering) -> None:
-        """Refuse a family that makes of more or fewer choices a token than its own something else."""
-        if steering.ranks is None:
-            return
-        logits, weights, _ = logits_weights_choices(output)
-        most = min(max(self.layer.top_k, int(steering.ranks[..., 1].max())), self.layer.num_experts)
-        rows = None if logits is None else logits.numel() // logits.shape[-1]
-        if weights.shape[-1] != most or (rows is not None and weights.numel() != rows * most):
-            raise UnsupportedModelError(
-                f"{type(self.gate).__name__} of layer {self.layer.index} cannot give a token {most} experts, "
-                f"its own number is {self.layer.top_k}; choose another decoder or fewer experts"
-            )
 
     def _require_steered(self, inside: Inside, steering: Steering) -> None:
         if steering.changes_logits and inside.logits is None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mixtura.errors import UnsupportedModelError
 from mixtura.machine.releases import in_order_of, logits_weights_choices
 from mixtura.types.steering import Steering
 
@@ -48,6 +49,24 @@ def thinned(
         chosen = chosen.masked_fill(~keep, num_experts) if absent else chosen
     shown = made.to(weights.dtype).view(weights.shape), chosen.view(ids.shape)
     return in_order_of(output, logits, *shown), left  # type: ignore[arg-type]
+
+
+def require_ranks(output: Any, steering: Steering, top_k: int, num_experts: int) -> None:
+    """Refuse a family whose router makes something else of more choices a token than its own number.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    if steering.ranks is None:
+        return
+    logits, weights, _ = logits_weights_choices(output)
+    most = min(max(top_k, int(steering.ranks[..., 1].max())), num_experts)
+    rows = None if logits is None else logits.numel() // logits.shape[-1]
+    if weights.shape[-1] != most or (rows is not None and weights.numel() != rows * most):
+        raise UnsupportedModelError(
+            f"the routers of this family cannot give a token {most} experts, their own number is {top_k}; "
+            "choose another decoder or fewer experts"
+        )
 
 
 def _within(ranks: Int[Tensor, "*T 2"], chosen: Int[Tensor, "T K"]) -> Bool[Tensor, "T K"]:

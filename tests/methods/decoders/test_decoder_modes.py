@@ -9,7 +9,8 @@ import torch
 
 from mixtura.authoring.contracts._decoded import model, samples, tokenizer
 from mixtura.errors import CheckpointError, UserError
-from mixtura.methods.decoders.modes import Modes, divergence, largest_that_leaves
+from mixtura.methods.decoders._shared import largest_that_leaves
+from mixtura.methods.decoders.modes import Modes, divergence
 from mixtura.methods.decoders.scmoe import Scmoe
 from mixtura.running.decoders.calibrating import calibrate_on
 from mixtura.running.decoders.entry import decode

@@ -10,6 +10,8 @@ import torch
 
 from mixtura.authoring.contracts import sample_trace
 from mixtura.errors import UserError
+from mixtura.methods.mergers import Merger
+from mixtura.methods.mergers.hc_smoe import HcSmoe
 from mixtura.methods.mergers.m_smoe import MSmoe
 from mixtura.types import Budget, Merge
 from mixtura.types.trace import Trace
@@ -60,3 +62,14 @@ def test_a_trace_without_the_feature_says_how_to_get_it() -> None:
         MSmoe().plan(bare, Budget(num_experts=4))
     with pytest.raises(UserError, match="no feature 'logit_products'"):
         MSmoe().plan(trace.of("code"), Budget(num_experts=4))
+
+
+@pytest.mark.parametrize("merger", [MSmoe(), HcSmoe()])
+def test_features_that_are_no_numbers_are_refused(merger: Merger) -> None:
+    trace = sample_trace(num_layers=1)
+    layer = trace.layers[0]
+    broken = {name: feature.clone() for name, feature in layer.features.items()}
+    for feature in broken.values():
+        feature[1, 0] = math.nan
+    with pytest.raises(UserError, match="of an expert of layer 0 is not finite"):
+        merger.plan(replace(trace, layers=(replace(layer, features=broken),)), Budget(num_experts=3))

@@ -65,3 +65,11 @@ def test_traces_of_different_models_are_not_compared() -> None:
         PreMoe().retrieve(STORED, replace(STORED, source_digest="sha256:0"))
     with pytest.raises(UserError, match="no MoE layers"):
         PreMoe().retrieve(replace(STORED, layers=()), STORED)
+
+
+def test_tasks_and_prompts_without_text_are_not_taken_for_like_ones() -> None:
+    empty = trace_of([[80.0, 40.0, 0.0, 10.0], [0.0, 0.0, 0.0, 0.0]], [40, 0])
+    # Nearer to nothing than to prose, of which there is text.
+    assert PreMoe().retrieve(empty, trace_of([[0.1, 0.0, 0.0, 0.0]], [10])) == "prose"
+    with pytest.raises(UserError, match="has no tokens to tell a task by"):
+        PreMoe().retrieve(STORED, trace_of([[0.0] * 4], [0]))

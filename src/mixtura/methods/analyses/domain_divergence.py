@@ -65,9 +65,10 @@ def divergences(layer: LayerTrace) -> list[float]:
     """Of each domain but the first, where both were seen."""
     sums = layer.weight_sums.double()
     first, *others = sums
-    if not bool(first.sum()):
+    # What is no number is not seen, either.
+    if not bool(first.sum() > 0):
         return []
-    return [jensen_shannon(first, other) for other in others if bool(other.sum())]
+    return [jensen_shannon(first, other) for other in others if bool(other.sum() > 0)]
 
 
 def jensen_shannon(first: Float[Tensor, " E"], second: Float[Tensor, " E"]) -> float:

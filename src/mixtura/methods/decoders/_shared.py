@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 
+from jaxtyping import Float
+from torch import Tensor
+
 from mixtura.errors import UserError
 from mixtura.methods.decoders import Branch, Candidate, LayerFacts, ModelFacts, Prompt
 
@@ -69,6 +72,17 @@ def ends_line(candidate: Candidate, mark: str) -> bool:
     """Whether the last token has the mark that ends steps; a blank answer's first mark does not count."""
     *before, last = candidate.token_ids
     return mark in candidate.prompt.decode([last]) and bool(candidate.prompt.decode(before).strip())
+
+
+def largest_that_leaves(scores: Float[Tensor, " N"], part: float) -> float:
+    """The largest threshold below which at most a part of the scores lie.
+
+    >>> import torch
+    >>> largest_that_leaves(torch.tensor([0.5, 0.125, 0.25, 0.375]), 0.5)
+    0.375
+    """
+    place = min(int(part * len(scores)), len(scores) - 1)
+    return float(scores.sort().values[place])
 
 
 def widths(shares: Sequence[float], total: int) -> list[int]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError, check_range
@@ -21,6 +20,7 @@ from mixtura.methods.decoders import (
     Sample,
     View,
 )
+from mixtura.methods.decoders._shared import largest_that_leaves
 from mixtura.types.steering import Steering
 
 METHOD = {
@@ -125,16 +125,6 @@ class Modes(Decoder):
             "divergence": sum(lost) / len(lost),
         }
         return values, {}
-
-
-def largest_that_leaves(scores: Float[Tensor, " N"], part: float) -> float:
-    """The largest threshold below which at most a part of the scores lie.
-
-    >>> largest_that_leaves(torch.tensor([0.4, 0.1, 0.3, 0.2]), 0.5)
-    0.30000001192092896
-    """
-    place = min(int(part * len(scores)), len(scores) - 1)
-    return float(scores.sort().values[place])
 
 
 def divergence(answer_from: int, original: Tensor, changed: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.errors import BudgetError
+from mixtura.errors import BudgetError, UserError
 from mixtura.methods._protected import check_protected
 from mixtura.types import Budget, Merge, Plan
 from mixtura.types.trace import LayerTrace, Trace
@@ -75,6 +75,21 @@ def most_used(layer: LayerTrace, experts: Sequence[int]) -> list[int]:
     """Experts from the one chosen most to the one chosen least, of equals the lowest number first."""
     load = layer.load.tolist()
     return sorted(experts, key=lambda expert: (-load[expert], expert))
+
+
+def finite_feature(layer: LayerTrace, name: str) -> Float[Tensor, "E _"]:
+    """A feature of a layer's experts in float64.
+
+    Raises:
+        UserError: the trace lacks it, or it is not finite.
+    """
+    found = layer.feature(name).double()
+    if not bool(found.isfinite().all()):
+        raise UserError(
+            f"the feature {name} of an expert of layer {layer.index} is not finite; look for NaN or infinity "
+            "in the model's weights"
+        )
+    return found
 
 
 def _merge(layer: LayerTrace, members: Sequence[int], *, by_use: bool, aligned: bool) -> Merge:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.methods.mergers import Merger
-from mixtura.methods.mergers._shared import merge_all
+from mixtura.methods.mergers._shared import finite_feature, merge_all
 from mixtura.types import Budget, Plan
 from mixtura.types.trace import LayerTrace, Trace
 
@@ -35,7 +35,7 @@ class HcSmoe(Merger):
 
     Raises:
         BudgetError: no expert would be left.
-        UserError: the trace lacks the feature ``mean_output``.
+        UserError: the trace lacks the feature ``mean_output``, or it is not finite.
 
     Example:
         >>> from mixtura.authoring.contracts import sample_trace
@@ -59,7 +59,7 @@ class HcSmoe(Merger):
         return merge_all(trace, budget, self._clustered, by_use=True, aligned=False)
 
     def _clustered(self, layer: LayerTrace, experts: Sequence[int], num_groups: int) -> list[list[int]]:
-        rows = layer.feature("mean_output").double()[list(experts)]
+        rows = finite_feature(layer, "mean_output")[list(experts)]
         apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
         apart.fill_diagonal_(torch.inf)
         clusters = {place: [place] for place in range(len(experts))}

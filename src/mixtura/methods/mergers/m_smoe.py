@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import final
 
 from mixtura.methods.mergers import Merger
-from mixtura.methods.mergers._shared import merge_all, most_used
+from mixtura.methods.mergers._shared import finite_feature, merge_all, most_used
 from mixtura.types import Budget, Plan
 from mixtura.types.trace import LayerTrace, Trace
 
@@ -32,7 +32,7 @@ class MSmoe(Merger):
 
     Raises:
         BudgetError: no expert would be left.
-        UserError: the trace lacks the feature ``logit_products``.
+        UserError: the trace lacks the feature ``logit_products``, or it is not finite.
 
     Example:
         >>> from mixtura.authoring.contracts import sample_trace
@@ -60,7 +60,7 @@ class MSmoe(Merger):
 
 
 def _around_dominant(layer: LayerTrace, experts: Sequence[int], num_groups: int) -> list[list[int]]:
-    products = layer.feature("logit_products").double()
+    products = finite_feature(layer, "logit_products")
     lengths = products.diagonal().clamp(min=0).sqrt().clamp(min=1e-12)
     alike = products / (lengths[:, None] * lengths)
     ordered = most_used(layer, experts)

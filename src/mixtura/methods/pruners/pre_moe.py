@@ -63,7 +63,7 @@ class PreMoe(Pruner):
         """The domain of a stored trace whose pattern is nearest to that of a prompt's trace.
 
         Raises:
-            UserError: the traces are of different models, or one lacks what is compared.
+            UserError: the traces are of different models, or one lacks what is compared or has no tokens.
         """
         if stored.source_digest != prompt.source_digest:
             raise UserError(
@@ -72,9 +72,13 @@ class PreMoe(Pruner):
             )
         if not stored.layers:
             raise UserError("the stored trace has no MoE layers; observe a model with experts")
-        patterns = _patterns(stored)
+        if not sum(prompt.num_tokens) or not sum(stored.num_tokens):
+            raise UserError("a trace has no tokens to tell a task by; observe some text")
         own = (_patterns(prompt) * torch.tensor(prompt.num_tokens)[:, None]).sum(0) / sum(prompt.num_tokens)
-        return stored.domains[int((patterns - own).norm(dim=1).argmin())]
+        apart = (_patterns(stored) - own).norm(dim=1)
+        # A task without text is like no prompt.
+        apart[torch.tensor(stored.num_tokens) == 0] = torch.inf
+        return stored.domains[int(apart.argmin())]
 
 
 def _patterns(trace: Trace) -> Float[Tensor, "M E"]:
