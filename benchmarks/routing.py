@@ -9,8 +9,8 @@ the questions' texts: any model's outputs in the repository TIGER-AI-Lab/MMLU-Pr
 downloaded.
 
 The results have no prices. As a cost that can be checked, a model's is its active parameters in billions:
-dollars of a thousand prompts on the page are these. Models whose makers do not say how many they have are left
-out.
+dollars of a thousand prompts on the page are these. Models whose makers do not say how many they have are
+left out.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def test_kinds_are_the_folders_that_say_so() -> None:
     found = {kind.name: kind.singular for kind in method.kinds()}
     assert found == {
         "adapters": "adapter",
+        "aggregators": "aggregator",
         "analyses": "analysis",
         "balancers": "balancer",
         "caches": "cache",

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixtura.errors import UserError
-from mixtura.methods.model_routers._deciding import decisions, ranking
+from mixtura.methods.model_routers._deciding import MOST_TOKENS, decisions, ranking
 from mixtura.types.models import Decision, Lessons, ModelCard, PromptBatch, Scores, Wish
 
 KIND = {
@@ -24,7 +24,7 @@ KIND = {
         "oracle": "reads the outcomes that it is measured on: it bounds other routers, and cannot be used",
     },
 }
-__all__ = ["KIND", "Estimate", "ModelRouter", "State", "decisions", "ranking"]
+__all__ = ["KIND", "MOST_TOKENS", "Estimate", "ModelRouter", "State", "decisions", "ranking"]
 State = Mapping[str, np.ndarray]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mixtura.errors import UnknownNameError, UserError
-from mixtura.methods import header, own_names
+from mixtura.methods import create, header, own_names
 from mixtura.running.composing.calibrating import calibration_error
 from mixtura.running.composing.encoder import Encode, HashedTfidf, Remembered
 from mixtura.running.composing.fitted import FittedRouter, fit_model_router
@@ -174,8 +174,9 @@ def _one_split(
     for name in names:
         say(f"split {seed + 1} of {num_splits}: {name}, {len(train.prompts)} prompts to learn from")
         learned = test if name == BOUND else train
-        if "reads:labels" in header("model_routers", name).tags and not _has_labels(train):
-            say(f"{name} is left out: the prompts have no labels")
+        missing = _missing_label(name, train)
+        if missing:
+            say(f"{name} is left out: the prompts have no label {missing!r}")
             continue
         router: FittedRouter = fit_model_router(learned, name, encode, seed)
         made.append((name, exam.router(router.scores(test.prompts, test.cards))))
@@ -184,8 +185,12 @@ def _one_split(
     return [*made, (HULL, exam.singles(line)), (BLIND, exam.singles([line[0], line[-1]]))]
 
 
-def _has_labels(table: ReplayTable) -> bool:
-    return any(prompt.labels for prompt in table.prompts)
+def _missing_label(name: str, table: ReplayTable) -> str:
+    """The label that a method reads and no prompt has; empty where there is none such."""
+    if "reads:labels" not in header("model_routers", name).tags:
+        return ""
+    label: str = create("model_routers", name).label
+    return "" if any(label in prompt.labels for prompt in table.prompts) else label
 
 
 def _known_costs(table: ReplayTable, train: ReplayTable) -> Float[np.ndarray, "P M"]:
