@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mixtura
-from mixtura.data import specimen
 from mixtura.checkpoints.gguf.libraries import LlamaLibrary, llama_library
 from mixtura.checkpoints.gguf.types import NEED_IMPORTANCE, StorageType, storage_type
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.view import LayerView
+from mixtura.data import specimen
 from mixtura.fitting.quality import HeldOut, Scores, join, score_chunk, summarise
 from mixtura.fitting.texts import Texts, load_texts
 from mixtura.kernels import ExpertMath, ExpertTensors

@@ -41,9 +41,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], float]] = {
 
 def examples(split: str, count: int) -> list[Any]:
     """Tasks of the new kinds as examples."""
-    from mixtura.data import specimen
     from mixtura.checkpoints.tokenizer import load_tokenizer
-    from mixtura.data import tasks
+    from mixtura.data import specimen, tasks
     from mixtura.data.examples import read_examples
 
     made = islice(tasks.stream(split, SEED, tasks=NEW), count)  # type: ignore[arg-type]
@@ -88,9 +87,8 @@ def measure(name: str, steps: int, per_kind: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    from mixtura.data import specimen
     from mixtura.checkpoints.tokenizer import load_tokenizer
-    from mixtura.data import tasks
+    from mixtura.data import specimen, tasks
     from mixtura.running.evaluate import task_accuracy
     from mixtura.train.sequences import Collator, ExampleSequences
     from mixtura.train.tuning.trainer import loss_on

@@ -16,7 +16,9 @@ from mixtura.errors import SettingError, UnknownNameError
 def arena(
     kind: str = typer.Argument(help=f"{', '.join([*ARENAS][:-1])} or {[*ARENAS][-1]}."),
     only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
-    seeds: int = typer.Option(3, min=1, help="Trainings of each method; where nothing is trained, texts or splits."),
+    seeds: int = typer.Option(
+        3, min=1, help="Trainings of each method; where nothing is trained, texts or splits."
+    ),
     tokens: int | None = typer.Option(
         None,
         min=1,

@@ -46,10 +46,16 @@ def test_a_planted_language_expert_is_seen() -> None:
 
 
 def test_one_domain_has_nothing_to_differ_from() -> None:
-    assert DomainDivergence().measure(Evidence.of(with_sums([1.0, 2.0]))).scalars == {"mean": None, "largest": None}
+    assert DomainDivergence().measure(Evidence.of(with_sums([1.0, 2.0]))).scalars == {
+        "mean": None,
+        "largest": None,
+    }
 
 
 def test_what_is_no_number_is_not_reported_as_the_same_use() -> None:
     report = DomainDivergence().measure(Evidence.of(with_sums([5.0, 5.0], [math.nan, 1.0])))
     assert report.scalars == {"mean": None, "largest": None}
-    assert DomainDivergence().measure(Evidence.of(with_sums([math.nan, 5.0], [1.0, 1.0]))).scalars["mean"] is None
+    assert (
+        DomainDivergence().measure(Evidence.of(with_sums([math.nan, 5.0], [1.0, 1.0]))).scalars["mean"]
+        is None
+    )
