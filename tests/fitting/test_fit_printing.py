@@ -18,6 +18,7 @@ from mixtura.types import Plan
 
 ODD = ("[/code]", "[red]", "[bold]x", ":smile:", "a\\[b]")
 LONG = Path("a folder [x]") / ("long" * 20)
+COMMAND = f'mixtura generate {LONG} "..."'
 
 
 class _Terminal(io.StringIO):
@@ -63,6 +64,7 @@ def fitted(**changed: object) -> Fitted:
         plan=Plan("sha256:0", ()),
         rows=(row("before", 3_040.3), row("chosen", 3_140.3)),
         notes=("[red] was left out",),
+        commands={"mixtura": COMMAND},
     )
     return replace(one, **changed)
 
@@ -76,14 +78,14 @@ def test_names_in_brackets_and_large_numbers(capsys: pytest.CaptureFixture[str])
     assert re.search(r"^tokens/s +12,346 +12,346 *$", out, re.MULTILINE)
     assert "e+0" not in out
     assert "note: [red] was left out\n" in out
-    for line in (f"model   {LONG}", f"report  {LONG}/report.html", f'try     mixtura generate {LONG} "..."'):
+    for line in (f"model   {LONG}", f"report  {LONG}/report.html", f"run     {COMMAND}   (mixtura)"):
         assert f"{line}\n" in out
 
 
 def test_lines_to_copy_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", terminal := _Terminal())
     print_fitted(fitted())
-    assert f'try     mixtura generate {LONG} "..."\n' in terminal.getvalue()
+    assert f"run     {COMMAND}   (mixtura)\n" in terminal.getvalue()
 
 
 def test_a_model_that_fits_is_named_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mixtura.checkpoints.applying.shards import sync_folder
 from mixtura.checkpoints.gguf.families import family_of, fields_of
@@ -205,15 +206,28 @@ def encoded_piece(tensor: FileTensor, piece: Piece, importance: Importance) -> m
     Raises:
         CheckpointError: what is read holds NaN or infinity.
     """
+    weighed = importance_of(tensor, piece, importance)
+    return encode(matrix_of(tensor, piece), tensor.kind, weighed).numpy().data
+
+
+def matrix_of(tensor: FileTensor, piece: Piece) -> Tensor:
+    """A piece as rows of its tensor's width.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
     value = piece.read()
     if not torch.isfinite(value).all():
         raise CheckpointError(
             f"what {tensor.name} is made of holds NaN or infinity; the checkpoint is damaged, download it "
             f"again"
         )
-    weighed = importance.get(piece.inputs) if piece.inputs is not None and len(tensor.shape) > 1 else None
-    matrix = value.reshape(-1, tensor.shape[-1])
-    return encode(matrix, tensor.kind, weighed).numpy().data
+    return value.reshape(-1, tensor.shape[-1])
+
+
+def importance_of(tensor: FileTensor, piece: Piece, importance: Importance) -> Tensor | None:
+    """What errors of a piece are weighed by; None where nothing is known."""
+    return importance.get(piece.inputs) if piece.inputs is not None and len(tensor.shape) > 1 else None
 
 
 def _pad(stream: BinaryIO) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mixtura.checkpoints.gguf.libraries import LlamaLibrary, encode
 from mixtura.checkpoints.gguf.tensors import FileTensor, Importance, Piece
-from mixtura.checkpoints.gguf.write import encoded_piece
+from mixtura.checkpoints.gguf.write import encoded_piece, importance_of, matrix_of
 from mixtura.fitting.journal import Journal
 from mixtura.kernels.compiled import num_threads
 
 _CODES = "{tensor}.{kind}.codes"
+_ROUNDED_WEIGHTS = 1 << 20
 
 
 @final
@@ -98,4 +99,14 @@ class Codes:
 
     def _made(self, tensor: FileTensor) -> Iterator[memoryview]:
         with ThreadPoolExecutor(num_threads()) as pool:
-            yield from pool.map(lambda piece: encoded_piece(tensor, piece, self._importance), tensor.pieces)
+            if len(tensor.pieces) > 1:
+                yield from pool.map(
+                    lambda piece: encoded_piece(tensor, piece, self._importance), tensor.pieces
+                )
+                return
+            # Rows stand alone: a large matrix is not in float32 as a whole, nor rounded by one thread.
+            (piece,) = tensor.pieces
+            weighed = importance_of(tensor, piece, self._importance)
+            rows = matrix_of(tensor, piece).split(max(1, _ROUNDED_WEIGHTS // tensor.shape[-1]))
+            for codes in pool.map(lambda part: encode(part, tensor.kind, weighed), rows):
+                yield codes.numpy().data
