@@ -31,9 +31,9 @@ def test_what_several_texts_take_is_left_by_the_pool() -> None:
     assert wish.context == CONTEXT
     skeleton = build(view)
     recipes = [recipe_of(view, layer, empty_experts(skeleton, layer)) for layer in view.layers]
-    plain = divide(view, recipes, 300 << 20, CONTEXT, runtime=0)
-    shared = divide(view, recipes, 300 << 20, CONTEXT, runtime=0, more=200 << 20)
-    assert shared.fixed_bytes == plain.fixed_bytes + (200 << 20)
+    plain = divide(view, recipes, 80 << 20, CONTEXT, runtime=0)
+    shared = divide(view, recipes, 80 << 20, CONTEXT, runtime=0, more=10 << 20)
+    assert shared.fixed_bytes == plain.fixed_bytes + (10 << 20)
     assert shared.pool_bytes < plain.pool_bytes
     # Four full contexts, of which the account of one text has one already.
     assert caches == pytest.approx(4 * 3072 * CONTEXT, rel=0.05)
