@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from serving_helpers import SPECIMEN
 from tiny_checkpoints import save_tiny
 
 import mixtura
-from mixtura import specimen
 from mixtura.checkpoints.skeleton import build, empty_experts, open_checkpoint
 from mixtura.errors import SettingError
 from mixtura.machine.releases import with_cache
@@ -24,7 +24,7 @@ CONTEXT = 128
 
 
 def test_what_several_texts_take_is_left_by_the_pool() -> None:
-    view = open_checkpoint(specimen.path())
+    view = open_checkpoint(SPECIMEN)
     serving = Serving(memory=Wish(memory="100MiB"), running=8)
     assert serving.memory is not None
     caches, wish = _divided(view, serving, serving.memory, CONTEXT)
@@ -42,9 +42,9 @@ def test_what_several_texts_take_is_left_by_the_pool() -> None:
 
 def test_a_context_that_the_model_was_not_made_for_is_refused() -> None:
     with pytest.raises(SettingError, match="512 positions"):
-        open_model(specimen.path(), Serving(context=1000))
+        open_model(SPECIMEN, Serving(context=1000))
     with pytest.raises(SettingError, match="at least 2"):
-        open_model(specimen.path(), Serving(context=1))
+        open_model(SPECIMEN, Serving(context=1))
 
 
 @torch.no_grad()
