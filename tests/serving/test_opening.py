@@ -60,3 +60,12 @@ def test_a_cache_costs_what_is_set_apart_for_it(tmp_path: Any) -> None:
     consumed: Any = beginning_of(model, cache, 12, 30, consume=True)
     assert torch.equal(consumed.layers[1].keys, copied.layers[1].keys)
     assert cache.layers == [None] * len(consumed.layers)
+
+
+def test_windows_are_not_counted_for_more_than_they_hold(tmp_path: Any) -> None:
+    cost = measured_cost(mixtura.load(save_tiny(tmp_path, "gpt_oss")))
+    assert cost.windowed_bytes > 0
+    beyond = cost.window + 100
+    assert cost.of(beyond) - cost.of(beyond - 10) == 10 * cost.token_bytes
+    for num_tokens in (cost.window // 2, beyond):
+        assert cost.tokens_in(cost.of(num_tokens)) == num_tokens
