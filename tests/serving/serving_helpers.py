@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixtura.running.resolve import resolve_model
 from mixtura.serving.engine.loop import Engine
 from mixtura.serving.engine.records import Asked, Piece, Sampling
 
+# The model that comes with mixtura, with a chat template.
+SPECIMEN = resolve_model(None).path
 GREEDY = Sampling(temperature=0)
 PATIENCE_S = 120
 

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving_helpers import PATIENCE_S
+from serving_helpers import PATIENCE_S, SPECIMEN
 
-from mixtura import specimen
 from mixtura.errors import UserError
 from mixtura.serving.chatting import Chat, Conversation
 from mixtura.serving.engine.records import Sampling
@@ -19,7 +18,7 @@ from mixtura.serving.opening import Opened, Serving, open_model
 
 @pytest.fixture(scope="module")
 def opened() -> Opened:
-    return open_model(specimen.path(), Serving(context=200, running=1, waiting=1))
+    return open_model(SPECIMEN, Serving(context=200, running=1, waiting=1))
 
 
 def talk(opened: Opened) -> tuple[Chat, list[str]]:

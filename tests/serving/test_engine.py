@@ -195,7 +195,8 @@ def test_draws_depend_on_the_seed_alone(engine: Engine) -> None:
 def test_log_probabilities_are_those_of_the_model(engine: Engine) -> None:
     prompt = prompts(1, seed=2)[0] + [4] * 40
     (answer,) = answered(engine, asked(prompt, 2, num_top=3, reads_prompt=True))
-    logits = engine.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
     (said,) = [piece.prompt for piece in answer.pieces if piece.prompt is not None]
     assert [token.token for token in said] == prompt
     assert said[0].logprob is None

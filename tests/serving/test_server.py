@@ -24,9 +24,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from serving_helpers import PATIENCE_S
+from serving_helpers import PATIENCE_S, SPECIMEN
 
-from mixtura import specimen
 from mixtura.running.generation import generate
 from mixtura.serving.addresses import bound
 from mixtura.serving.api.app import build_app
@@ -86,7 +85,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    made = Server(specimen.path())
+    made = Server(SPECIMEN)
     yield made
     made.opened.engine.close(0)
 

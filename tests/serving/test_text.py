@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from serving_helpers import SPECIMEN
 
-from mixtura import specimen
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.serving.engine.text import TextReader
 
@@ -20,7 +20,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> object:
-    return load_tokenizer(specimen.path())
+    return load_tokenizer(SPECIMEN)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -46,7 +46,7 @@ def request(**more: Any) -> ChatRequest:
 def test_reasoning_and_calls_are_found_however_they_come(answering: Answering, size: int) -> None:
     prompt = answering.prompt(request(tools=[TOOL]))
     assert "weather" in prompt
-    parser = answering.parser(prompt)
+    parser = answering.parser(request(tools=[TOOL]), prompt)
     changes = [c for first in range(0, len(ANSWER), size) for c in parser.feed(ANSWER[first : first + size])]
     changes += parser.end()
     assert "".join(change.get("reasoning_content", "") for change in changes).strip() == "Where is it?"
@@ -61,7 +61,7 @@ def test_reasoning_and_calls_are_found_however_they_come(answering: Answering, s
 
 
 def test_a_call_that_is_no_json_does_not_end_the_answer(answering: Answering) -> None:
-    parser = answering.parser(answering.prompt(request()))
+    parser = answering.parser(request(), answering.prompt(request()))
     changes = parser.feed("So: <tool_call>{broken</tool_call> and more") + parser.end()
     text = "".join(change.get("content", "") for change in changes)
     assert text == "So: <tool_call>{broken</tool_call> and more"

@@ -83,7 +83,7 @@ class _Chat:
         return is_free and self._service.answering.parses(self._prompt)
 
     def _parser(self) -> Parser | None:
-        return self._service.answering.parser(self._prompt) if self._parses else None
+        return self._service.answering.parser(self._request, self._prompt) if self._parses else None
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""

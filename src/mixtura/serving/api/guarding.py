@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Final, final
 
-from mixtura.serving.addresses import LOOPBACK
+from mixtura.serving.addresses import is_loopback
 from mixtura.serving.api.refusals import ApiError
 
 Scope = MutableMapping[str, Any]
@@ -63,7 +63,7 @@ class Guard:
             await self._too_large().response()(scope, receive, send)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if self._is_local and _host(headers.get(b"host", b"localhost")) not in LOOPBACK:
+        if self._is_local and not is_loopback(_host(headers.get(b"host", b"localhost"))):
             return ApiError(
                 "this server answers requests to localhost only; start it with --host for others", status=403
             )

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 from transformers import PreTrainedModel
-from transformers.cli.serving.utils import get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
 from mixtura.data.shapes import word_chat
@@ -34,7 +33,7 @@ class Answering:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._template: Any = get_response_template(tokenizer, model)
+        self._template = _template_of(model, tokenizer)
 
     def prompt(self, request: ChatRequest) -> str:
         """The conversation of a request in the words that the model learned, up to its answer.
@@ -77,9 +76,10 @@ class Answering:
         anchors = [anchor] if isinstance(anchor, str) else list(anchor)
         return not anchors or any(one in prompt for one in anchors)
 
-    def parser(self, prompt: str) -> Parser:
-        """What takes an answer to a prompt apart."""
-        return Parser(ResponseParser(self._template, prefix=prompt))
+    def parser(self, request: ChatRequest, prompt: str) -> Parser:
+        """What takes an answer to a prompt apart; arguments of calls have the types that tools say."""
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+        return Parser(ResponseParser(self._template, prefix=prompt, tools=tools))
 
     def _worded(self, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Mapping[str, Any]) -> str:
         return word_chat(
@@ -103,6 +103,19 @@ class Answering:
         if self._template is None or "tool_calls" not in self._template.get("fields", {}):
             raise _unknown_calls()
         return [tool.model_dump(exclude_none=True) for tool in request.tools]
+
+
+def _template_of(model: PreTrainedModel, tokenizer: Any) -> Any:
+    """How a model's answers are taken apart: as its tokenizer says, else as transformers knows its family."""
+    own = getattr(tokenizer, "response_template", None)
+    if own is not None:
+        return own
+    try:
+        # Where its own server keeps them; a release may well move that.
+        from transformers.cli.serving.utils import get_response_template
+    except ImportError:
+        return None
+    return get_response_template(tokenizer, model)
 
 
 def _unknown_calls() -> ApiError:

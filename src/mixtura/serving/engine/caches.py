@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -25,18 +26,31 @@ _GROWING_SPARE: Final = 256
 @final
 @dataclass(frozen=True, slots=True)
 class CacheCost:
-    """What the cache of one text takes: bytes for each token it may grow to, and bytes besides."""
+    """What the cache of one text takes.
+
+    Attributes:
+        token_bytes: for each token it may grow to.
+        fixed_bytes: besides.
+        windowed_bytes: for each token as well, but for no more than ``window`` of them.
+        window: tokens that layers hold which see a window only, with those of a part of a prompt.
+    """
 
     token_bytes: int
     fixed_bytes: int
+    windowed_bytes: int = 0
+    window: int = 0
 
     def of(self, num_tokens: int) -> int:
         """Bytes of a text of so many tokens."""
-        return self.fixed_bytes + self.token_bytes * num_tokens
+        windowed = self.windowed_bytes * min(num_tokens, self.window)
+        return self.fixed_bytes + self.token_bytes * num_tokens + windowed
 
     def tokens_in(self, num_bytes: int) -> int:
         """Tokens of one text that find room in so many bytes."""
-        return max(0, (num_bytes - self.fixed_bytes) // max(self.token_bytes, 1))
+        within = (num_bytes - self.fixed_bytes) // max(self.token_bytes + self.windowed_bytes, 1)
+        if within > self.window:
+            within = (num_bytes - self.of(0) - self.windowed_bytes * self.window) // max(self.token_bytes, 1)
+        return max(0, within)
 
 
 @torch.no_grad()
@@ -46,28 +60,43 @@ def measured_cost(model: PreTrainedModel) -> CacheCost:
     Layers whose room is taken once take exactly that; others grow by copies, and twice what they hold is
     counted.
     """
-    held = [_held_after(model, num) for num in _PROBES]
-    (exact_short, grown_short), (exact_long, grown_long) = held
-    short, long = _PROBES
-    growing = max(0, grown_long - grown_short) / (long - short)
-    reserved = (exact_long - exact_short) / (long - short)
-    still = max(0, grown_short - int(growing * short))
-    fixed = 2 * still + (int(growing * _GROWING_SPARE) if growing else 0)
-    return CacheCost(int(reserved + _GROWING_FACTOR * growing + 0.999), fixed)
+    short, long = (_held_after(model, num) for num in _PROBES)
+    num = _PROBES[1] - _PROBES[0]
+    growing = max(0, long.growing - short.growing) / num
+    # Of the short one: a window may well be full after the long one.
+    windowed = short.windowed / _PROBES[0]
+    still = max(0, short.growing - int(growing * _PROBES[0]))
+    return CacheCost(
+        token_bytes=math.ceil((long.reserved - short.reserved) / num + _GROWING_FACTOR * growing),
+        fixed_bytes=_GROWING_FACTOR * still + (int(growing * _GROWING_SPARE) if growing else 0),
+        windowed_bytes=math.ceil(_GROWING_FACTOR * windowed),
+        window=long.window + _GROWING_SPARE if long.window else 0,
+    )
 
 
-def _held_after(model: PreTrainedModel, num: int) -> tuple[int, int]:
-    """Bytes of reserved layers and of all others once so many tokens were read."""
+class _Held(NamedTuple):
+    """Bytes by kinds of layers, and the longest window of those that have one."""
+
+    reserved: int
+    windowed: int
+    growing: int
+    window: int
+
+
+def _held_after(model: PreTrainedModel, num: int) -> _Held:
+    """What a cache holds once so many tokens were read."""
     cache = reserved_cache(model, num)
     ids = torch.zeros(1, num, dtype=torch.int64, device=model.device)
     outputs: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(cache))
     made = returned_cache(outputs)
     layers = getattr(made, "layers", None)
     if layers is None:
-        return 0, _num_bytes([made])
+        return _Held(0, 0, _num_bytes([made]), 0)
     exact = [layer for layer in layers if isinstance(layer, ReservedLayer)]
-    rest = [layer for layer in layers if not isinstance(layer, ReservedLayer)]
-    return sum(layer.num_bytes for layer in exact), _num_bytes(rest)
+    sliding = [layer for layer in layers if type(layer) is DynamicSlidingWindowLayer]
+    rest = [layer for layer in layers if layer not in exact and layer not in sliding]
+    window = max((int(layer.sliding_window) for layer in sliding), default=0)
+    return _Held(sum(one.num_bytes for one in exact), _num_bytes(sliding), _num_bytes(rest), window)
 
 
 def _num_bytes(held: Sequence[Any]) -> int:
