@@ -18,8 +18,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,26 +143,40 @@ def group(limit_bytes: int | None) -> Any:
 
 def timed(command: Sequence[str], limit_bytes: int | None = None) -> dict[str, Any]:
     """A command run to its end: seconds, and the peak of what is resident, files that it maps included."""
-    with group(limit_bytes) as folder:
+    peak = 0
+    with group(limit_bytes) as folder, tempfile.TemporaryFile("w+") as said:
         enter = (
             [] if folder is None else ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder)]
         )
         began = time.monotonic()
-        process = subprocess.Popen(
-            [*enter, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stderr is not None
-        said = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
+        process = subprocess.Popen([*enter, *command], stdout=subprocess.DEVNULL, stderr=said)
+        usage = None
+        while usage is None:
+            time.sleep(0.1)
+            # Not the usage that the system hands over at the end, which counts whoever started it as well.
+            peak = max(peak, high_water(process.pid))
+            ended, status, used = os.wait4(process.pid, os.WNOHANG)
+            usage = used if ended else None
         code = os.waitstatus_to_exitcode(status)
         found: dict[str, Any] = {
             "seconds": round(time.monotonic() - began, 1),
             "processor_s": round(usage.ru_utime + usage.ru_stime, 1),
-            "peak_bytes": usage.ru_maxrss * 1024,
+            "peak_bytes": peak,
         }
+        said.seek(0)
+        lines = said.read().strip().splitlines()
     if code != 0:
-        found["failed"] = "killed for memory" if code == -9 else said.strip().splitlines()[-1][:200]
+        found["failed"] = "killed for memory" if code == -9 else (lines or ["nothing said"])[-1][:200]
     return found
+
+
+def high_water(pid: int) -> int:
+    """The most that a process has had resident; 0 where it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
 
 
 def mixtura_command(paths: Sequence[Path], prompts: Path, out: Path, method: str) -> list[str]:
@@ -205,38 +220,35 @@ def perplexities(path: Path) -> dict[str, float]:
     return {**found, "mean": sum(found.values()) / len(found)}
 
 
-def sized_rows(root: Path, python: str) -> list[dict[str, Any]]:
-    """Both tools on models of full width, without a limit and under one."""
+def sized_rows(root: Path, python: str) -> Iterator[dict[str, Any]]:
+    """Both tools on models of full width, under a limit and without."""
     paths = make_sized(root)
     prompts = {name: own[:3] for name, own in prompts_of(paths).items()}
     file = root / "sized.json"
     file.write_text(json.dumps(prompts))
     weights = sum(f.stat().st_size for f in paths[0].glob("*.safetensors"))
-    rows = []
     # Python, PyTorch and the embedding table take what they take, whatever the model.
-    for limit in (None, int(0.9 * weights)):
+    for limit in (int(0.9 * weights), None):
         for tool, make in (
             ("mixtura prompt_gates", lambda out: mixtura_command(paths, file, out, "prompt_gates")),
-            ("mergekit hidden", lambda out: mergekit_command(python, paths, prompts, out, "hidden_avg")),
-            ("mixtura random_gates", lambda out: mixtura_command(paths, file, out, "random_gates")),
-            ("mergekit random", lambda out: mergekit_command(python, paths, prompts, out, "random")),
+            ("mergekit hidden_avg", lambda out: mergekit_command(python, paths, prompts, out, "hidden_avg")),
         ):
             out = root / "out"
             row = {"tool": tool, "model_bytes": weights, "limit_bytes": limit, **timed(make(out), limit)}
             for left in (out, root / "out.work"):
                 shutil.rmtree(left, ignore_errors=True)
-            rows.append(row)
             print(row, file=sys.stderr)
-    return rows
+            yield row
 
 
-def loss_rows(root: Path, python: str, seconds: float) -> list[dict[str, Any]]:
+def loss_rows(root: Path, python: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Perplexity by domain of small trained models, and of what is made of them."""
     paths = make_small(root, seconds)
     prompts = prompts_of(paths)
     file = root / "small.json"
     file.write_text(json.dumps(prompts))
-    rows = [{"model": path.name, "perplexity": perplexities(path)} for path in (root / "small-base", *paths)]
+    for path in (root / "small-base", *paths):
+        yield {"model": path.name, "perplexity": perplexities(path)}
     for name, make in (
         ("mixtura prompt_gates", lambda out: mixtura_command(paths, file, out, "prompt_gates")),
         ("mixtura dume", lambda out: mixtura_command(paths, file, out, "dume")),
@@ -253,9 +265,8 @@ def loss_rows(root: Path, python: str, seconds: float) -> list[dict[str, Any]]:
         if "failed" not in ran:
             row["perplexity"] = perplexities(out)
         shutil.rmtree(out, ignore_errors=True)
-        rows.append(row)
         print(row, file=sys.stderr)
-    return rows
+        yield row
 
 
 def main() -> None:
@@ -280,12 +291,16 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "seed": 0,
     }
-    if given.only != "loss":
-        found["size"] = sized_rows(given.directory, given.mergekit)
+    wanted = {"size": sized_rows(given.directory, given.mergekit)} if given.only != "loss" else {}
     if given.only != "size":
-        found["loss"] = loss_rows(given.directory, given.mergekit, given.train)
+        wanted["loss"] = loss_rows(given.directory, given.mergekit, given.train)
         found["trained_s"] = given.train
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for part, rows in wanted.items():
+        found[part] = []
+        for row in rows:
+            # A row takes minutes: what is measured is kept.
+            found[part].append(row)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
