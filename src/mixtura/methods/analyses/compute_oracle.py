@@ -53,7 +53,7 @@ class ComputeOracle(Analysis):
     """
 
     def __init__(
-        self, *, texts: int = 4, tokens: int = 4, length: int = 48, skip: bool = True, most_paths: int = 729
+        self, *, texts: int = 4, tokens: int = 4, length: int = 48, skip: bool = True, most_paths: int = 256
     ) -> None:
         check_range("ComputeOracle", "texts", texts, 1, 1 << 20)
         check_range("ComputeOracle", "tokens", tokens, 1, 1 << 20)
