@@ -25,6 +25,11 @@ UNUSED = STORED + "self.unused = torch.nn.Parameter(torch.ones(1))\n"
 STALE = """kept = vars(self).setdefault("kept", self.weight.detach().clone())
         logits = (1 + (self.weight - kept).sum()) * F"""
 
+RAGGED = (
+    '__import__("mixtura.methods.analyses", fromlist=["Table"])'
+    '.Table(title="Ragged", columns=("one",), rows=((1, 2),))'
+)
+
 # kind, the check that must fail, what to replace in a new method of the kind, and by what.
 BROKEN = [
     ("adapters", "check_starts_as_the_base", "low_rank(self.a, self.b,", "low_rank(self.a, self.b + 1,"),
@@ -282,6 +287,14 @@ BROKEN = [
     ("analyses", "check_one_row_per_layer", '"layer": layer.index', '"layer": 0'),
     ("analyses", "check_report_is_json", '"busiest": most', '"busiest": float("inf")'),
     ("analyses", "check_nothing_seen", " if total else None", ""),
+    ("analyses", "check_tags_are_known", '"title": "Mine"', '"title": "Mine", "tags": ["needs:choces"]'),
+    (
+        "analyses",
+        "check_what_is_missing_is_said",
+        '"title": "Mine"',
+        '"title": "Mine", "tags": ["needs:choices"]',
+    ),
+    ("analyses", "check_figures_can_be_drawn", "tuple(rows))", f"tuple(rows), tables=({RAGGED},))"),
     ("analyses", "check_expert_order_is_irrelevant", "layer.load.max()", "layer.load[0]"),
     ("statistics", "check_one_number_per_assignment", ".mean(-1)", ".mean(-1)[:1]"),
     ("statistics", "check_assignments_are_independent", ".mean(-1)", ".mean(-1).cumsum(0)"),
