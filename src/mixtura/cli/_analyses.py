@@ -14,6 +14,7 @@ from mixtura.errors import UserError
 from mixtura.methods import header
 
 if TYPE_CHECKING:
+    from mixtura.checkpoints.skeleton import CheckpointView
     from mixtura.data.tokens import TokenBatch
     from mixtura.methods.analyses import Analysis, Evidence, Report
     from mixtura.types.trace import Trace
@@ -62,6 +63,26 @@ def made(names: Sequence[str], changes: Sequence[str] | None) -> dict[str, Analy
 
     settings = parse_settings(changes or ())
     return {name: create("analyses", name, **settings) for name in names}
+
+
+def check_room(view: CheckpointView, names: Sequence[str], needs: Mapping[str, Sequence[str]]) -> None:
+    """Refuse analyses that run a model again which is larger than the memory that is free.
+
+    Raises:
+        UserError: it is.
+    """
+    if "study" not in needs["needs"]:
+        return
+    from mixtura.report.units import format_bytes
+    from mixtura.running.memory.available import available_bytes
+
+    free = available_bytes()
+    if view.num_bytes > free:
+        raise UserError(
+            f"{', '.join(names)}: one of these runs the model again and needs it in memory, which takes "
+            f"{format_bytes(view.num_bytes)} of {format_bytes(free)} that are free; choose analyses of a "
+            "trace, or fit the model first"
+        )
 
 
 @contextmanager

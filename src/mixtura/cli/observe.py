@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mixtura.cli._analyses import Changes, evidence_of, made, print_reports, tags_of_analyses
+from mixtura.cli._analyses import Changes, check_room, evidence_of, made, print_reports, tags_of_analyses
 from mixtura.cli._places import check_file
 from mixtura.methods import header
 
@@ -66,6 +66,7 @@ def observe(
 
     resolved = resolve_model(model, assume_yes=yes)
     view = open_checkpoint(resolved.path)
+    check_room(view, wanted, needs)
     batch = read_text(view, text, max_tokens=tokens, max_length=length)
     trace = observe_checkpoint(
         view,

@@ -48,6 +48,10 @@ NO_PASSES = """    @property
 FORGETS = "torch.full((shape.d_model,), float(id(self) % 97))"
 OWN_SIZE = """nn.Parameter(torch.ones(shape.d_model))
         self.wide = nn.Parameter(torch.ones(2, 2))"""
+RAGGED = (
+    '__import__("mixtura.methods.analyses", fromlist=["Table"])'
+    '.Table(title="Ragged", columns=("one",), rows=((1, 2),))'
+)
 
 # kind, the check that must fail, what to replace in a new method of the kind, and by what.
 BROKEN = [
@@ -350,6 +354,14 @@ BROKEN = [
     ("analyses", "check_one_row_per_layer", '"layer": layer.index', '"layer": 0'),
     ("analyses", "check_report_is_json", '"busiest": most', '"busiest": float("inf")'),
     ("analyses", "check_nothing_seen", " if total else None", ""),
+    ("analyses", "check_tags_are_known", '"title": "Mine"', '"title": "Mine", "tags": ["needs:choces"]'),
+    (
+        "analyses",
+        "check_what_is_missing_is_said",
+        '"title": "Mine"',
+        '"title": "Mine", "tags": ["needs:choices"]',
+    ),
+    ("analyses", "check_figures_can_be_drawn", "tuple(rows))", f"tuple(rows), tables=({RAGGED},))"),
     ("analyses", "check_expert_order_is_irrelevant", "layer.load.max()", "layer.load[0]"),
     ("upcyclers", "check_every_layer_is_made", "range(shape.num_experts)]", "range(3)]"),
     ("upcyclers", "check_neurons_are_there", "Build(layer, expert, 0)", "Build(layer, expert, 1)"),

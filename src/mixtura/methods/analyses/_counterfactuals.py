@@ -7,7 +7,7 @@ from typing import final
 
 import torch
 
-from mixtura.methods.analyses import Evidence, Read, Study
+from mixtura.methods.analyses import Evidence, Grid, Read, Study
 from mixtura.methods.analyses._masking import as_if_without
 
 _ROWS_AT_ONCE = 16
@@ -79,3 +79,19 @@ def _use(evidence: Evidence, index: int, expert: int) -> str:
     trace = evidence.trace
     shares = trace.layer(index).counts[:, expert].double() / torch.tensor(trace.num_tokens).clamp(min=1)
     return trace.domains[int(shares.argmax())] if bool(shares.sum()) else ""
+
+
+def influence_map(study: Study, edges: list[Edge]) -> Grid:
+    """Influences, layers down and choices across, the heaviest first."""
+    widest = max((layer.top_k for layer in study.layers), default=1)
+    values = []
+    for layer in study.layers:
+        row = [edge.influence for edge in edges if edge.layer == layer.index]
+        values.append(tuple([*row, *[None] * widest][:widest]))
+    return Grid(
+        title="Influence of each choice on the loss, nats",
+        values=tuple(values),
+        row_labels=tuple(str(layer.index) for layer in study.layers),
+        column_labels=tuple(str(place + 1) for place in range(widest)),
+        column_name="choice, by weight",
+    )

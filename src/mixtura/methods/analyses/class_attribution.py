@@ -74,8 +74,8 @@ class ClassAttribution(Analysis):
         texts, labels = self._texts(trace, pair)
         names = ("accuracy", "majority", "top_1", "top_5", "top_10")
         if not texts:
-            rows = tuple({"layer": layer.index, "share": None, "largest": None} for layer in trace.layers)
-            return Report(dict.fromkeys(names), rows)
+            nothing = ({"layer": layer.index, "share": None, "largest": None} for layer in trace.layers)
+            return Report(dict.fromkeys(names), tuple(nothing))
         counted = [labels.count(0), labels.count(1)]
         if min(counted) < _FEWEST_TEXTS:
             raise UserError(
@@ -90,7 +90,7 @@ class ClassAttribution(Analysis):
         falling = shares.flatten().sort(descending=True).values
         total = sum(layer.shape.num_experts for layer in trace.layers)
         tops = [float(falling[: -(-total * percent // 100)].sum()) for percent in (1, 5, 10)]
-        rows = tuple(
+        rows: tuple[dict[str, float | None], ...] = tuple(
             {"layer": layer.index, "share": float(one.sum()), "largest": float(one.max())}
             for layer, one in zip(trace.layers, shares, strict=True)
         )

@@ -53,7 +53,7 @@ class ComputeOracle(Analysis):
     """
 
     def __init__(
-        self, *, texts: int = 4, tokens: int = 4, length: int = 48, skip: bool = True, most_paths: int = 729
+        self, *, texts: int = 4, tokens: int = 4, length: int = 48, skip: bool = True, most_paths: int = 256
     ) -> None:
         check_range("ComputeOracle", "texts", texts, 1, 1 << 20)
         check_range("ComputeOracle", "tokens", tokens, 1, 1 << 20)
@@ -72,7 +72,7 @@ class ComputeOracle(Analysis):
         found = [paths_of(study, prefix, after, self.sizes, self.most_paths) for prefix, after in cases]
         full = tuple(layer.top_k for layer in study.layers)
         free = [_cheapest(tried, full) for tried in found]
-        best = [min(tried, key=lambda path, one=tried: (one[path], sum(path))) for tried in found]
+        best = [_best(tried) for tried in found]
         rows = tuple(
             {
                 "layer": layer.index,
@@ -116,3 +116,8 @@ class ComputeOracle(Analysis):
 def _cheapest(tried: Mapping[Path, float], full: Path) -> Path:
     """Of the paths that lose no more than the full one, the one of fewest experts."""
     return min(tried, key=lambda path: (tried[path] > tried[full], sum(path), tried[path]))
+
+
+def _best(tried: Mapping[Path, float]) -> Path:
+    """The path of the least loss, of several the one of fewest experts."""
+    return min(tried, key=lambda path: (tried[path], sum(path)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import final
 
 from mixtura.errors import UserError, check_range
-from mixtura.methods.analyses import Analysis, Evidence, Grid, Report, Study, Table
-from mixtura.methods.analyses._counterfactuals import Edge, edges_of, loss_of
+from mixtura.methods.analyses import Analysis, Evidence, Report, Study, Table
+from mixtura.methods.analyses._counterfactuals import Edge, edges_of, influence_map, loss_of
 
 METHOD = {
     "paper": 124,
@@ -14,6 +14,7 @@ METHOD = {
     "tags": ["needs:study", "steers"],
 }
 _MATTERS = 0.01
+_CONTEXT = 8
 _COLUMNS = (
     "layer",
     "expert",
@@ -84,13 +85,14 @@ class RouteExplainer(Analysis):
             "hindered": sum(one < -_MATTERS for one in known),
         }
         word, following = study.words([prefix[-1], after])
+        context = "".join(study.words(prefix[-_CONTEXT:]))
         table = Table(
             title=f"Choices of {word!r}, token {place} of text {self.text}",
             columns=_COLUMNS,
             rows=tuple((e.layer, e.expert, e.weight, e.influence, e.instead, e.guess, e.use) for e in edges),
         )
-        told = _told(edges, word, following, study.words([int(plain.logits[-1].argmax())])[0])
-        return Report(scalars, tuple(rows), told, (table,), (_map(study, edges),))
+        told = _told(edges, context, following, study.words([int(plain.logits[-1].argmax())])[0])
+        return Report(scalars, tuple(rows), told, (table,), (influence_map(study, edges),))
 
     def _place(self, study: Study) -> tuple[tuple[int, ...], int]:
         if self.text >= len(study.passages):
@@ -105,9 +107,9 @@ class RouteExplainer(Analysis):
         return ids, place
 
 
-def _told(edges: list[Edge], word: str, following: str, guess: str) -> tuple[str, ...]:
+def _told(edges: list[Edge], context: str, following: str, guess: str) -> tuple[str, ...]:
     known = sorted((e for e in edges if e.influence is not None), key=lambda e: -abs(e.influence or 0))
-    begun = f"After {word!r} comes {following!r}, and the model guesses {guess!r}"
+    begun = f"After {context!r} comes {following!r}, and the model guesses {guess!r}"
     if not known or abs(known[0].influence or 0) <= _MATTERS:
         return (f"{begun}; no single choice of an expert changes the loss by more than {_MATTERS} nats.",)
     top = known[0]
@@ -118,20 +120,4 @@ def _told(edges: list[Edge], word: str, following: str, guess: str) -> tuple[str
         f"{begun}. Expert {top.expert} of layer {top.layer}{use} {way} most: without it the loss would be "
         f"{abs(top.influence or 0):.3g} nats {how}, expert {top.instead or 'none'} would take its place, and "
         f"{change}.",
-    )
-
-
-def _map(study: Study, edges: list[Edge]) -> Grid:
-    """Influences, layers down and choices across, the heaviest first."""
-    widest = max((layer.top_k for layer in study.layers), default=1)
-    values = []
-    for layer in study.layers:
-        row = [edge.influence for edge in edges if edge.layer == layer.index]
-        values.append(tuple([*row, *[None] * widest][:widest]))
-    return Grid(
-        title="Influence of each choice on the loss, nats",
-        values=tuple(values),
-        row_labels=tuple(str(layer.index) for layer in study.layers),
-        column_labels=tuple(str(place + 1) for place in range(widest)),
-        column_name="choice, by weight",
     )

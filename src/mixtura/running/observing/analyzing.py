@@ -113,7 +113,8 @@ def rows_of(runs: str | Path | Iterable[Row] | None) -> tuple[Row, ...]:
     rows = made.get("results", made.get("rows")) if isinstance(made, dict) else made
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} holds no table; give a list of objects, one a run")
-    machine = _flat(made.get("hardware"), "hardware.") if isinstance(made, dict) else {}
+    shared: Any = made.get("hardware") if isinstance(made, dict) else None
+    machine = _flat(shared, "hardware.")
     return tuple({**machine, **_flat(row)} for row in rows)
 
 
