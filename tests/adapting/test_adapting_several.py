@@ -92,3 +92,25 @@ def test_a_rank_that_is_no_number_is_told_by_its_name() -> None:
         get_peft_model(
             plain("qwen3_moe"), mixtura.AdapterConfig(method="expert_lora", settings={"ranks": {"first": 2}})
         )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"experts": []}, {"experts": {"1": [99]}}, {"ranks": {"1.0": 99}}, {"experts": {"9": [0]}}]
+)
+def test_a_model_that_an_adapter_does_not_fit_is_as_it_was(settings: dict[str, Any]) -> None:
+    """Also where the first layers had it already, and beside an adapter that fits."""
+    model = plain("qwen3_moe", "eager")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    config = mixtura.AdapterConfig(method="expert_lora", settings=settings)
+    with pytest.raises(UserError):
+        get_peft_model(model, config)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config._experts_implementation == "eager"
+    adapted_model = adapted("qwen3_moe", "expert_lora")
+    wanted = logits(adapted_model)
+    learned = [name for name, one in adapted_model.named_parameters() if one.requires_grad]
+    with pytest.raises(UserError):
+        adapted_model.add_adapter("second", config)
+    assert torch.equal(logits(adapted_model), wanted)
+    assert [name for name, one in adapted_model.named_parameters() if one.requires_grad] == learned

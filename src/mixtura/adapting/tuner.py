@@ -62,22 +62,24 @@ class AdapterTuner(BaseTuner):
             plain.set_experts_implementation(config.experts_implementation)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter in.
+        """Put an adapter in; where that fails, the model is as it was.
 
         Raises:
-            UserError: its settings leave it nothing to change.
+            UserError: its settings do not fit, or leave it nothing to change.
         """
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        layers = [one for one in model.modules() if isinstance(one, AdapterLayer)]
-        own = [one.adapter(adapter_name) for one in layers if adapter_name in one.mixtura_adapter]
-        if isinstance(config, AdapterConfig) and not any(
-            parameter.numel() for adapter in own for parameter in adapter.parameters()
-        ):
-            raise UserError(
-                f"the adapter {adapter_name} ({config.method}) names no expert of any layer that it is in, "
-                "so that nothing would be learned; name some by experts, or leave it out for all"
-            )
+        plain: Any = plain_model(model)
+        trained = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+        ran_by = getattr(getattr(plain, "config", None), "_experts_implementation", None)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _require_parameters(model, adapter_name, self.peft_config[adapter_name])
+        except Exception:
+            _take_out(model, adapter_name)
+            for name, parameter in plain.named_parameters():
+                parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+            if ran_by is not None and ran_by != plain.config._experts_implementation:
+                plain.set_experts_implementation(ran_by)
+            raise
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> Any:
         del model_config
@@ -132,6 +134,31 @@ class AdapterTuner(BaseTuner):
         """Put a base back in the place of what wrapped it."""
         del child
         setattr(parent, child_name, new_module)
+
+
+def _require_parameters(model: nn.Module, adapter_name: str, config: Any) -> None:
+    """Raise `UserError` where an adapter of ours has nothing that could be trained."""
+    layers = [one for one in model.modules() if isinstance(one, AdapterLayer)]
+    own = [one.adapter(adapter_name) for one in layers if adapter_name in one.mixtura_adapter]
+    if isinstance(config, AdapterConfig) and not any(
+        parameter.numel() for adapter in own for parameter in adapter.parameters()
+    ):
+        raise UserError(
+            f"the adapter {adapter_name} ({config.method}) names no expert of any layer that it is in, so "
+            "that nothing would be learned; name some by experts, or leave it out for all"
+        )
+
+
+def _take_out(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter, and what holds adapters where it was the only one."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, AdapterLayer):
+            continue
+        if adapter_name in layer.mixtura_adapter:
+            del layer.mixtura_adapter[adapter_name]
+        if not len(layer.mixtura_adapter):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, layer.base_layer)
 
 
 def _check_base(config: AdapterConfig, here: str) -> None:
