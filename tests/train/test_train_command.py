@@ -162,6 +162,9 @@ def test_methods_are_set_by_name_and_by_setting(tmp_path: Path) -> None:
         "name": "top_k",
         "top_k": 3,
     }
+    named = read_config(file, ["experts=latent", "experts.width=8", "form=chain", "form.iterations=3"])
+    assert named.model["moe"]["experts"] == {"name": "latent", "width": 8}
+    assert named.model["moe"]["form"] == {"name": "chain", "iterations": 3}
     mixed = read_config(file, ["mixer=smear"]).model["moe"]
     assert mixed["mixer"] == "smear"
     assert "router" not in mixed

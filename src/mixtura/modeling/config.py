@@ -89,7 +89,8 @@ class MixturaConfig(PreTrainedConfig):
             raise SettingError(f"query_key_norm must be none, head or full, got {self.query_key_norm!r}")
         if self.hidden_act != "silu":
             raise SettingError(
-                f"hidden_act must be silu, the activation of the experts, got {self.hidden_act!r}"
+                f"hidden_act must be silu, the activation of dense layers, got {self.hidden_act!r}; that of "
+                "experts is a setting of theirs"
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise SettingError(f"head_dim must be even, for rotary positions, got {self.head_dim}")

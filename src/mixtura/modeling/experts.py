@@ -201,7 +201,7 @@ class Experts(nn.Module):
             output = self.bank.run_gates(x, *routing.gates)
             return torch.where(routing.valid[:, None], output, 0.0), {}
         if routing.gates is not None:
-            routing = self._written_out(routing)
+            routing = written_out(routing, type(self.bank).__name__)
         if not runs(type(self.bank)):
             known = self.matrices if matrices is None else matrices
             return known.weighted(x, routing.token_ids, routing.expert_ids, routing.weights), {}
@@ -211,20 +211,6 @@ class Experts(nn.Module):
         weighted = exact(ran.outputs) * exact(routing.weights)[:, None]
         summed = weighted.new_zeros(x.shape).index_add(0, routing.token_ids, weighted)
         return summed.to(x.dtype), ran.history
-
-    def _written_out(self, routing: Routing) -> Routing:
-        """The routing with an assignment for every expert of a grid that gates give a weight to."""
-        assert routing.gates is not None
-        if self.shape.num_experts > _MOST_WRITTEN_OUT:
-            raise UserError(
-                f"{type(self.bank).__name__} computes expert by expert, and {self.shape.num_experts} experts "
-                "have gates; choose experts with the tag gates, such as product, or another router"
-            )
-        rows, columns = routing.gates
-        dense = torch.einsum("thr,thc->trc", rows, columns).flatten(1)
-        expert_ids, token_ids = ((dense != 0) & routing.valid[:, None]).T.nonzero(as_tuple=True)
-        weights = dense[token_ids, expert_ids]
-        return replace(routing, token_ids=token_ids, expert_ids=expert_ids, weights=weights, gates=None)
 
 
 @final
@@ -302,6 +288,8 @@ class ExpertPool(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Each token's weighted sum of its experts' outputs; only chosen experts are computed."""
+        if routing.gates is not None:
+            routing = written_out(routing, type(self.banks[0].bank).__name__)
         output = torch.zeros_like(x)
         start = 0
         for member in self.banks:
@@ -331,3 +319,22 @@ class SharedExpert(nn.Module):
         own = self.experts.matrices
         output = F.linear(swiglu(F.linear(x, own.gate_up[0])), own.down[0])
         return output if self.gate is None else torch.sigmoid(F.linear(x, self.gate[0])) * output
+
+
+def written_out(routing: Routing, owner: str) -> Routing:
+    """The routing with an assignment for every expert of a grid that gates give a weight to.
+
+    Raises:
+        UserError: there are more than can be written out one by one.
+    """
+    assert routing.gates is not None
+    if routing.num_experts > _MOST_WRITTEN_OUT:
+        raise UserError(
+            f"{owner} computes expert by expert, and {routing.num_experts} experts have gates; choose "
+            "experts with the tag gates, such as product, or another router"
+        )
+    rows, columns = routing.gates
+    dense = torch.einsum("thr,thc->trc", rows, columns).flatten(1)
+    expert_ids, token_ids = ((dense != 0) & routing.valid[:, None]).T.nonzero(as_tuple=True)
+    weights = dense[token_ids, expert_ids]
+    return replace(routing, token_ids=token_ids, expert_ids=expert_ids, weights=weights, gates=None)

@@ -19,7 +19,7 @@ from mixtura.methods.routers import Router
 from mixtura.modeling.experts import ExpertPool, Experts, SharedExpert
 from mixtura.modeling.forming import FormedLayer, passes_of
 from mixtura.modeling.layer import MoELayer
-from mixtura.modeling.plan import MoEPlan
+from mixtura.modeling.plan import Choice, MoEPlan
 from mixtura.modeling.suiting import Decider, require_suited
 from mixtura.types import LayerShape
 
@@ -160,11 +160,24 @@ def make_balancers(
         decider = Decider(
             method=type(router), shape=shape, has_rows=has_rows, bank=None if bank is None else type(bank)
         )
-        here: list[Balancer] = [create("balancers", one.name, **dict(one.settings)) for one in plan.balancers]
-        for balancer in here:
-            require_suited(balancer, decider)
-        made.append(tuple(here))
+        made.append(tuple(_balancer(one, decider) for one in plan.balancers))
     return tuple(made)
+
+
+def _balancer(choice: Choice, decider: Decider) -> Balancer:
+    """A balancer that suits what decides; one that does not is refused with its name."""
+    made: Balancer = create("balancers", choice.name, **dict(choice.settings))
+    try:
+        require_suited(made, decider)
+    except UserError as error:
+        if choice.name in str(error):
+            raise
+        # Of a grid it sees rows, then columns, which are fewer than the layer's experts.
+        raise UserError(
+            f"the balancer {choice.name} does not suit the {decider.shape.num_experts} rows or columns "
+            f"of a grid that it would see: {error}"
+        ) from None
+    return made
 
 
 def axes_of(router: Router | Mixer) -> tuple[LayerShape, ...]:

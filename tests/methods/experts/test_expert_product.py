@@ -10,7 +10,7 @@ from mixtura.errors import SettingError, UserError
 from mixtura.methods.experts.feature_modulated import FeatureModulated
 from mixtura.methods.experts.product import Product
 from mixtura.methods.routers.monet import Monet
-from mixtura.modeling.layer import Experts, MoELayer
+from mixtura.modeling.layer import ExpertPool, Experts, MoELayer
 from mixtura.types import LayerShape, RouterInput
 
 SHAPE = LayerShape(d_model=6, d_expert=4, num_experts=16)
@@ -79,6 +79,16 @@ def test_gates_of_many_experts_are_refused_by_experts_that_run_one_by_one() -> N
     layer = MoELayer(Monet(shape), Experts(bank))
     with pytest.raises(UserError, match="choose experts with the tag gates"):
         layer(RouterInput.of(torch.ones(1, 6)))
+
+
+def test_a_pool_of_plain_experts_takes_gates_too() -> None:
+    pool = ExpertPool([Experts(LayerShape(6, 4, 8), seed=0), Experts(LayerShape(6, 4, 8), seed=1)])
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    output, routing = MoELayer(Monet(pool.shape, num_heads=2), pool)(RouterInput.of(x))
+    rows, columns = routing.gates
+    weights = torch.einsum("thr,thc->trc", rows, columns).flatten(1)
+    made = pool.matrices.run(x, torch.arange(3).repeat_interleave(16), torch.arange(16).repeat(3))
+    torch.testing.assert_close(output, torch.einsum("te,ted->td", weights, made.view(3, 16, 6)))
 
 
 def test_widths_that_do_not_halve_are_refused() -> None:

@@ -102,5 +102,7 @@ LAYERS: Mapping[str, Callable[[Scale], Mapping[str, Any]]] = {
 def layer_of(kind: str, name: str, scale: Scale) -> dict[str, Any]:
     """The layer in which experts or a form take part; one that has no entry here, at the plain sizes."""
     plain: dict[str, Any] = {"router": {"name": "top_k", "top_k": scale.top_k}}
-    own = LAYERS.get(f"{kind}/{name}", lambda _: {kind.removesuffix("s") if kind == "forms" else kind: name})
-    return plain | dict(own(scale))
+    own = LAYERS.get(f"{kind}/{name}")
+    if own is not None:
+        return plain | dict(own(scale))
+    return plain | {"form" if kind == "forms" else kind: {"name": name}}
