@@ -4,9 +4,9 @@ A checkpoint of Qwen3-30B-A3B's shape with 4 of its 48 layers, random weights an
 (5.1 GB in bfloat16) is made once, and the same weights as a GGUF file. Each run is a process of its own in a
 memory control group of version 1, whose limit counts the page cache, too: 25, 50 and 75 % of the weights, and
 600 MiB for what a process takes beside them. Both engines are given the same tokens, so that both need the
-same experts: first tokens drawn evenly right after the start, with nothing of the files in the page cache
-(cold), then more of them (warm), which spread over all experts, the worst case for any cache; then the words
-of a text.
+same experts: tokens right after the start, in which ours finds out how it can run (first); tokens drawn
+evenly, with little of the files in memory (cold), then more of them (warm), which spread over all experts,
+the worst case for any cache; then the words of a text.
 
     python benchmarks/offload.py                           # everything, about 12 minutes on 2 quiet cores
     python benchmarks/offload.py --llama-python PYTHON     # of an environment that has llama-cpp-python
@@ -45,6 +45,7 @@ from offload_worker import UNMET
 import mixtura
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.text import held_out
+from mixtura.running.memory.runtime import known_runtime_bytes
 
 RESULTS = Path(__file__).parent / "results" / "offload.json"
 WORKER = Path(__file__).parent / "offload_worker.py"
@@ -54,7 +55,7 @@ LAYERS, VOCABULARY = 4, 16384
 # What a process takes beside the model, so that the limit is what the share of the weights leaves.
 RUNTIME_BYTES = 600 << 20
 CONTEXT = 256
-NUM_TOKENS = {"cold": 12, "warm": 24, "text": 24}
+NUM_TOKENS = {"first": 2, "cold": 12, "warm": 24, "text": 24}
 # Reading to learn the disk's rate: chunks, reads on their way together, seconds.
 CHUNK_BYTES, DEPTH, PROBE_S = 1 << 20, 4, 2.0
 GROUP = Path("/sys/fs/cgroup/memory/mixtura-offload")
@@ -149,7 +150,8 @@ def phases(model: Path, scale: float) -> dict[str, list[int]]:
     text = " ".join(document.text for document in held_out(4000, 0))
     words = load_tokenizer(model)(text[:800])["input_ids"]
     counts = {name: max(2, int(num * scale)) for name, num in NUM_TOKENS.items()}
-    even = {name: [drawn.randrange(VOCABULARY) for _ in range(counts[name])] for name in ("cold", "warm")}
+    names = ("first", "cold", "warm")
+    even = {name: [drawn.randrange(VOCABULARY) for _ in range(counts[name])] for name in names}
     return {**even, "text": [int(one) for one in words[: counts["text"]]]}
 
 
@@ -196,7 +198,7 @@ def run(given: argparse.Namespace) -> None:
                 with journal.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 say(progress(row, number))
-    mine = [row for row in rows if row["key"][3:] in (told, told[2:])]
+    mine = [row for row in rows if [*row["key"]][3:] in (told, told[2:])]
     table = summary(mine)
     print(as_markdown(table))
     if not given.quick:
@@ -298,6 +300,9 @@ def write(table: Sequence[dict[str, Any]], given: argparse.Namespace, weights: i
 def prepared(given: argparse.Namespace) -> dict[str, Path]:
     """The checkpoint and, for llama.cpp, the same weights as a GGUF file."""
     given.directory.mkdir(parents=True, exist_ok=True)
+    # Measured once for a machine and kept; in a cell it would take the room of what is measured.
+    torch.set_num_threads(given.threads)
+    known_runtime_bytes()
     model, gguf = given.directory / "model", given.directory / "model.gguf"
     say(f"making {model}, unless it is there")
     make(model, given.layers, vocabulary=VOCABULARY)
