@@ -232,7 +232,7 @@ def _tried(model: Any, tiers: Tiers, path: Path, num_tokens: int, say: Say) -> t
             tiers.forget_statistics()
         start = time.perf_counter()
         with torch.no_grad():
-            named = {} if cache is None else with_cache(cache)
+            named: dict[str, Any] = {} if cache is None else with_cache(cache)
             outputs: Any = model(input_ids=token.view(1, 1), use_cache=True, **named)
         cache = returned_cache(outputs)
         times.append(time.perf_counter() - start)
