@@ -4,9 +4,9 @@ A checkpoint of Qwen3-30B-A3B's shape with 4 of its 48 layers, random weights an
 (5.1 GB in bfloat16) is made once, and the same weights as a GGUF file. Each run is a process of its own in a
 memory control group of version 1, whose limit counts the page cache, too: 25, 50 and 75 % of the weights, and
 600 MiB for what a process takes beside them. Both engines are given the same tokens, so that both need the
-same experts: first tokens drawn evenly right after the start, with nothing of the files in the page cache
-(cold), then more of them (warm), which spread over all experts, the worst case for any cache; then the words
-of a text.
+same experts: tokens right after the start, in which ours finds out how it can run (first); tokens drawn
+evenly, with little of the files in memory (cold), then more of them (warm), which spread over all experts,
+the worst case for any cache; then the words of a text.
 
     python benchmarks/offload.py                           # everything, about 12 minutes on 2 quiet cores
     python benchmarks/offload.py --llama-python PYTHON     # of an environment that has llama-cpp-python
@@ -14,8 +14,9 @@ of a text.
 
 Engines take turns. Every cell is written down as soon as it is measured (in DIRECTORY/journal.jsonl), so a
 run that was stopped goes on where it was; give --anew to forget them. Just before each pair of runs the
-disk's rate is measured on the same files, past the page cache; the limit of a row is that rate over the bytes
-that a token had to wait for. Without llama-cpp-python only ours is measured. Control groups need root.
+disk's rate is measured on the same files, past the page cache. The disk's limit of a row is that rate over
+the bytes that a token had to wait for; where the engine is slower than that with everything in memory (110
+%), that is its limit. Without llama-cpp-python only ours is measured. Control groups need root.
 """
 
 from __future__ import annotations
@@ -45,16 +46,19 @@ from offload_worker import UNMET
 import mixtura
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.text import held_out
+from mixtura.running.memory.runtime import known_runtime_bytes
 
 RESULTS = Path(__file__).parent / "results" / "offload.json"
 WORKER = Path(__file__).parent / "offload_worker.py"
 OURS, THEIRS = "mixtura", "llama.cpp"
-SHARES = (0.75, 0.5, 0.25)
+# The first holds everything: what memory and arithmetic allow.
+WHOLE = 1.1
+SHARES = (WHOLE, 0.75, 0.5, 0.25)
 LAYERS, VOCABULARY = 4, 16384
 # What a process takes beside the model, so that the limit is what the share of the weights leaves.
 RUNTIME_BYTES = 600 << 20
 CONTEXT = 256
-NUM_TOKENS = {"cold": 12, "warm": 24, "text": 24}
+NUM_TOKENS = {"first": 2, "cold": 12, "warm": 24, "text": 24}
 # Reading to learn the disk's rate: chunks, reads on their way together, seconds.
 CHUNK_BYTES, DEPTH, PROBE_S = 1 << 20, 4, 2.0
 GROUP = Path("/sys/fs/cgroup/memory/mixtura-offload")
@@ -149,7 +153,8 @@ def phases(model: Path, scale: float) -> dict[str, list[int]]:
     text = " ".join(document.text for document in held_out(4000, 0))
     words = load_tokenizer(model)(text[:800])["input_ids"]
     counts = {name: max(2, int(num * scale)) for name, num in NUM_TOKENS.items()}
-    even = {name: [drawn.randrange(VOCABULARY) for _ in range(counts[name])] for name in ("cold", "warm")}
+    names = ("first", "cold", "warm")
+    even = {name: [drawn.randrange(VOCABULARY) for _ in range(counts[name])] for name in names}
     return {**even, "text": [int(one) for one in words[: counts["text"]]]}
 
 
@@ -196,7 +201,7 @@ def run(given: argparse.Namespace) -> None:
                 with journal.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 say(progress(row, number))
-    mine = [row for row in rows if row["key"][3:] in (told, told[2:])]
+    mine = [row for row in rows if [*row["key"]][3:] in (told, told[2:])]
     table = summary(mine)
     print(as_markdown(table))
     if not given.quick:
@@ -224,6 +229,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 mine = [r for r in rows if r["share"] == share and r["engine"] == engine and r["found"]]
                 if mine:
                     table.append(line_of(share, phase, engine, mine))
+    return with_limits(table)
+
+
+def with_limits(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each line's limit: what the disk allows, or the engine's speed with all in memory if that is less."""
+    whole = {(r["phase"], r["engine"]): r["tokens_per_second"] for r in table if r["share"] == WHOLE}
+    for one in table:
+        known = [one["disk_limit"], whole.get((one["phase"], one["engine"]))]
+        known = [limit for limit in known if limit is not None]
+        one["limit"] = min(known) if known and one["share"] != WHOLE else None
     return table
 
 
@@ -257,18 +272,20 @@ def line_of(share: float, phase: str, engine: str, rows: Sequence[dict[str, Any]
 def as_markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table for people."""
     lines = [
-        "| memory | tokens | engine | tokens/s | p50 ms | p99 ms | missed MB/token | of disk limit | hits "
+        "| memory | tokens | engine | tokens/s | p50 ms | p99 ms | missed MB/token | disk | of limit | hits "
         "| peak GB of limit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in table:
-        limit = one["disk_limit"]
+        limit = one["limit"]
         of_limit = f"{one['tokens_per_second'] / limit:.0%} of {limit:.1f}" if limit else ""
+        disk = f"{one['disk_limit']:.1f}" if one["disk_limit"] else ""
         hits = "" if one["hit_rate"] is None else f"{one['hit_rate']:.0%}"
         lines.append(
             f"| {one['share']:.0%} | {one['phase']} | {one['engine']} | {one['tokens_per_second']:.2f} "
             f"({one['slowest_run']:.2f} to {one['fastest_run']:.2f}) | {one['p50_ms']:.0f} "
-            f"| {one['p99_ms']:.0f} | {one['missed_bytes_per_token'] / 1e6:.0f} | {of_limit} | {hits} "
+            f"| {one['p99_ms']:.0f} | {one['missed_bytes_per_token'] / 1e6:.0f} | {disk} | {of_limit} "
+            f"| {hits} "
             f"| {one['peak_bytes'] / 1e9:.2f} of {one['limit_bytes'] / 1e9:.2f} |"
         )
     return "\n".join(lines)
@@ -298,6 +315,9 @@ def write(table: Sequence[dict[str, Any]], given: argparse.Namespace, weights: i
 def prepared(given: argparse.Namespace) -> dict[str, Path]:
     """The checkpoint and, for llama.cpp, the same weights as a GGUF file."""
     given.directory.mkdir(parents=True, exist_ok=True)
+    # Measured once for a machine and kept; in a cell it would take the room of what is measured.
+    torch.set_num_threads(given.threads)
+    known_runtime_bytes()
     model, gguf = given.directory / "model", given.directory / "model.gguf"
     say(f"making {model}, unless it is there")
     make(model, given.layers, vocabulary=VOCABULARY)

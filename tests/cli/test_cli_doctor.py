@@ -45,3 +45,17 @@ def test_generate_says_which_way_it_went(run: Callable[..., tuple[int, str, str]
     code, _, said = run("generate", "1 + 1 =", "--max-new-tokens", "3", "-v")
     assert code == 0
     assert said.splitlines()[-1].startswith("model.layers.0 to 5: ")
+
+
+def test_doctor_forecasts_for_another_machine(run: Callable[..., tuple[int, str, str]]) -> None:
+    given = ("--memory", "1GiB", "--context", "64", "--disk", "2GB", "--ram", "20GB")
+    code, out, _ = run("doctor", MODEL, *given)
+    assert code == 0
+    assert "2.00 GB/s of disk, 20.0 GB/s of memory" in out
+    assert out.splitlines()[-1].startswith("all experts fit")
+
+
+def test_rates_without_memory_are_refused(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, said = run("doctor", MODEL, "--disk", "2GB")
+    assert (code, out) == (2, "")
+    assert said.startswith("error: --disk and --ram are for a forecast; give --memory, too")

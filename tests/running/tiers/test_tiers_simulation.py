@@ -11,7 +11,8 @@ from mixtura.errors import UnknownNameError
 from mixtura.methods.caches import Call
 from mixtura.methods.caches.lru import Lru
 from mixtura.running.tiers.ahead import room_for_guesses
-from mixtura.running.tiers.guessing import NONE, ORACLE, Guessed, as_csv, hold, markdown, other_bytes
+from mixtura.running.tiers.cost import other_bytes
+from mixtura.running.tiers.guessing import NONE, ORACLE, Guessed, as_csv, hold, markdown
 from mixtura.running.tiers.recording import Recorded, record
 from mixtura.running.tiers.simulation import Foresight, Rates, replay_timed
 

@@ -10,14 +10,13 @@ from datetime import date
 from pathlib import Path
 from typing import Final, final
 
-from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.errors import UnknownNameError
 from mixtura.methods import create, header, own_names
 from mixtura.methods.prefetchers import Prefetcher
 from mixtura.report.units import format_bytes
-from mixtura.running.memory.accounting import account
 from mixtura.running.tiers.ahead import room_for_guesses
 from mixtura.running.tiers.choosing import AUTO, cache_of
+from mixtura.running.tiers.cost import other_bytes
 from mixtura.running.tiers.recording import Recorded, record
 from mixtura.running.tiers.simulation import Foresight, Rates, Timed, replay_timed
 
@@ -58,19 +57,6 @@ class Guessed:
     p99_stall_ms: list[float] = field(default_factory=list)
     gained: list[float] = field(default_factory=list)
     is_off: int = 0
-
-
-def other_bytes(path: Path) -> float:
-    """Weights outside routed experts that a token reads, a layer's share of them."""
-    view = open_checkpoint(path)
-    taken = account(view, 1)
-    config = view.config.get_text_config()
-    # Of an embedding a token reads one row.
-    rows = int(config.vocab_size) * int(config.hidden_size)
-    size = 2 if getattr(config, "dtype", None) is None else config.dtype.itemsize
-    embedding = 0 if getattr(config, "tie_word_embeddings", False) else rows * size
-    rest = max(0, taken.weights_bytes - taken.expert_bytes - embedding)
-    return rest / len(view.layers)
 
 
 def hold(path: Path, names: Sequence[str], num_texts: int, num_tokens: int, say: Say) -> list[Guessed]:

@@ -17,7 +17,7 @@ from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.view import open_model
 from mixtura.data.text import held_out
-from mixtura.data.tokens import encode_documents, num_embeddings_of
+from mixtura.data.tokens import TokenBatch, encode_documents, num_embeddings_of
 from mixtura.methods.caches import Call, Key
 from mixtura.running.loading import load
 from mixtura.running.tiers.opening import Wish
@@ -78,6 +78,13 @@ class Recorded:
         return tuple(sorted({min(total, active), *(max(1, int(share * total)) for share in _SHARES)}))
 
 
+def text_of(path: Path, num_tokens: int, seed: int) -> TokenBatch:
+    """Held-out text for a model, of about so many tokens."""
+    tokenizer, vocabulary = load_tokenizer(path), num_embeddings_of(open_checkpoint(path).config)
+    documents = held_out(_CHARS_PER_TOKEN * num_tokens, seed)
+    return encode_documents(documents, tokenizer, _LENGTH, num_tokens, vocabulary)
+
+
 def record(
     path: Path, num_tokens: int, seed: int, *, outlook: int = 0, memory: int | str | None = None
 ) -> Recorded:
@@ -90,10 +97,7 @@ def record(
         outlook: layers ahead for which each layer's tokens are given to the later one's router.
         memory: what the process may take, where the model is larger than memory; see `mixtura.load`.
     """
-    view = open_checkpoint(path)
-    tokenizer, vocabulary = load_tokenizer(path), num_embeddings_of(view.config)
-    documents = held_out(_CHARS_PER_TOKEN * num_tokens, seed)
-    batch = encode_documents(documents, tokenizer, _LENGTH, num_tokens, vocabulary)
+    view, batch = open_checkpoint(path), text_of(path, num_tokens, seed)
     model = load(path) if memory is None else load(path, memory=Wish(memory=memory, context=_LENGTH))
     layers = open_model(model).layers
     weights = [layer.router_weight() for layer in layers]
