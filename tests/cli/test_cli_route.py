@@ -25,6 +25,7 @@ def write(path: Path, table: ReplayTable) -> Path:
             "model": one.model,
             "score": one.score,
             "output_tokens": one.output_tokens,
+            "answer": one.answer,
         }
         for one in table.outcomes
     ]
@@ -35,7 +36,7 @@ def write(path: Path, table: ReplayTable) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("route")
-    table = planted(240)
+    table = planted(320)
     train, test = split(table, 0.6, 0)
     write(folder / "train.jsonl", train)
     write(folder / "test.jsonl", test)
@@ -100,8 +101,11 @@ def test_refusals_are_one_sentence(files: Path, router: Path, run: Run, tmp_path
         ),
         (("route", "fit", files / "none.jsonl", "--out", tmp_path / "r"), "there is no table"),
         (("route", "fit", files / "train.jsonl", "--out", router), "is there already"),
-        (("arena", "caches", "--table", files / "train.jsonl"), "are for model_routers, not for caches"),
-        (("arena", "model_routers", "--tokens", "3"), "model routers take --table"),
+        (
+            ("arena", "caches", "--table", files / "train.jsonl"),
+            "are for model_routers and aggregators, not for caches",
+        ),
+        (("arena", "model_routers", "--tokens", "3"), "the arena of model_routers takes --table"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, ""), arguments
@@ -132,3 +136,17 @@ def test_the_arena_writes_its_page(files: Path, run: Run, tmp_path: Path) -> Non
     page = (tmp_path / "model_routers.md").read_text(encoding="utf-8")
     assert "From a test." in page
     assert (tmp_path / "model_routers.csv").is_file()
+
+
+def test_policies_are_replayed_on_the_same_table(files: Path, run: Run, tmp_path: Path) -> None:
+    code, said, err = run(
+        "arena", "aggregators", "--table", files / "train.jsonl", "--cards", files / "cards.json",
+        "--only", "vote", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    names = {one["name"] for one in json.loads(said)}
+    assert names == {"vote", "single", "large", "small", "algebraist", "biologist"}
+    assert (tmp_path / "aggregators.md").is_file()
+    code, _, err = run("arena", "aggregators", "--only", "debate", "--out", tmp_path)
+    assert code == 2
+    assert "no aggregator that a table can answer named 'debate'" in err

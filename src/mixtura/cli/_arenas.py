@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, final
+from typing import TYPE_CHECKING, Annotated, Any, Final, final
 
 import typer
 
 from mixtura.errors import SettingError, UserError
+
+if TYPE_CHECKING:
+    from mixtura.running.composing.tables import ReplayTable
 
 
 @final
@@ -103,19 +106,42 @@ def _replay(asked: Asked) -> list[Any]:
 def _compose(asked: Asked) -> list[Any]:
     from mixtura.running.composing.arena import hold
     from mixtura.running.composing.page import as_csv, markdown
+
+    source, about = _answers(asked, num_samples=1)
+    table = hold(source, asked.names, asked.seeds, _notify)
+    _write(asked, markdown(table, source, asked.seeds, about), as_csv(table))
+    return [*table]
+
+
+def _aggregate(asked: Asked) -> list[Any]:
+    from mixtura.running.composing.policies import hold_policies
+    from mixtura.running.composing.policy_page import as_csv, markdown
+
+    source, about = _answers(asked, num_samples=5)
+    table = hold_policies(source, asked.names, _notify)
+    _write(asked, markdown(table, source, about), as_csv(table))
+    return [*table]
+
+
+def _answers(asked: Asked, num_samples: int) -> tuple[ReplayTable, str]:
+    """The table of answers that was asked for, or the made-up one, and what it is."""
     from mixtura.running.composing.planted import planted
     from mixtura.running.composing.reading import read_table
 
     if asked.tokens is not None or asked.model is not None:
-        raise SettingError("--tokens and --model are for models that run; model routers take --table")
-    about = asked.about or ("A made-up table with four tasks." if asked.table is None else "")
-    source = planted(_PLANTED_PROMPTS) if asked.table is None else read_table(asked.table, asked.cards)
-    table = hold(source, asked.names, asked.seeds, _notify)
+        raise SettingError(
+            f"--tokens and --model are for models that run; the arena of {asked.kind} takes --table"
+        )
+    if asked.table is None:
+        made = planted(_PLANTED_PROMPTS, num_samples=num_samples)
+        return made, asked.about or "A made-up table with four tasks."
+    return read_table(asked.table, asked.cards), asked.about
+
+
+def _write(asked: Asked, page: str, numbers: str) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
-    page = markdown(table, source, asked.seeds, about)
     (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
-    (asked.out / f"{asked.kind}.csv").write_text(as_csv(table), encoding="utf-8")
-    return [*table]
+    (asked.out / f"{asked.kind}.csv").write_text(numbers, encoding="utf-8")
 
 
 def _guess(asked: Asked) -> list[Any]:
@@ -182,6 +208,7 @@ def _show_composed(table: list[Any]) -> None:
     _show(["name", "area", "over hull", "quality", "$ a thousand", "verdict"], rows, left=(0, 5))
 
 
+<<<<<<< HEAD
 def _show_guessed(table: list[Any]) -> None:
     from mixtura.report.units import format_bytes
 
@@ -193,6 +220,21 @@ def _show_guessed(table: list[Any]) -> None:
         shown = [f"{one.share:.0%}", one.name, f"{hits:.1%}", format_bytes(wasted), f"{late:.0%}"]
         rows.append([*shown, f"{gained:.0%}"])
     _show(["room", "name", "hit rate", "wasted a token", "late", "of the oracle's gain"], rows, left=(1,))
+=======
+def _show_aggregated(table: list[Any]) -> None:
+    rows = [
+        [
+            one.name,
+            f"{one.score:.4f}",
+            f"{one.over_mix:+.4f}",
+            f"{one.cost:.4g}",
+            f"{one.calls:.1f}",
+            one.verdict,
+        ]
+        for one in table
+    ]
+    _show(["name", "score", "over mix", "$ a thousand", "calls", "verdict"], rows, left=(0, 5))
+>>>>>>> route
 
 
 def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> None:
@@ -207,11 +249,11 @@ _PLANTED_PROMPTS: Final = 600
 Table = Annotated[
     Path | None,
     typer.Option(
-        help="Of model_routers: a table of outcomes (.jsonl, .csv, .parquet); a made-up one without it."
+        help="Of model_routers, aggregators: a table of outcomes (.jsonl, .csv, .parquet); else one made up."
     ),
 ]
-Cards = Annotated[Path | None, typer.Option(help="Of model_routers: cards of the table's models (JSON).")]
-About = Annotated[str, typer.Option(help="Of model_routers: a sentence on the table's source, for the page.")]
+Cards = Annotated[Path | None, typer.Option(help="With --table: cards of the table's models (JSON).")]
+About = Annotated[str, typer.Option(help="With --table: a sentence on the table's source, for the page.")]
 _TRAINED, _SHRUNK = Arena(_train, _show_trained), Arena(_shrink, _show_shrunk)
 ARENAS: Final[Mapping[str, Arena]] = {
     "routers": _TRAINED,
@@ -224,5 +266,11 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "decoders": Arena(_answer, _show_answered),
     "caches": Arena(_replay, _show_replayed),
     "model_routers": Arena(_compose, _show_composed),
+<<<<<<< HEAD
     "prefetchers": Arena(_guess, _show_guessed),
+=======
+    "aggregators": Arena(_aggregate, _show_aggregated),
+>>>>>>> route
 }
+# Kinds whose arena is held on a table of answers.
+ON_TABLES: Final = ("model_routers", "aggregators")

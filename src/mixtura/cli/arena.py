@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mixtura.cli._arenas import ARENAS, About, Asked, Cards, Table
+from mixtura.cli._arenas import ARENAS, ON_TABLES, About, Asked, Cards, Table
 from mixtura.cli._places import check_folder
 from mixtura.errors import SettingError, UnknownNameError
 
@@ -42,10 +42,17 @@ def arena(
 
     Of decoders: a model answers the same questions by each. Of pruners: keep three quarters, a half and a
     quarter of a model's experts by every criterion, and measure what is left; of mergers the same, experts
+<<<<<<< HEAD
     being averaged. Of caches: replay what a model chose on text, with room for some of its experts; of
     prefetchers the same, timed at stated rates of disk and memory. Of model_routers: learn from half of a
     table of answers, and route the other half. Runs that are done are kept: the same command goes on where
     it was stopped.
+=======
+    being averaged. Of caches: replay what a model chose on text, with room for some of its experts. Of
+    model_routers: learn from half of a table of answers, and route the other half; of aggregators: replay
+    cascades and votes on such a table. Runs that are done are kept: the same command goes on where it was
+    stopped.
+>>>>>>> route
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
     """
@@ -64,8 +71,8 @@ def arena(
         kind=kind, names=names, seeds=seeds, tokens=tokens, model=model, out=out, runs=runs,
         table=table, cards=cards, about=about,
     )  # fmt: skip
-    if kind != "model_routers" and (table or cards or about):
-        raise SettingError(f"--table, --cards and --about are for model_routers, not for {kind}")
+    if kind not in ON_TABLES and (table or cards or about):
+        raise SettingError(f"--table, --cards and --about are for {' and '.join(ON_TABLES)}, not for {kind}")
     try:
         standings = ARENAS[kind].hold(asked)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 
+from mixtura.methods.aggregators._shared import answer_in
 from mixtura.types.asking import Ask, Reply, Verdict
 from mixtura.types.models import ModelCard, Prompt
 
@@ -22,7 +23,7 @@ KIND = {
 }
 Plan = Generator[Sequence[Ask], Sequence[Reply], Verdict]
 
-__all__ = ["KIND", "Aggregator", "Plan", "rehearse"]
+__all__ = ["KIND", "Aggregator", "Plan", "answer_in", "rehearse"]
 
 
 class Aggregator(ABC):

@@ -36,13 +36,14 @@ MODELS: Final = {
 }
 
 
-def planted(num_prompts: int = 400, seed: int = 0, holes: float = 0.0) -> ReplayTable:
+def planted(num_prompts: int = 400, seed: int = 0, holes: float = 0.0, num_samples: int = 1) -> ReplayTable:
     """Prompts of four tasks with words of their own, and four models of other strengths and prices.
 
     Args:
         num_prompts: in all.
         seed: of everything drawn.
         holes: share of outcomes that are missing.
+        num_samples: answers of each model to each prompt, independent of each other.
     """
     generator = np.random.default_rng(seed)
     prompts, outcomes = [], []
@@ -53,7 +54,7 @@ def planted(num_prompts: int = 400, seed: int = 0, holes: float = 0.0) -> Replay
         text = " ".join(str(word) for word in generator.permutation(words))
         prompt = Prompt(id=f"q{number:05}", text=text, labels={"task": _TASKS[task], "skills": _TASKS[task]})
         prompts.append(prompt)
-        for name, (chances, _) in MODELS.items():
+        for name, (chances, _) in (one for one in MODELS.items() for _ in range(num_samples)):
             right, tokens = generator.random() < chances[task], int(generator.integers(50, 150))
             if generator.random() >= holes:
                 word = "right" if right else f"wrong{generator.integers(5)}"
