@@ -96,10 +96,8 @@ def _replay(asked: Asked) -> list[Any]:
 
     model, texts = asked.checkpoint(), (asked.seeds, asked.tokens or _REPLAYED_TOKENS)
     table = hold(model or specimen.path(), asked.names, *texts, _notify)
-    asked.out.mkdir(parents=True, exist_ok=True)
     page = markdown(table, "the specimen" if model is None else model.name, *texts)
-    (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
-    (asked.out / f"{asked.kind}.csv").write_text(as_csv(table), encoding="utf-8")
+    _write(asked, page, as_csv(table))
     return [*table]
 
 
@@ -150,10 +148,8 @@ def _guess(asked: Asked) -> list[Any]:
 
     model, texts = asked.checkpoint(), (asked.seeds, asked.tokens or _REPLAYED_TOKENS)
     table = hold(model or specimen.path(), asked.names, *texts, _notify)
-    asked.out.mkdir(parents=True, exist_ok=True)
     page = markdown(table, "the specimen" if model is None else model.name, *texts)
-    (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
-    (asked.out / f"{asked.kind}.csv").write_text(as_csv(table), encoding="utf-8")
+    _write(asked, page, as_csv(table))
     return [*table]
 
 
@@ -208,7 +204,6 @@ def _show_composed(table: list[Any]) -> None:
     _show(["name", "area", "over hull", "quality", "$ a thousand", "verdict"], rows, left=(0, 5))
 
 
-<<<<<<< HEAD
 def _show_guessed(table: list[Any]) -> None:
     from mixtura.report.units import format_bytes
 
@@ -220,7 +215,8 @@ def _show_guessed(table: list[Any]) -> None:
         shown = [f"{one.share:.0%}", one.name, f"{hits:.1%}", format_bytes(wasted), f"{late:.0%}"]
         rows.append([*shown, f"{gained:.0%}"])
     _show(["room", "name", "hit rate", "wasted a token", "late", "of the oracle's gain"], rows, left=(1,))
-=======
+
+
 def _show_aggregated(table: list[Any]) -> None:
     rows = [
         [
@@ -234,7 +230,6 @@ def _show_aggregated(table: list[Any]) -> None:
         for one in table
     ]
     _show(["name", "score", "over mix", "$ a thousand", "calls", "verdict"], rows, left=(0, 5))
->>>>>>> route
 
 
 def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> None:
@@ -266,11 +261,8 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "decoders": Arena(_answer, _show_answered),
     "caches": Arena(_replay, _show_replayed),
     "model_routers": Arena(_compose, _show_composed),
-<<<<<<< HEAD
     "prefetchers": Arena(_guess, _show_guessed),
-=======
     "aggregators": Arena(_aggregate, _show_aggregated),
->>>>>>> route
 }
 # Kinds whose arena is held on a table of answers.
 ON_TABLES: Final = ("model_routers", "aggregators")
