@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import re
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from mixtura.errors import UserError
+from mixtura.errors import CheckpointError, UserError
 from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, takes_cache, with_cache
 from mixtura.methods import header
 from mixtura.modeling.attention import MixturaAttention, MixturaRotaryEmbedding, RMSNorm
@@ -127,6 +129,11 @@ def noise_seed(*numbers: int) -> int:
     return Random(repr((*numbers, rank))).getrandbits(62)
 
 
+# Experts were parameters of their layer before they were a bank of it.
+_EARLIER_NAMES = {r"\.experts\.(gate_up_proj|down_proj)": r".experts.bank.\1"}
+_EARLIER_POOLS = re.compile(r"\.members\.\d+\.(gate_up_proj|down_proj)$")
+
+
 class MixturaPreTrainedModel(PreTrainedModel, ABC):
     """What is common to the models of this family."""
 
@@ -149,8 +156,16 @@ class MixturaPreTrainedModel(PreTrainedModel, ABC):
         Arguments are those of `PreTrainedModel.from_pretrained`, which draws what it knows alone and leaves
         the rest as memory happened to be.
         """
+        kwargs["key_mapping"] = {**_EARLIER_NAMES, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
+        # Drawing anew what lies there under another name would lose what was trained.
+        unread = sorted(filter(_EARLIER_POOLS.search, info["unexpected_keys"]))
+        if unread:
+            raise CheckpointError(
+                f"{unread[0]} and {len(unread) - 1} other weights in this checkpoint are named as an earlier "
+                "mixtura named experts of a pool; train it anew, or export it with that mixtura"
+            )
         if missing:
             drawn, held = cls(model.config).state_dict(), model.state_dict()
             with torch.no_grad():
