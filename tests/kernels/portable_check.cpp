@@ -188,16 +188,20 @@ void check_experts(const Way& way) {
     silu.curve = Curve::silu, silu.gated = true;
     run_experts(way, experts, {ids, nullptr, 2, 2 * num, num}, {x.data(), Number::f32, d_model},
                 {weights, Number::f32, 1}, silu, {out.data(), Number::f32, d_model});
-    // Brought one after the other, they give the same bits.
-    std::vector<float> apart(num * d_model);
-    std::int64_t calls = 0;
-    experts.fetch = [&](const Need& need) {
-        calls += need.experts[0] == calls && need.num == 2 - calls && need.num_rows[0] == num ? 1 : 100;
-        return std::int64_t{1};
-    };
-    run_experts(way, experts, {ids, nullptr, 2, 2 * num, num}, {x.data(), Number::f32, d_model},
-                {weights, Number::f32, 1}, silu, {apart.data(), Number::f32, d_model});
-    tell("experts that are brought one by one", calls == 2 && apart == out ? 0.0 : 1.0, 1e-9);
+    // Brought one after the other, in their order or against it, they give the same bits.
+    for (const bool in_order : {true, false}) {
+        std::vector<float> apart(num * d_model);
+        std::int64_t calls = 0;
+        experts.most_waiting_bytes = in_order ? 0 : 1 << 20;
+        experts.fetch = [&](const Need& need) {
+            const bool as_told = need.in_order == in_order && need.num == 2 - calls && need.num_rows[0] == num;
+            calls += as_told && need.experts[0] == (in_order ? calls : 0) ? 1 : 100;
+            return std::vector<std::int64_t>{in_order ? 0 : need.num - 1};
+        };
+        run_experts(way, experts, {ids, nullptr, 2, 2 * num, num}, {x.data(), Number::f32, d_model},
+                    {weights, Number::f32, 1}, silu, {apart.data(), Number::f32, d_model});
+        tell("experts that are brought one by one", calls == 2 && apart == out ? 0.0 : 1.0, 1e-9);
+    }
     double lost = 0.0, size = 0.0;
     for (std::int64_t t = 0; t < num; ++t) {
         std::vector<double> sum(d_model, 0.0);

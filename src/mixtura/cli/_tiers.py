@@ -79,6 +79,7 @@ def tier_fields(model: Any) -> dict[str, Any]:
 def tier_lines(model: Any) -> list[str]:
     """The same for people."""
     from mixtura.report.units import format_bytes
+    from mixtura.running.tiers.choosing import Choosing
     from mixtura.running.tiers.opening import division_of, tiers_of
 
     tiers, division = tiers_of(model), division_of(model)
@@ -96,6 +97,9 @@ def tier_lines(model: Any) -> list[str]:
         f"experts: {seen.hit_rate:.1%} of {seen.needed} needed were in memory; "
         f"{format_bytes(seen.demanded_bytes)} read when needed, {seen.waited_ms / 1000:.2f} s waited"
     )
+    leaders = [pool.cache.leader for pool in tiers.pools if isinstance(pool.cache, Choosing)]
+    if leaders:
+        lines.append(f"cache: chosen while it ran, in the end {', '.join(dict.fromkeys(leaders))}")
     if tiers.ahead is not None:
         off = ", switched off because it did not pay" if tiers.ahead.is_off else ""
         lines.append(

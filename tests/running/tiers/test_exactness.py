@@ -26,6 +26,7 @@ from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.methods import header, own_names
 from mixtura.running.generation import new_tokens
 from mixtura.running.loading import load
+from mixtura.running.tiers import store
 from mixtura.running.tiers.choosing import AUTO
 from mixtura.running.tiers.opening import NO_PREFETCH, Wish, tiers_of
 from mixtura.types import Merge, Plan, Quantize, QuantizeMatrix
@@ -94,6 +95,14 @@ def test_experts_in_fewer_bits(family: str, tmp_path: Path) -> None:
     require_equal(packed, slots(1, 3, 1000))
     with using("torch"):
         require_equal(packed, slots(2))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_must_come_in_order(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MOST_WAITING_BYTES", 0)
+    require_equal(save_source(tmp_path / "source", family), slots(1, 3, 1000))
 
 
 @pytest.mark.parametrize(("quantizer", "settings"), [("trellis", {"bits": 3}), ("nested", {})])

@@ -386,9 +386,6 @@ void sum_rows(const Way& way, const Assignments& given, const Sorted& sorted, co
     });
 }
 
-// Of rows of outputs that wait for those of lower experts.
-constexpr std::int64_t most_waiting_bytes = 16 << 20;
-
 }  // namespace
 
 void run_experts(const Way& way, const Experts& experts, const Assignments& assignments, Rows x, Rows weights,
@@ -405,7 +402,7 @@ void run_experts_held(const Way& way, const Experts& experts, const Assignments&
         return;
     }
     const std::int64_t width = experts.all[0].down.rows;
-    if (experts.fetch && assignments.num * width * number_bytes <= most_waiting_bytes) {
+    if (experts.fetch && assignments.num * width * number_bytes <= experts.most_waiting_bytes) {
         static Room room;
         float* rows = room.of<float>(assignments.num * width);
         as_they_come(experts, sorted, x, assignments.num_tokens, [&](std::vector<Run> runs) {

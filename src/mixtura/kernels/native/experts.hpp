@@ -55,6 +55,8 @@ struct Need {
 struct Experts {
     std::vector<Expert> all;
     std::function<std::vector<std::int64_t>(const Need&)> fetch;
+    // Of rows of outputs that wait for those of lower experts; a call that would have more takes experts in order.
+    std::int64_t most_waiting_bytes = 0;
 };
 
 // Assignments of tokens to experts. One whose expert does not exist is absent.

@@ -80,7 +80,8 @@ Matrix make_matrix(int format, Address data, Address scales, std::int64_t rows, 
 }
 
 // Experts come from a Python function, which must not run kernels: the pool is held while it works.
-void set_fetch(Layer& layer, nb::callable fetch) {
+void set_fetch(Layer& layer, nb::callable fetch, std::int64_t most_waiting_bytes) {
+    layer.experts.most_waiting_bytes = most_waiting_bytes;
     layer.experts.fetch = [fetch = std::move(fetch)](const Need& need) {
         nb::gil_scoped_acquire acquired;
         const std::vector<std::int64_t> experts(need.experts, need.experts + need.num);
@@ -134,7 +135,7 @@ NB_MODULE(_native, m) {
         .def("add_all", &Layer::add_all, "num"_a, "up"_a, "up_bytes"_a, "down"_a, "down_bytes"_a, "up_bias"_a,
              "up_bias_bytes"_a, "down_bias"_a, "down_bias_bytes"_a, "bias_number"_a)
         .def("shift", &Layer::shift, "expert"_a, "bytes"_a)
-        .def("set_fetch", &set_fetch, "fetch"_a);
+        .def("set_fetch", &set_fetch, "fetch"_a, "most_waiting_bytes"_a);
     bind_step(m);
     bind_watch(m);
     m.def("isas", &isa_names);

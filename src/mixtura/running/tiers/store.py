@@ -17,6 +17,8 @@ from mixtura.running.tiers.core import Tiers
 
 # Parts in which the experts of a call of many tokens come, at most, while there is room for all.
 _PARTS: Final = 4
+# Outputs of experts that came before lower ones, until these are there. More tokens take experts in order.
+MOST_WAITING_BYTES: Final = 4 << 20
 _DTYPES: Final = {number: dtype for dtype, number in NUMBERS.items()}
 
 
@@ -82,7 +84,7 @@ class TieredStore:
             self._addresses.append(memory.data_ptr())
         made = NativeLayer.of(experts)
         if made is not None:
-            made.record.set_fetch(_fetching(weakref.ref(self)))
+            made.record.set_fetch(_fetching(weakref.ref(self)), MOST_WAITING_BYTES)
         return made
 
     def fetch(
