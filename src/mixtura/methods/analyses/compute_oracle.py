@@ -30,7 +30,8 @@ class ComputeOracle(Analysis):
     better.
 
     Above ``most_paths`` paths a token they are not all tried: from the full path the layer that costs least
-    is made smaller, again and again, and the oracle is the best of what was seen.
+    is made smaller, again and again; the oracle is the best of what was seen, and ``fixed`` of what all
+    tokens have tried.
 
     Shapes:
         A model of L layers and its text to L rows, and a table by cost.

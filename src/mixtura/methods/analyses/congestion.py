@@ -32,7 +32,8 @@ class Congestion(Analysis):
     absolute differences): 0 where load follows preference, large where it is even whatever is preferred.
     ``low`` and ``high`` are the middle 95 % over ``draws`` resamplings of the texts. ``held_out`` and
     ``held_out_softmax`` are errors on every second text, fitted on the others, of this and of a softmax with
-    a temperature, which fits about as well: gamma is a reading of it, not a better prediction.
+    a temperature, which fits about as well: gamma is a reading of it, not a better prediction. Of all layers
+    the median gamma is given; 10,000 is where the search ends, and means that loads are even.
 
     Of traces of several checkpoints it shows gamma over the steps: balance is learnt first, given up last.
 
@@ -69,6 +70,8 @@ class Congestion(Analysis):
         rows = [self._row(trace, layer.index) for layer in trace.layers]
         names = ("gamma", "error", "held_out", "held_out_softmax")
         scalars = {name: mean_of(row[name] for row in rows) for name in names}
+        known = [row["gamma"] for row in rows if row["gamma"] is not None]
+        scalars["gamma"] = float(np.median(known)) if known else None
         curves = {0: [(float(row["layer"] or 0), row["gamma"]) for row in rows]}
         figures = curves_of_layers("Congestion by layer", "layer", "gamma", curves)
         if len(evidence.traces) > 1:
