@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtura.errors import check_range
 from mixtura.methods.analyses import Analysis, Evidence, Report
 from mixtura.methods.analyses._congestion import best_gamma, best_temperature, equilibrium, tempered
-from mixtura.methods.analyses._shared import curves_of_layers, marks, mean_of, shares_of
+from mixtura.methods.analyses._shared import curves_of_layers, marks, mean_of, over_layers, shares_of
 from mixtura.types.trace import Trace
 
 METHOD = {
@@ -72,8 +72,7 @@ class Congestion(Analysis):
         scalars = {name: mean_of(row[name] for row in rows) for name in names}
         known = [row["gamma"] for row in rows if row["gamma"] is not None]
         scalars["gamma"] = float(np.median(known)) if known else None
-        curves = {0: [(float(row["layer"] or 0), row["gamma"]) for row in rows]}
-        figures = curves_of_layers("Congestion by layer", "layer", "gamma", curves)
+        figures = over_layers("Congestion by layer", "gamma", rows, "gamma")
         if len(evidence.traces) > 1:
             steps: dict[int, list[tuple[float, float | None]]] = {}
             for step, one in evidence.series():
