@@ -169,3 +169,10 @@ def test_numbers_are_aligned_right_and_rows_are_named() -> None:
     assert "<th scope=col class=n>share" in html
     assert "<th scope=col>name" in html
     assert "<tr class=chosen><th scope=row class=n>1" in html
+
+
+def test_a_signed_map_has_nothing_in_the_middle() -> None:
+    html = heatmap_svg([[-2.0, 0.0, 1.0]], ["0"], ["a", "b", "c"], title="Signed", scale="signed")
+    assert [f"class={level}" in html for level in ("d0", "d6", "d9", "d12")] == [True] * 4
+    assert html.count("class=d12") == 1  # in the legend alone
+    assert "class=d6" in heatmap_svg([[0.0]], ["0"], ["a"], title="Nothing", scale="signed")

@@ -35,7 +35,7 @@ def analyze(
 
     Example: `mixtura analyze step-100.trace step-900.trace --analysis router_dynamics --report page.html`
 
-    `mixtura analyze --analysis speedup_choice --runs benchmarks/results/decode.json`
+    `mixtura analyze --analysis speedup_choice --runs decode.json --set 'features=["num_tokens"]'`
     """
     check_file(report)
     names = [name.strip() for name in analysis.split(",") if name.strip()]

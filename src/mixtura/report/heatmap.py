@@ -15,7 +15,7 @@ from mixtura.report.numbers import Number, human_number
 from mixtura.report.page import details
 from mixtura.report.tables import table_html
 
-Scale = Literal["linear", "ratio"]
+Scale = Literal["linear", "ratio", "signed"]
 
 NUM_LEVELS = 9
 NUM_RATIO_LEVELS = 13
@@ -51,13 +51,14 @@ def heatmap_svg(
         row_name: what one row is.
         col_name: what one column is.
         scale: "linear" from `low` to `high`; "ratio" for values around 1, in doublings, from an
-            eighth to eight times.
+            eighth to eight times; "signed" for values around 0, the largest on both sides being as strong.
         low: value of the faintest colour of a linear scale; the smallest value if not given.
         high: value of the strongest colour; the largest value if not given.
         number_format: how tooltips, legend and table show a value.
         zero_label: if given, cells that are exactly 0 get a colour of their own with this name.
     """
     finite = [v for row in values for v in row if math.isfinite(v)]
+    reach = max(map(abs, finite), default=0.0)
     bottom = min(finite, default=0.0) if low is None else low
     top = max(finite, default=1.0) if high is None else high
 
@@ -68,11 +69,18 @@ def heatmap_svg(
             return "zero"
         if scale == "ratio":
             return f"d{_ratio_level(value)}"
+        if scale == "signed":
+            return f"d{_signed_level(value, reach)}"
         return f"s{_linear_level(value, bottom, top)}"
 
     classes = [[colour(value) for value in row] for row in values]
     shown = [[number_format(value) for value in row] for row in values]
-    legend = _ratio_legend() if scale == "ratio" else _linear_legend(bottom, top, number_format)
+    legends = {
+        "ratio": _ratio_legend,
+        "linear": lambda: _linear_legend(bottom, top, number_format),
+        "signed": lambda: _signed_legend(reach, number_format),
+    }
+    legend = legends[scale]()
     if zero_label:
         legend = [("zero", zero_label), *legend]
     return _figure(classes, shown, (row_labels, col_labels), (row_name, col_name), title, legend)
@@ -119,6 +127,18 @@ def _ratio_level(value: Number) -> int:
         return 0
     doublings = min(max(math.log2(value), -_LARGEST_DOUBLING), _LARGEST_DOUBLING)
     return round((doublings + _LARGEST_DOUBLING) / (2 * _LARGEST_DOUBLING) * (NUM_RATIO_LEVELS - 1))
+
+
+def _signed_level(value: Number, reach: Number) -> int:
+    share = min(max(value / reach, -1.0), 1.0) if reach else 0.0
+    return round((share + 1) / 2 * (NUM_RATIO_LEVELS - 1))
+
+
+def _signed_legend(reach: Number, number_format: Callable[[Number], str]) -> list[tuple[str, str]]:
+    if not reach:
+        return [("d6", number_format(0))]
+    steps = range(0, NUM_RATIO_LEVELS, 3)
+    return [(f"d{i}", number_format(reach * (2 * i / (NUM_RATIO_LEVELS - 1) - 1))) for i in steps]
 
 
 def _ratio_legend() -> list[tuple[str, str]]:

@@ -252,7 +252,7 @@ class TestClassAttribution:
         assert report.scalars["accuracy"] is not None
         assert report.scalars["accuracy"] > 0.7
         assert "expert 6 of layer 1" in report.sentences[0]
-        assert "--set experts=[[1, 6]," in report.sentences[0]
+        assert "--set 'experts=[[1,6]," in report.sentences[0]
 
     def test_too_few_texts_and_domains_are_said(self) -> None:
         with pytest.raises(UserError, match=r"3 texts of one and 3 of two.*--length"):

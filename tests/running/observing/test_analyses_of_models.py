@@ -122,7 +122,7 @@ class TestExpertMasking:
 
     def test_a_planted_expert_matters_more_than_random_ones(self) -> None:
         """One expert shouts, and the text is what the model itself says."""
-        model, expert = shouting(1)
+        model, expert = shouting(1, quiet=0.001)
         with studying(model, own_words(model), steers=True) as study:
             found = ExpertMasking(experts=[[1, expert]]).measure(Evidence(study=study)).scalars
         assert abs(found["change"] or 0) > 3 * abs(found["random"] or 0)

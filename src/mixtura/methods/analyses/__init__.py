@@ -75,7 +75,7 @@ class Lines:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A map of coloured cells; None leaves a cell empty."""
+    """A map of coloured cells; None leaves a cell empty. ``signed`` values lie on both sides of 0."""
 
     title: str
     values: tuple[tuple[float | None, ...], ...]
@@ -83,6 +83,7 @@ class Grid:
     column_labels: tuple[str, ...]
     row_name: str = "layer"
     column_name: str = "expert"
+    signed: bool = False
 
 
 @final

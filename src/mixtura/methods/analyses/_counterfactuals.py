@@ -94,4 +94,5 @@ def influence_map(study: Study, edges: list[Edge]) -> Grid:
         row_labels=tuple(str(layer.index) for layer in study.layers),
         column_labels=tuple(str(place + 1) for place in range(widest)),
         column_name="choice, by weight",
+        signed=True,
     )

@@ -78,7 +78,8 @@ def _steering(layers: Sequence[LayerFacts], path: Path) -> dict[int, Steering]:
 
 def by_cost(found: Sequence[dict[Path, float]]) -> Table:
     """Losses of the oracle, of one path for all and of the mean path, by the experts a token may run."""
-    shared = set(found[0]).intersection(*found[1:])
+    # What one path costs all tokens is known where all have tried the same ones.
+    shared = found[0] if all(tried.keys() == found[0].keys() for tried in found) else {}
     rows = []
     for cost in sorted({sum(path) for tried in found for path in tried}):
         oracle = [min((x for p, x in tried.items() if sum(p) <= cost), default=None) for tried in found]

@@ -62,6 +62,18 @@ def curves_of_layers(
     return (Lines(title=title, x_label=x_label, y_label=y_label, series=series, log_x=log_x),)
 
 
+def over_layers(
+    title: str, y_label: str, rows: Sequence[Mapping[str, float | None]], *columns: str
+) -> tuple[Lines, ...]:
+    """A figure of some columns of the rows over the layers; nothing where they have no numbers."""
+    series = {}
+    for column in columns:
+        points = ((float(row["layer"] or 0), row[column]) for row in rows)
+        series[column.replace("_", " ")] = tuple((x, y) for x, y in points if y is not None)
+    known = {name: points for name, points in series.items() if points}
+    return (Lines(title=title, x_label="layer", y_label=y_label, series=known),) if known else ()
+
+
 def marks(choices: Int[Tensor, "T K"], num_experts: int) -> Bool[Tensor, "T E"]:
     """Which experts each token has; absent choices are none."""
     ids = choices.long().clamp(max=num_experts)

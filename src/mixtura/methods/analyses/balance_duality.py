@@ -128,7 +128,12 @@ class BalanceDuality(Analysis):
 def _chosen(
     scores: Float[Tensor, "S E"], bias: Float[Tensor, " E"], top_k: int
 ) -> tuple[Bool[Tensor, "S E"], Float[Tensor, " E"]]:
-    """Which experts each token chooses with a bias, and their loads."""
-    ids = (scores + bias).topk(top_k).indices
+    """Which experts each token chooses with a bias, and their loads.
+
+    Scores too small to show beside a bias still decide between experts of the same bias.
+    """
+    falling = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    sums = (scores + bias).gather(1, falling)
+    ids = falling.gather(1, torch.sort(sums, dim=1, descending=True, stable=True).indices[:, :top_k])
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, True)
     return chosen, chosen.sum(0).double()

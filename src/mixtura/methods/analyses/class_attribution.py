@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import final
 
 import torch
@@ -96,7 +97,12 @@ class ClassAttribution(Analysis):
         )
         best = best_of(trace, shares.tolist())
         scalars = dict(zip(names, (accuracy, max(counted) / sum(counted), *tops), strict=True))
-        return Report(scalars, rows, (_told(trace, pair, best),), (table_of(trace, pair, best),))
+        return Report(
+            scalars,
+            rows,
+            (_told(trace, pair, best, accuracy > max(counted) / sum(counted)),),
+            (table_of(trace, pair, best),),
+        )
 
     def _texts(self, trace: Trace, pair: tuple[int, int]) -> tuple[list[Int[Tensor, "T L K"]], list[int]]:
         """The experts of each text of the two domains, absent ones as one more than there are."""
@@ -114,10 +120,17 @@ class ClassAttribution(Analysis):
         return texts, [pair.index(domain) for domain in trace.sequence_domains if domain in pair]
 
 
-def _told(trace: Trace, pair: tuple[int, int], best: list[tuple[int, int, float]]) -> str:
+def _told(trace: Trace, pair: tuple[int, int], best: list[tuple[int, int, float]], sure: bool) -> str:
     named = [[layer, expert] for layer, expert, share in best[:5] if share > 0]
+    spoken = ", ".join(f"expert {expert} of layer {layer}" for layer, expert in named) or "none"
+    first, second = (trace.domains[place] for place in pair)
+    if not sure:
+        return (
+            f"Texts of {first} and {second} that were held out are not told apart better than by naming the "
+            "larger set: nothing is known of the experts that separate them."
+        )
+    compact = json.dumps(named, separators=(",", ":"))
     return (
-        f"Of all experts these say most for {trace.domains[pair[1]]} against {trace.domains[pair[0]]}: "
-        f"{', '.join(f'expert {expert} of layer {layer}' for layer, expert in named) or 'none'}. What each "
-        f"set loses without them: mixtura observe MODEL --analysis expert_masking --set experts={named}"
-    ).replace("], [", "],[")
+        f"Of all experts these say most for {second} against {first}: {spoken}. What each set loses without "
+        f"them: mixtura observe MODEL --analysis expert_masking --set 'experts={compact}'"
+    )

@@ -30,7 +30,7 @@ class ComputeOracle(Analysis):
     better.
 
     Above ``most_paths`` paths a token they are not all tried: from the full path the layer that costs least
-    is made smaller, again and again, and the oracle is the best of what was seen.
+    is made smaller, again and again; the oracle is the best of what was seen, and ``fixed`` is not known.
 
     Shapes:
         A model of L layers and its text to L rows, and a table by cost.
@@ -94,7 +94,7 @@ class ComputeOracle(Analysis):
         curves = {
             name: tuple((float(row[0] or 0), float(row[i] or 0)) for row in table.rows if row[i] is not None)
             for i, name in enumerate(table.columns)
-            if i
+            if i and any(row[i] is not None for row in table.rows)
         }
         title = "Loss by the experts a token may run"
         picture = Lines(title=title, x_label="experts", y_label="loss, nats", series=curves)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtura.errors import check_range
 from mixtura.methods.analyses import Analysis, Evidence, Report
 from mixtura.methods.analyses._congestion import best_gamma, best_temperature, equilibrium, tempered
-from mixtura.methods.analyses._shared import curves_of_layers, marks, mean_of, shares_of
+from mixtura.methods.analyses._shared import curves_of_layers, marks, mean_of, over_layers, shares_of
 from mixtura.types.trace import Trace
 
 METHOD = {
@@ -32,7 +32,8 @@ class Congestion(Analysis):
     absolute differences): 0 where load follows preference, large where it is even whatever is preferred.
     ``low`` and ``high`` are the middle 95 % over ``draws`` resamplings of the texts. ``held_out`` and
     ``held_out_softmax`` are errors on every second text, fitted on the others, of this and of a softmax with
-    a temperature, which fits about as well: gamma is a reading of it, not a better prediction.
+    a temperature, which fits about as well: gamma is a reading of it, not a better prediction. Of all layers
+    the median gamma is given; 10,000 is where the search ends, and means that loads are even.
 
     Of traces of several checkpoints it shows gamma over the steps: balance is learnt first, given up last.
 
@@ -69,8 +70,9 @@ class Congestion(Analysis):
         rows = [self._row(trace, layer.index) for layer in trace.layers]
         names = ("gamma", "error", "held_out", "held_out_softmax")
         scalars = {name: mean_of(row[name] for row in rows) for name in names}
-        curves = {0: [(float(row["layer"] or 0), row["gamma"]) for row in rows]}
-        figures = curves_of_layers("Congestion by layer", "layer", "gamma", curves)
+        known = [row["gamma"] for row in rows if row["gamma"] is not None]
+        scalars["gamma"] = float(np.median(known)) if known else None
+        figures = over_layers("Congestion by layer", "gamma", rows, "gamma")
         if len(evidence.traces) > 1:
             steps: dict[int, list[tuple[float, float | None]]] = {}
             for step, one in evidence.series():

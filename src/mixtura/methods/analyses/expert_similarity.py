@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.analyses import Analysis, Evidence, Grid, Report, Study
-from mixtura.methods.analyses._shared import curves_of_layers, generator_of, mean_of
+from mixtura.methods.analyses._shared import generator_of, mean_of, over_layers
 from mixtura.methods.analyses._similarity import (
     cosines,
     matched,
@@ -85,8 +85,7 @@ class ExpertSimilarity(Analysis):
         figures: list[Grid] = []
         if ranks is not None and len(ranks) <= _WIDEST_MAP:
             figures.append(_map(study.layers[-1].index, ranks))
-        curves = {0: [(float(row["layer"] or 0), row["outputs"]) for row in rows]}
-        lines = curves_of_layers("How alike the experts' outputs are", "layer", "mean cosine", curves)
+        lines = over_layers("How alike experts are", "mean cosine", rows, "outputs", "router", "matched")
         return Report(scalars, tuple(rows), figures=(*lines, *figures))
 
     def _seen(self, study: Study) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

@@ -126,7 +126,10 @@ class SpeedupChoice(Analysis):
         for pair in self.case:
             name, value = key_and_value(pair)
             if name not in known:
-                raise UserError(f"case of SpeedupChoice has no feature {name!r}; {suggest(name, known)}")
+                raise UserError(
+                    f"case of SpeedupChoice has no feature {name!r}; {suggest(name, known)}, and name more "
+                    "columns by features if they tell cases apart"
+                )
             try:
                 found[name] = float(value)
             except ValueError:

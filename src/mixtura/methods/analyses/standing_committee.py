@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixtura.errors import check_range
 from mixtura.methods.analyses import Analysis, Evidence, Report, Table
-from mixtura.methods.analyses._shared import curves_of_layers, mean_of, ratio
+from mixtura.methods.analyses._shared import mean_of, over_layers, ratio
 from mixtura.types.trace import LayerTrace, Trace
 
 METHOD = {
@@ -72,8 +72,7 @@ class StandingCommittee(Analysis):
             rows.append(_row(layer, members, ranks, weights))
             named.append((layer.index, ", ".join(map(str, members)) or "-"))
         scalars = {name: mean_of(row[name] for row in rows) for name in ("size", "coverage", "advantage")}
-        curve = {0: [(float(row["layer"] or 0), row["coverage"]) for row in rows]}
-        figures = curves_of_layers("Share of the routing weight", "layer", "committee's share", curve)
+        figures = over_layers("What the committee takes of the routing weight", "share", rows, "coverage")
         table = Table(title="Members by layer", columns=("layer", "experts"), rows=tuple(named))
         return Report(scalars, tuple(rows), tables=(table,), figures=figures)
 

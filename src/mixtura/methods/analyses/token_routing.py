@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mixtura.errors import check_range
-from mixtura.methods.analyses import Analysis, Evidence, Lines, Report
-from mixtura.methods.analyses._shared import curves_of_layers, generator_of, mean_of, ratio
+from mixtura.methods.analyses import Analysis, Evidence, Report
+from mixtura.methods.analyses._shared import curves_of_layers, generator_of, mean_of, over_layers, ratio
 from mixtura.types.trace import Trace
 
 METHOD = {
@@ -64,20 +64,13 @@ class TokenRouting(Analysis):
         rows = [self._row(trace, index) for index in (layer.index for layer in trace.layers)]
         names = ("explained", "by_chance", "beyond_chance", "top_share")
         scalars = {name: mean_of(row[name] for row in rows) for name in names}
-        series: dict[str, tuple[tuple[float, float], ...]] = {}
-        for name in names[:2]:
-            points = ((float(row["layer"] or 0), row[name]) for row in rows)
-            series[name.replace("_", " ")] = tuple((x, y) for x, y in points if y is not None)
-        figures: list[Lines] = []
-        if any(series.values()):
-            title = "How much the token decides"
-            figures.append(Lines(title=title, x_label="layer", y_label="share of the entropy", series=series))
+        figures = over_layers("How much the token decides", "share of the entropy", rows, *names[:2])
         if len(evidence.traces) > 1:
             settled = self._settled(evidence)
             scalars["settled"] = mean_of(points[0][1] for points in settled.values())
             title = "Favourite experts that are already the last checkpoint's"
             figures += curves_of_layers(title, "step", "share of entries", settled)
-        return Report(scalars, tuple(rows), figures=tuple(figures))
+        return Report(scalars, tuple(rows), figures=figures)
 
     def _row(self, trace: Trace, index: int) -> dict[str, float | None]:
         table = joint(trace, index)

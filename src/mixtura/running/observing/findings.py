@@ -89,6 +89,7 @@ def _drawn(figure: Lines | Grid) -> Html:
             title=figure.title,
             row_name=figure.row_name,
             col_name=figure.column_name,
+            scale="signed" if figure.signed else "linear",
             number_format=lambda value: shown(float(value)),
         )
     return line_svg(
