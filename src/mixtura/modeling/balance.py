@@ -38,7 +38,7 @@ class Counts:
     ``num_parts`` says of how many micro-batches, those of all processes together, it is made.
     """
 
-    loads: tuple[Float[Tensor, " E"], ...]
+    loads: tuple[Float[Tensor, " _"], ...]
     num_tokens: int
     num_labels: int = 0
     num_parts: int = 1

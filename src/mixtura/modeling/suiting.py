@@ -93,9 +93,6 @@ def require_suited(balancer: Balancer, decider: Decider) -> None:
 
 def _require_experts(name: str, asks: frozenset[str], decider: Decider) -> None:
     """Refuse a balancer that reads what these experts have not."""
-    if decider.bank is None:
-        return
-    has = declared_tags(decider.bank)
     for field, tag, what in (
         ("experts", "materialises", "matrices"),
         (
@@ -111,7 +108,7 @@ def _require_experts(name: str, asks: frozenset[str], decider: Decider) -> None:
                 f"{decider} balances rows and columns of a grid, but {name} reads single experts; choose "
                 "another balancer, such as switch_loss"
             )
-        if tag not in has:
+        if decider.bank is not None and tag not in declared_tags(decider.bank):
             raise UserError(
                 f"the experts {_name(decider.bank)} have no {what}, which {name} reads; choose another "
                 "balancer, or experts such as ffn"

@@ -31,7 +31,7 @@ class Judged:
     """
 
     bits: tuple[float, ...]
-    loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"] | None
+    loads: Sequence[Float[Tensor, "G _"]] | Float[Tensor, "L G E"] | None
     choices: Choices
     experts_per_token: float | None
 
@@ -78,7 +78,7 @@ def weight_loads(routing: Routing) -> Float[Tensor, " E"]:
     return routing.load.float()
 
 
-def balance(loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"]) -> dict[str, float]:
+def balance(loads: Sequence[Float[Tensor, "G _"]] | Float[Tensor, "L G E"]) -> dict[str, float]:
     """How even the load is: the worst layer's fullest expert over the mean, and experts without tokens."""
     by_layer = [one.sum(0) for one in loads]
     return {
@@ -87,7 +87,7 @@ def balance(loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"]) -> d
     }
 
 
-def specialisation(loads: Sequence[Float[Tensor, "G E"]] | Float[Tensor, "L G E"]) -> float:
+def specialisation(loads: Sequence[Float[Tensor, "G _"]] | Float[Tensor, "L G E"]) -> float:
     """The share of choices that would have to move for two domains to use experts alike; mean of pairs."""
     found = []
     for one in loads:
