@@ -151,6 +151,24 @@ FAULTS = (
         "test_quantizer_round_to_nearest.py",
     ),
     Fault(
+        "whole models: money that is set aside is not counted",
+        "self.spent + self.reserved + amount > self.budget",
+        "self.spent + amount > self.budget",
+        "test_composing_asking.py",
+    ),
+    Fault(
+        "model routers: a dearer model is preferred where two are expected to be equally good",
+        "np.broadcast_to(names, quality.shape), cost, -worth",
+        "np.broadcast_to(names, quality.shape), -cost, -worth",
+        "test_model_router_cheapest.py",
+    ),
+    Fault(
+        "estimates from logs: outcomes are not weighted by their propensity",
+        "shares.get(one.model, 0.0) / one.propensity",
+        "shares.get(one.model, 0.0)",
+        "test_composing_measures.py",
+    ),
+    Fault(
         "nested experts: of the widths asked for the narrowest is read",
         "return held[0] if held else None",
         "return held[-1] if held else None",

@@ -50,6 +50,7 @@ _PUBLIC = {
     "AdapterConfig": "mixtura.adapting",
     "export_lora": "mixtura.adapting.exporting",
     "tune": "mixtura.train.tuning",
+    "Runner": "mixtura.running.composing.asking",
     "fit_model_router": "mixtura.running.composing.fitted",
     "load_model_router": "mixtura.running.composing.fitted",
     "read_table": "mixtura.running.composing.reading",

@@ -34,3 +34,11 @@ def test_models_without_a_price_come_last() -> None:
     cards = (replace(models("free")[0], output_price=None), *models("priced"))
     _, asked = rehearse(Cascade().plan(Prompt(id="0", text="?"), cards), lambda ask: f"{ask.sample}")
     assert [ask.model for ask in asked] == ["priced"] * 3 + ["free"]
+
+
+def test_samples_that_failed_are_no_agreement() -> None:
+    verdict, _, asked = run(
+        Cascade(), lambda text, ask: "sure" if ask.model == "b" or ask.sample == 0 else FAILED, "a", "b"
+    )
+    assert [ask.model for ask in asked] == ["a"] * 3 + ["b"]
+    assert verdict.text == "sure"

@@ -59,11 +59,14 @@ class Cascade(Aggregator):
                 plain(prompt, model.name, temperature=self.temperature, sample=n)
                 for n in range(self.num_samples)
             ]
-            found = plurality(good(replies))
+            answers = good(replies)
+            found = plurality(answers)
             if not found.abstained:
-                best = found
-                if (found.confidence or 0.0) >= self.agreement:
-                    return found
+                # A sample that failed agrees with nothing.
+                share = (found.confidence or 0.0) * len(answers) / self.num_samples
+                best = Verdict(found.text, share)
+                if share >= self.agreement:
+                    return best
         return best
 
     def most_calls(self, num_models: int) -> int:
