@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import re
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
