@@ -52,6 +52,8 @@ def test_what_is_small_or_near_is_no_cliff() -> None:
 
 
 def test_the_table_marks_what_was_chosen() -> None:
-    headers, cells = frontier_rows(frontier([point(4000, 0.001), point(3000, 0.004)]), 3000)
+    headers, cells = frontier_rows(
+        frontier([point(4000, 0.001), point(3000, 0.004)]), point(3000, 0.004).quality
+    )
     assert len(headers) == len(cells[0])
     assert [row[-1].endswith("(chosen)") for row in cells] == [False, True]

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import final
 
 from mixtura.fitting.quality import ALL
-from mixtura.fitting.records import Measured
+from mixtura.fitting.records import Measured, Quality
 from mixtura.report import human_number
 from mixtura.report.units import format_bytes
 
@@ -78,12 +78,15 @@ def cliff(points: Sequence[Measured], original_bytes: int) -> Step | None:
     return None
 
 
-def frontier_rows(points: Iterable[Measured], chosen_bytes: int) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the table of a frontier, as the terminal and the page show it."""
+def frontier_rows(points: Iterable[Measured], chosen: Quality) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table of a frontier, as the terminal and the page show it.
+
+    ``chosen`` is what was measured of the plan that was chosen.
+    """
     headers = ["accounted", "KL, nats", "perplexity", "same top token", "plan"]
     cells = []
     for point in points:
-        mark = " (chosen)" if point.account_bytes == chosen_bytes else ""
+        mark = " (chosen)" if point.quality == chosen else ""
         cells.append(
             [
                 format_bytes(point.account_bytes),

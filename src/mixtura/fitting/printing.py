@@ -64,7 +64,7 @@ def print_fitted(fitted: Fitted) -> None:
     console.print()
     print_table(console, "By domain, on held-out text", *domain_rows(fitted.rows))
     console.print()
-    points = frontier_rows(fitted.frontier, fitted.after.accounted_bytes)
+    points = frontier_rows(fitted.frontier, fitted.after.quality)
     print_table(console, "The measured frontier", *points)
     console.print()
     _print_remarks(console, fitted.remarks)

@@ -170,7 +170,7 @@ def _tried(fitted: Fitted) -> Iterable[Html]:
         x_unit=_MIB,
         x_format=format_bytes,
     )
-    headers, cells = frontier_rows(fitted.frontier, chosen.accounted_bytes)
+    headers, cells = frontier_rows(fitted.frontier, chosen.quality)
     yield table_html(headers, cells, caption="The measured frontier: nothing measured is smaller and better")
     fall = cliff(fitted.frontier, fitted.before.weights_bytes)
     yield paragraph(
