@@ -71,8 +71,8 @@ def sample_trace(
         made = _layer(index, seed, choices, logits[index], counts, counts * (0.2 + 0.6 * drawn))
         following = chosen[index + 1] if index + 1 < num_layers else None
         transitions = None if following is None else _pairs(choices, following, num_experts)
-        groups = {"num_groups": num_groups, "top_groups": top_groups}
-        layers.append(replace(made, transitions=transitions, **groups))
+        made = replace(made, transitions=transitions, num_groups=num_groups, top_groups=top_groups)
+        layers.append(made)
     num_per_domain = tuple(torch.bincount(domain, minlength=len(DOMAINS)).tolist())
     return Trace(
         source_digest=f"sample:{seed}",
