@@ -75,12 +75,9 @@ def heatmap_svg(
 
     classes = [[colour(value) for value in row] for row in values]
     shown = [[number_format(value) for value in row] for row in values]
-    legends = {
-        "ratio": _ratio_legend,
-        "linear": lambda: _linear_legend(bottom, top, number_format),
-        "signed": lambda: _signed_legend(reach, number_format),
-    }
-    legend = legends[scale]()
+    legend = _linear_legend(bottom, top, number_format)
+    if scale != "linear":
+        legend = _ratio_legend() if scale == "ratio" else _signed_legend(reach, number_format)
     if zero_label:
         legend = [("zero", zero_label), *legend]
     return _figure(classes, shown, (row_labels, col_labels), (row_name, col_name), title, legend)

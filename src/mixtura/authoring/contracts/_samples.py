@@ -67,27 +67,13 @@ def sample_trace(
     chosen = [one.topk(top_k).indices for one in logits]
     layers = []
     for index, choices in enumerate(chosen):
-        following = chosen[index + 1] if index + 1 < num_layers else None
         counts = torch.stack([_counts(choices[domain == d], num_experts) for d in range(len(DOMAINS))])
         drawn = torch.rand(len(DOMAINS), num_experts, generator=generator)
-        layers.append(
-            LayerTrace(
-                index=index,
-                shape=LayerShape(16, 32, num_experts),
-                top_k=top_k,
-                num_groups=num_groups,
-                top_groups=top_groups,
-                expert_num_bytes=1000,
-                counts=counts,
-                weight_sums=counts * (0.2 + 0.6 * drawn),
-                statistics={name: _statistic(name, seed + index, counts) for name in names("statistics")},
-                features=_features(seed + index, counts),
-                coactivation=_pairs(choices, choices, num_experts).fill_diagonal_(0),
-                transitions=None if following is None else _pairs(choices, following, num_experts),
-                choices=choices,
-                logits=logits[index],
-            )
-        )
+        made = _layer(index, seed, choices, logits[index], counts, counts * (0.2 + 0.6 * drawn))
+        following = chosen[index + 1] if index + 1 < num_layers else None
+        transitions = None if following is None else _pairs(choices, following, num_experts)
+        made = replace(made, transitions=transitions, num_groups=num_groups, top_groups=top_groups)
+        layers.append(made)
     num_per_domain = tuple(torch.bincount(domain, minlength=len(DOMAINS)).tolist())
     return Trace(
         source_digest=f"sample:{seed}",
@@ -98,6 +84,32 @@ def sample_trace(
         sequence_lengths=(num_tokens // 3, num_tokens - num_tokens // 3),
         sequence_domains=(0, 1),
         token_ids=torch.randint(0, 12, (num_tokens,), generator=torch.Generator().manual_seed(0)),
+    )
+
+
+def _layer(
+    index: int,
+    seed: int,
+    choices: Int[Tensor, "T K"],
+    logits: Float[Tensor, "T E"],
+    counts: Int[Tensor, "M E"],
+    weight_sums: Float[Tensor, "M E"],
+) -> LayerTrace:
+    """A layer of these choices, without groups, with every statistic and feature there is."""
+    num_experts = logits.shape[1]
+    return LayerTrace(
+        index=index,
+        shape=LayerShape(16, 32, num_experts),
+        top_k=choices.shape[1],
+        num_groups=1,
+        expert_num_bytes=1000,
+        counts=counts,
+        weight_sums=weight_sums,
+        statistics={name: _statistic(name, seed + index, counts) for name in names("statistics")},
+        features=_features(seed + index, counts),
+        coactivation=_pairs(choices, choices, num_experts).fill_diagonal_(0),
+        choices=choices,
+        logits=logits,
     )
 
 
