@@ -89,7 +89,7 @@ def test_what_is_no_router(tmp_path: Path, router: FittedRouter) -> None:
 
 def test_too_few_labels_say_how_many_are_needed() -> None:
     empty = make_table([Prompt(id="a")], [], [Outcome(prompt="a", model="m", cost=1.0)])
-    with pytest.raises(UserError, match="knn learns from 1 prompts with a score or more, got 0"):
+    with pytest.raises(UserError, match="knn learns from 1 prompt with a score or more, got 0"):
         fit_model_router(empty, "knn")
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from mixtura.errors import UserError
 from mixtura.methods.model_routers._deciding import MOST_TOKENS, decisions, ranking
+from mixtura.report.numbers import counted
 from mixtura.types.models import Decision, Lessons, ModelCard, PromptBatch, Scores, Wish
 
 KIND = {
@@ -74,7 +75,7 @@ class ModelRouter(ABC):
         if judged.sum() < self.least_prompts:
             name = type(self).__module__.rpartition(".")[2]
             raise UserError(
-                f"{name} learns from {self.least_prompts} prompts with a score or more, got "
+                f"{name} learns from {counted(self.least_prompts, 'prompt')} with a score or more, got "
                 f"{int(judged.sum())}; give more outcomes, or take best_single, which needs one"
             )
         ordered = _by_name(_rows(lessons, judged))
