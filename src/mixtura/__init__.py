@@ -60,6 +60,7 @@ _PUBLIC = {
     "record_routing": "mixtura.rerouting",
     "replay_routing": "mixtura.rerouting",
     "restore": "mixtura.rerouting",
+    "specimen": "mixtura.data.specimen",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -68,7 +69,9 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mixtura' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    home = import_module(_PUBLIC[name])
+    # A part that is a module by itself.
+    return home if home.__name__.endswith(f".{name}") else getattr(home, name)
 
 
 def __dir__() -> list[str]:
