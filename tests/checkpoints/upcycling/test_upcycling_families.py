@@ -106,12 +106,12 @@ def test_a_family_that_cannot_hold_it_says_which_can(tmp_path: Path) -> None:
     become = Become("", 4, 2, 48, 0, {})
     with pytest.raises(UnsupportedModelError, match="mixtral cannot hold this model: it has not norms of qu"):
         choose_target(view.traits, become, "mixtral")
-    with pytest.raises(UnsupportedModelError, match="; qwen3_moe can$"):
+    with pytest.raises(UnsupportedModelError, match=r"; qwen3_moe can$"):
         choose_target(view.traits, become, "mixtral")
     with pytest.raises(UnknownNameError, match="did you mean 'mixtral'"):
         choose_target(view.traits, become, "mixtrl")
     uneven = Become("", 4, 2, 48, 50, {})
-    with pytest.raises(UnsupportedModelError, match="no ordinary MoE family .* no multiple of the others'"):
+    with pytest.raises(UnsupportedModelError, match=r"no ordinary MoE family .* no multiple of the others'"):
         choose_target(view.traits, uneven, None)
 
 
@@ -120,7 +120,7 @@ def test_what_is_no_dense_model_that_is_read(tmp_path: Path) -> None:
 
     with pytest.raises(UnsupportedModelError, match="Mixture-of-Experts model already"):
         DenseView(save_tiny(tmp_path / "moe"))
-    with pytest.raises(UnsupportedModelError, match="gemma2 models .* its logits are capped"):
+    with pytest.raises(UnsupportedModelError, match=r"gemma2 models .* its logits are capped"):
         DenseView(save_dense(tmp_path / "gemma2", "gemma2", tokenizer=False, head_dim=8))
     with pytest.raises(UnsupportedModelError, match="mlp_bias"):
         DenseView(save_dense(tmp_path / "biased", "llama", tokenizer=False, mlp_bias=True))

@@ -28,5 +28,5 @@ def test_disciplines_are_cut_whole() -> None:
 
 
 def test_numbers_that_models_cannot_share_are_refused() -> None:
-    with pytest.raises(UnmetError, match="2 models .* cannot share 5 experts equally; give --experts 4"):
+    with pytest.raises(UnmetError, match=r"2 models .* cannot share 5 experts equally; give --experts 4"):
         Innovator().recipe((DENSE,) * 3, UpcycleShape(num_experts=5, top_k=1), None)

@@ -42,5 +42,5 @@ def test_rescaled_is_as_large_as_with_all_on() -> None:
 
 
 def test_numbers_that_do_not_divide_offer_those_that_do() -> None:
-    with pytest.raises(UnmetError, match="24 wide, which 5 equal parts do not make.*: 3, 4, 6, 8"):
+    with pytest.raises(UnmetError, match=r"24 wide, which 5 equal parts do not make.*: 3, 4, 6, 8"):
         Split().recipe((DENSE,), UpcycleShape(num_experts=5, top_k=1), None)
