@@ -57,8 +57,7 @@ def observe(
     check_file(report)
     _check_known(statistics)
     wanted = [name.strip() for name in analysis.split(",") if name.strip()]
-    needs = tags_of_analyses(wanted, observing=True)
-    analyses = made(wanted, changes)
+    needs, analyses = tags_of_analyses(wanted, observing=True), made(wanted, changes)
     from mixtura.checkpoints.skeleton import open_checkpoint
     from mixtura.running.observing.analyzing import DEFAULT_LOGITS
     from mixtura.running.observing.checkpoint import observe_checkpoint, read_text

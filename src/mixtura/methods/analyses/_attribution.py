@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ _RATE = 1e-3
 _SHOWN = 20
 
 
+@final
 class _Classifier(nn.Module):
     """Embeds every expert of every layer and reads the tokens one after the other."""
 
