@@ -53,7 +53,7 @@ def answer_in(text: str) -> str:
 def is_concluded(text: str) -> bool:
     """Whether a text says what the answer is.
 
-    >>> is_concluded("so \\boxed{2}"), is_concluded("Answer: 2"), is_concluded("divide by 2")
+    >>> is_concluded("so \\\\boxed{2}"), is_concluded("Answer: 2"), is_concluded("divide by 2")
     (True, True, False)
     """
     return bool(_BOXED.search(text) or _SAID.search(text))
