@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mixtura.cli._arenas import ARENAS, ON_TABLES, About, Asked, Cards, Table
+from mixtura.cli._arenas import ARENAS, About, Asked, Cards, Table
 from mixtura.cli._places import check_folder
 from mixtura.errors import SettingError, UnknownNameError
 
@@ -17,9 +17,7 @@ def arena(
     kind: str = typer.Argument(help=f"{', '.join([*ARENAS][:-1])} or {[*ARENAS][-1]}."),
     only: str = typer.Option("", help="Names with commas between; the baselines always take part."),
     seeds: int = typer.Option(
-        3,
-        min=1,
-        help="Trainings of each method; of pruners, mergers and caches, texts; of model_routers, splits.",
+        3, min=1, help="Trainings of a method; of pruners, mergers, caches, texts; of model_routers, splits."
     ),
     tokens: int | None = typer.Option(
         None,
@@ -65,8 +63,6 @@ def arena(
         kind=kind, names=names, seeds=seeds, tokens=tokens, model=model, out=out, runs=runs,
         table=table, cards=cards, about=about,
     )  # fmt: skip
-    if kind not in ON_TABLES and (table or cards or about):
-        raise SettingError(f"--table, --cards and --about are for {' and '.join(ON_TABLES)}, not for {kind}")
     try:
         standings = ARENAS[kind].hold(asked)
     except KeyboardInterrupt:
