@@ -31,6 +31,12 @@ class Asked:
     cards: Path | None = None
     about: str = ""
 
+    def __post_init__(self) -> None:
+        if self.kind not in ON_TABLES and (self.table or self.cards or self.about):
+            raise SettingError(
+                f"--table, --cards and --about are for {' and '.join(ON_TABLES)}, not for {self.kind}"
+            )
+
     def shared(self) -> dict[str, Any]:
         """What arenas take whose single runs are kept."""
         more = {} if self.tokens is None else {"num_tokens": self.tokens}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from mixtura.cli._arenas import ARENAS, ON_TABLES, About, Asked, Cards, Table
+from mixtura.cli._arenas import ARENAS, About, Asked, Cards, Table
 from mixtura.cli._places import check_folder
 from mixtura.errors import SettingError, UnknownNameError
 
@@ -64,8 +64,6 @@ def arena(
         kind=kind, names=names, seeds=seeds, tokens=tokens, model=model, out=out, runs=runs,
         table=table, cards=cards, about=about,
     )  # fmt: skip
-    if kind not in ON_TABLES and (table or cards or about):
-        raise SettingError(f"--table, --cards and --about are for {' and '.join(ON_TABLES)}, not for {kind}")
     try:
         standings = ARENAS[kind].hold(asked)
     except KeyboardInterrupt:
