@@ -55,12 +55,13 @@ class Kind:
     def explain(self, tag: str) -> str | None:
         """What a tag of a method of this kind means, or None if the kind has no such tag.
 
-        ``reads:x`` and the like are found under ``reads:FIELD``.
+        ``reads:x`` and the like are found under ``reads:FIELD``: what is written in capitals stands for any.
         """
-        prefix, colon, _ = tag.partition(":")
-        return next(
-            (m for t, m in self.tags.items() if t == tag or (colon and t.startswith(f"{prefix}:"))), None
-        )
+        if tag in self.tags:
+            return self.tags[tag]
+        prefix, _, field = tag.partition(":")
+        any_field = [t for t in self.tags if t.startswith(f"{prefix}:") and t.rpartition(":")[2].isupper()]
+        return self.tags[any_field[0]] if field and any_field else None
 
     @property
     def singular(self) -> str:

@@ -398,7 +398,7 @@ BROKEN = [
     ("analyses", "check_one_row_per_layer", '"layer": layer.index', '"layer": 0'),
     ("analyses", "check_report_is_json", '"busiest": most', '"busiest": float("inf")'),
     ("analyses", "check_nothing_seen", " if total else None", ""),
-    ("analyses", "check_tags_are_known", '"title": "Mine"', '"title": "Mine", "tags": ["need:choices"]'),
+    ("analyses", "check_tags_are_known", '"title": "Mine"', '"title": "Mine", "tags": ["needs:choces"]'),
     (
         "analyses",
         "check_what_is_missing_is_said",

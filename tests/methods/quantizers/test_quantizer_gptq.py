@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtura.errors import UserError
 from mixtura.methods.quantizers.gptq import Gptq
 from mixtura.methods.quantizers.round_to_nearest import RoundToNearest
 
@@ -82,3 +83,11 @@ def test_inputs_that_are_never_there_do_not_stop_it() -> None:
     for given in (moments, torch.zeros(64, 64)):
         back = Gptq(bits=4).decode(Gptq(bits=4).encode(normal(4, 64), given))
         assert torch.isfinite(back).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_refused(bad: float) -> None:
+    moments = torch.eye(64)
+    moments[3, 3] = bad
+    with pytest.raises(UserError, match="holds NaN or infinity; give text"):
+        Gptq(bits=4).encode(torch.ones(64, 64), moments)

@@ -12,6 +12,7 @@ KIND = {
     "summary": "Chooses groups of experts that are stored as one.",
     "tags": {
         "feature:NAME": "it reads this feature of `mixtura.types.trace.FEATURES`, which the pass records",
+        "label_dependent": "which experts are merged depends on the numbers that they happen to have",
     },
 }
 

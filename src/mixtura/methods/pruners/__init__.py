@@ -7,7 +7,14 @@ from abc import ABC, abstractmethod
 from mixtura.types import Budget, Plan
 from mixtura.types.trace import Trace
 
-KIND = {"base": "Pruner", "summary": "Chooses the experts to drop within a budget."}
+KIND = {
+    "base": "Pruner",
+    "summary": "Chooses the experts to drop within a budget.",
+    "tags": {
+        "statistic:NAME": "it reads this statistic, which the pass records",
+        "label_dependent": "which experts go depends on the numbers that they happen to have",
+    },
+}
 
 
 class Pruner(ABC):

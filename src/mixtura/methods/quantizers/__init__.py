@@ -48,7 +48,7 @@ class Quantizer(ABC):
                 be multiplied with, each scaled as its output is, for methods that mind what outputs lose.
 
         Raises:
-            UserError: the matrix holds NaN or infinity.
+            UserError: the matrix holds NaN or infinity, or its moments do.
         """
 
     @abstractmethod

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixtura.errors import UserError
+
 # Columns that are rounded one by one before the rest of the matrix is told of them.
 BLOCK = 128
 # Share of the mean of the moments' diagonal that is added to it; ten times as much where that is too little.
@@ -37,7 +39,16 @@ class Compensation(NamedTuple):
 
     @staticmethod
     def of(moments: Float[Tensor, "C C"] | None, cols: int) -> Compensation:
-        """For inputs of these second moments; without any, columns do not make up for each other."""
+        """For inputs of these second moments; without any, columns do not make up for each other.
+
+        Raises:
+            UserError: they are no numbers.
+        """
+        if moments is not None and not bool(torch.isfinite(moments.diagonal()).all()):
+            raise UserError(
+                "what a weight matrix is multiplied with on the calibration text holds NaN or infinity; give "
+                "text on which the model computes numbers, or look whether its checkpoint is damaged"
+            )
         if moments is None or not bool((moments.diagonal() > 0).any()):
             return Compensation(torch.arange(cols), torch.eye(cols))
         # A matrix is rounded to several widths in turn, by the very same moments.

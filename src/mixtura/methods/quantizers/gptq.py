@@ -37,7 +37,7 @@ class Gptq(Quantizer):
 
     Raises:
         SettingError: ``bits`` is not 8, 4 or 2, or ``group_size`` not in [1, 65536].
-        UserError: the matrix holds NaN or infinity.
+        UserError: the matrix holds NaN or infinity, or its moments do.
 
     Example:
         >>> weight = torch.tensor([[-0.75, -0.25, 0.25, 0.75]])

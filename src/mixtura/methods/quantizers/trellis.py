@@ -45,7 +45,7 @@ class Trellis(Quantizer):
     Raises:
         SettingError: ``bits`` is not one of 1, 1.5, 2, 2.5, 3, 3.5, 4, 5 and 6, or ``group_size`` not in
             [1, 65536].
-        UserError: the matrix holds NaN or infinity.
+        UserError: the matrix holds NaN or infinity, or its moments do.
 
     Example:
         >>> weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
