@@ -53,7 +53,7 @@ def test_sees_what_a_model_in_memory_shows(family: str, tmp_path: Path) -> None:
         stack.enter_context(attached(streamed.model, {one.layer.name: one for one in recorders}, cursor))
         # One sequence a batch.
         run_together(streamed, TOKENS, cursor, one_by_one, caught=dict(enumerate(caught)), max_bytes=1)
-    found = trace_of(streamed.model, TOKENS, recorders, "x")
+    found = trace_of(streamed.model, TOKENS, recorders, "x", wanted)
     expected = observe_model(
         load(view.path), TOKENS, statistics=STATISTICS, features=FEATURES, progress=False, source_digest="x"
     )

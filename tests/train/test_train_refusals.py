@@ -165,7 +165,7 @@ def main_ends_well(command: object) -> None:
         (("routers", "--only", "top_pp"), "no entry in the arena named 'top_pp'; did you mean 'top_p'"),
         (
             ("router",),
-            "no kind in the arena named 'router'; did you mean 'routers' or 'pruners'?",
+            "no kind in the arena named 'router'; did you mean 'routers' or 'model_routers' or 'pruners'?",
         ),
         (("routers", "--tokens", "5"), "tokens of the arena must be at least"),
     ],

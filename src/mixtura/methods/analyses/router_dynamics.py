@@ -39,8 +39,8 @@ class RouterDynamics(Analysis):
         >>> from mixtura.authoring.contracts import sample_trace
         >>> traces = [sample_trace(seed=seed) for seed in (0, 1, 1)]
         >>> report = RouterDynamics().measure(Evidence(traces=tuple(traces), steps=(0, 50, 100)))
-        >>> [round(report.scalars[name], 3) for name in ("saturation", "change", "utilisation")]
-        [0.376, 0.0, 1.0]
+        >>> round(report.scalars["saturation"], 3), report.scalars["change"], report.scalars["utilisation"]
+        (0.376, 0.0, 1.0)
 
     Differences from the paper:
         Its abstract alone was read; the definitions are those of OLMoE (saturation) and ours (change,
