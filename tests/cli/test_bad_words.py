@@ -131,7 +131,7 @@ def test_a_refusal_is_one_sentence(
         ("show", "Missing argument"),
         ("new router", "Missing argument"),
         ("check router", "Missing argument"),
-        ("train", "Missing argument"),
+        ("train", "give a YAML file to train, or --recipe NAME"),
         ("arena routers --seeds 0", "greater than or equal to 1"),
         ("arena routers --tokens many", "valid integer"),
     ],

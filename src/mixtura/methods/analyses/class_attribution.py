@@ -104,7 +104,7 @@ class ClassAttribution(Analysis):
             (table_of(trace, pair, best),),
         )
 
-    def _texts(self, trace: Trace, pair: tuple[int, int]) -> tuple[list[Int[Tensor, "T L K"]], list[int]]:
+    def _texts(self, trace: Trace, pair: tuple[int, int]) -> tuple[list[Int[Tensor, "_ L K"]], list[int]]:
         """The experts of each text of the two domains, absent ones as one more than there are."""
         absent, top_k = max(x.shape.num_experts for x in trace.layers), max(x.top_k for x in trace.layers)
         texts: list[Tensor] = []

@@ -97,18 +97,18 @@ class RouterDynamics(Analysis):
         return ratio(float((load > self.floor * load.mean()).sum()), len(load)) if bool(load.sum()) else None
 
 
-def _all_marks(evidence: Evidence, place: int, layer: LayerTrace) -> list[Bool[Tensor, "T E"]]:
+def _all_marks(evidence: Evidence, place: int, layer: LayerTrace) -> list[Bool[Tensor, "_ E"]]:
     sequences = evidence.traces[place].sequences(layer.index)
     return [marks(choices, layer.shape.num_experts) for choices in sequences]
 
 
-def _shared(one: list[Bool[Tensor, "T E"]], other: list[Bool[Tensor, "T E"]]) -> float | None:
+def _shared(one: list[Bool[Tensor, "_ E"]], other: list[Bool[Tensor, "_ E"]]) -> float | None:
     """The share of one's choices that the other makes, too."""
     both = sum(int((a & b).sum()) for a, b in zip(one, other, strict=True))
     return ratio(both, sum(int(a.sum()) for a in one))
 
 
-def _left(one: list[Bool[Tensor, "T E"]], before: list[Bool[Tensor, "T E"]]) -> float | None:
+def _left(one: list[Bool[Tensor, "_ E"]], before: list[Bool[Tensor, "_ E"]]) -> float | None:
     """The share of one's choices that were not made before."""
     same = _shared(one, before)
     return None if same is None else 1 - same
