@@ -48,7 +48,7 @@ def test_generate_says_which_way_it_went(run: Callable[..., tuple[int, str, str]
 
 
 def test_doctor_forecasts_for_another_machine(run: Callable[..., tuple[int, str, str]]) -> None:
-    given = ("--memory", "1GiB", "--context", "64", "--disk", "2GB", "--ram", "20GB")
+    given = ("--memory", "8GiB", "--context", "64", "--disk", "2GB", "--ram", "20GB")
     code, out, _ = run("doctor", MODEL, *given)
     assert code == 0
     assert "2.00 GB/s of disk, 20.0 GB/s of memory" in out
