@@ -75,13 +75,16 @@ def serve(
         found, own_name = opened(model, served, yes=yes)
         is_local = is_loopback(host)
         if not is_local and not keys:
-            warnings.warn(
-                f"anybody who reaches {host} can use this server: it has no API keys (MIXTURA_API_KEYS or "
-                "--keys-file)",
-                MixturaWarning,
-                stacklevel=1,
-            )
+            _warn_of_strangers(host)
         _run(found, listening, name or own_name, keys, is_local, (max_tokens, most_body, grace))
+
+
+def _warn_of_strangers(host: str) -> None:
+    warnings.warn(
+        f"anybody who reaches {host} can use this server: it has no API keys (MIXTURA_API_KEYS or --keys-file)",
+        MixturaWarning,
+        stacklevel=1,
+    )
 
 
 def _run(

@@ -37,7 +37,7 @@ def test_the_sentence_follows_from_the_numbers() -> None:
 
 
 def test_what_is_predicted_is_what_is_counted() -> None:
-    found = forecast(specimen.path(), Wish(memory="1GiB", context=64), num_tokens=48)
+    found = forecast(specimen.path(), Wish(memory="8GiB", context=64), num_tokens=48)
     # So much memory holds every expert; each is read once, when it is first needed.
     assert found.num_slots == found.num_experts
     assert found.measured_hit_rate is not None
@@ -50,7 +50,7 @@ def test_what_is_predicted_is_what_is_counted() -> None:
 
 
 def test_another_machine_is_not_measured() -> None:
-    wish = Wish(memory="1GiB", context=64)
+    wish = Wish(memory="8GiB", context=64)
     slow, fast = (
         forecast(specimen.path(), wish, disk=disk, ram="10GB", num_tokens=24) for disk in ("1MB", "1GB")
     )
