@@ -81,7 +81,8 @@ def serve(
 
 def _warn_of_strangers(host: str) -> None:
     warnings.warn(
-        f"anybody who reaches {host} can use this server: it has no API keys (MIXTURA_API_KEYS or --keys-file)",
+        f"anybody who reaches {host} can use this server: it has no API keys (MIXTURA_API_KEYS or "
+        "--keys-file)",
         MixturaWarning,
         stacklevel=1,
     )
