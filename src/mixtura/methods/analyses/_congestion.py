@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import minimize_scalar
 from scipy.special import softmax, wrightomega
 
 _LEAST, _MOST = 1e-3, 1e4
 _GRID = 60
+_MOST_STEPS, _TOLERANCE = 200, 1e-12
 
 
 def equilibrium(quality: np.ndarray, gamma: float) -> np.ndarray:
@@ -21,17 +22,26 @@ def equilibrium(quality: np.ndarray, gamma: float) -> np.ndarray:
     >>> bool(np.allclose(m, softmax(np.array([0.0, 1.0]) - 2.0 * m)))
     True
     """
-    if gamma <= 0:
-        return np.asarray(softmax(quality))
-    centred = quality - quality.max()
+    return np.asarray(softmax(quality)) if gamma <= 0 else equilibria(quality, np.array([gamma]))[0]
 
-    def shares(level: float) -> np.ndarray:
-        return np.asarray(wrightomega(centred - level + np.log(gamma))).real / gamma
 
-    low, high = -gamma - 1.0, float(np.log(len(quality))) + 1.0
-    level = brentq(lambda at: float(shares(at).sum()) - 1.0, low, high, xtol=1e-13)
-    found = shares(level)
-    return np.asarray(found / found.sum())
+def equilibria(quality: np.ndarray, gammas: np.ndarray) -> np.ndarray:
+    """A row of such shares for each gamma; all gammas are above 0.
+
+    Newton's steps find the levels: the sum of the shares is convex and falls in the level, and they begin
+    where it is too large.
+    """
+    gamma = gammas[:, None]
+    centred = quality - quality.max() + np.log(gamma)
+    level = -gamma - 1.0
+    for _ in range(_MOST_STEPS):
+        omega = np.asarray(wrightomega(centred - level)).real
+        step = (omega.sum(1, keepdims=True) - gamma) / (omega / (1 + omega)).sum(1, keepdims=True)
+        level = level + step
+        if np.abs(step).max() <= _TOLERANCE:
+            break
+    found = np.asarray(wrightomega(centred - level)).real
+    return np.asarray(found / found.sum(1, keepdims=True))
 
 
 def tempered(quality: np.ndarray, temperature: float) -> np.ndarray:
@@ -41,28 +51,24 @@ def tempered(quality: np.ndarray, temperature: float) -> np.ndarray:
 
 def best_gamma(quality: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
     """The gamma whose equilibrium is nearest to shares, and the sum of absolute differences left."""
-
-    def error(gamma: float) -> float:
-        return float(np.abs(equilibrium(quality, gamma) - shares).sum())
-
-    found, least = _best(error)
-    at_zero = error(0.0)
+    found, least = _best(lambda gammas: np.abs(equilibria(quality, gammas) - shares).sum(1))
+    at_zero = float(np.abs(equilibrium(quality, 0.0) - shares).sum())
     return (0.0, at_zero) if at_zero <= least else (found, least)
 
 
 def best_temperature(quality: np.ndarray, shares: np.ndarray) -> float:
     """The temperature whose softmax is nearest to shares."""
-    return _best(lambda temperature: float(np.abs(tempered(quality, temperature) - shares).sum()))[0]
+    return _best(lambda values: np.abs(softmax(quality / values[:, None], axis=1) - shares).sum(1))[0]
 
 
-def _best(error: Callable[[float], float]) -> tuple[float, float]:
+def _best(errors: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
     """The least error over a range of powers: on a grid, then between the neighbours of its best."""
     grid = np.linspace(np.log(_LEAST), np.log(_MOST), _GRID)
-    errors = [error(float(np.exp(at))) for at in grid]
-    place = int(np.argmin(errors))
+    tried = errors(np.exp(grid))
+    place = int(np.argmin(tried))
     bounds = grid[max(0, place - 1)], grid[min(_GRID - 1, place + 1)]
     found = minimize_scalar(
-        lambda at: error(float(np.exp(at))), bounds=bounds, method="bounded", options={"xatol": 1e-6}
+        lambda at: errors(np.exp(np.array([at])))[0], bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
-    at, least = (found.x, found.fun) if found.fun < errors[place] else (grid[place], errors[place])
+    at, least = (found.x, found.fun) if found.fun < tried[place] else (grid[place], tried[place])
     return float(np.exp(at)), float(least)
