@@ -82,7 +82,7 @@ def test_goes_on_to_the_same_bytes(
 
 def test_other_settings_are_refused_by_name(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    stop_when(source, out, "uniform 2 bit", signal.SIGKILL)
+    stop_when(source, out, "observing and pricing", signal.SIGKILL)
     done = run_mixtura("fit", str(source), "--out", str(out), "--context", "32")
     assert done.returncode == 2
     assert "context was 64, is now 32" in done.stderr
