@@ -75,6 +75,7 @@ class MoELayer(nn.Module):
     """A router or mixer, experts and their sum. Any router goes with any experts of its shape.
 
     >>> import mixtura
+    >>> from mixtura.types import LayerShape
     >>> shape = LayerShape(d_model=8, d_expert=16, num_experts=4)
     >>> layer = MoELayer(mixtura.create("routers", "top_k", shape, top_k=2), Experts(shape))
     >>> output, routing = layer(RouterInput.of(torch.ones(5, 8)))
