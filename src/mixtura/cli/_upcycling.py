@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixtura.cli._going_on import told_how_to_go_on
+
 if TYPE_CHECKING:
     from mixtura.fitting.upcycling.records import Request
 
@@ -57,17 +59,10 @@ def run(models: Sequence[str], as_json: bool, yes: bool, **asked: Any) -> None:
 
 def _carry_out(request: Request, as_json: bool) -> None:
     from mixtura.fitting.printing import narrated
+    from mixtura.fitting.publishing import beside
     from mixtura.fitting.upcycling.printing import print_upcycled
-    from mixtura.fitting.upcycling.run import carry_out, work_directory
+    from mixtura.fitting.upcycling.run import carry_out
 
-    try:
-        with narrated() as notify:
-            made = carry_out(request, notify)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; nothing was written by halves: the same command goes on from what lies in "
-            f"{work_directory(request)}, and removing that directory starts over",
-            err=True,
-        )
-        raise
+    with told_how_to_go_on(beside(request.out)), narrated() as notify:
+        made = carry_out(request, notify)
     typer.echo(json.dumps(made.to_dict(), indent=1)) if as_json else print_upcycled(made)

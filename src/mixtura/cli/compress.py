@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from mixtura.cli._going_on import told_how_to_go_on
 from mixtura.errors import SettingError
 
 if TYPE_CHECKING:
@@ -92,19 +93,11 @@ def _parsed(settings: list[str]) -> dict[str, dict[str, Any]]:
 
 def _run(choices: Choices, as_json: bool) -> None:
     """Compress, saying what is being done, and print the result."""
-    from mixtura.fitting.compressing.checking import work_directory
     from mixtura.fitting.compressing.printing import print_compressed
     from mixtura.fitting.compressing.run import carry_out
     from mixtura.fitting.printing import narrated
+    from mixtura.fitting.publishing import beside
 
-    try:
-        with narrated() as notify:
-            made = carry_out(choices, notify)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; nothing was written by halves: the same command goes on from what lies in "
-            f"{work_directory(choices)}, and removing that directory starts over",
-            err=True,
-        )
-        raise
+    with told_how_to_go_on(beside(choices.out)), narrated() as notify:
+        made = carry_out(choices, notify)
     typer.echo(json.dumps(made.to_dict(), indent=1)) if as_json else print_compressed(made)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from mixtura.cli._going_on import told_how_to_go_on
 
 if TYPE_CHECKING:
     from mixtura.fitting import Request
@@ -133,9 +133,10 @@ def _estimate(request: Request, as_json: bool) -> None:
 def _fit(request: Request, as_json: bool) -> None:
     """Fit, saying what is being done, and print the result."""
     from mixtura.fitting import fit
+    from mixtura.fitting.ongoing import work_directory
     from mixtura.fitting.printing import narrated, print_fitted
 
-    with _told_how_to_go_on(request), narrated() as notify:
+    with told_how_to_go_on(work_directory(request)), narrated() as notify:
         fitted = fit(request, notify)
     typer.echo(json.dumps(fitted.to_dict(), indent=1)) if as_json else print_fitted(fitted)
 
@@ -143,10 +144,11 @@ def _fit(request: Request, as_json: bool) -> None:
 def _fit_several(requests: list[Request], as_json: bool) -> None:
     """Fit to several budgets, and print each result as it comes and all of them at the end."""
     from mixtura.fitting import fit_several
+    from mixtura.fitting.ongoing import work_directory
     from mixtura.fitting.printing import narrated, print_fitted, print_sizes
 
     made = []
-    with _told_how_to_go_on(requests[0]), narrated() as notify:
+    with told_how_to_go_on(work_directory(requests[0])), narrated() as notify:
         for request, fitted in zip(requests, fit_several(requests, notify), strict=True):
             if fitted is None:
                 notify(f"{request.out} is there already, from before the interruption")
@@ -158,19 +160,3 @@ def _fit_several(requests: list[Request], as_json: bool) -> None:
         typer.echo(json.dumps([fitted.to_dict() for fitted in made], indent=1))
     else:
         print_sizes(made)
-
-
-@contextmanager
-def _told_how_to_go_on(request: Request) -> Iterator[None]:
-    """Say after Ctrl-C what is kept, and where."""
-    from mixtura.fitting.ongoing import work_directory
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; nothing was written by halves: the same command goes on from what lies in "
-            f"{work_directory(request)}, and removing that directory starts over",
-            err=True,
-        )
-        raise

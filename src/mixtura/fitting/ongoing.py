@@ -12,6 +12,7 @@ from mixtura.fitting.budget import Allowance
 from mixtura.fitting.clock import Clock, Notify
 from mixtura.fitting.forms.base import Form
 from mixtura.fitting.journal import Journal
+from mixtura.fitting.publishing import beside
 from mixtura.fitting.records import Measured, Request
 from mixtura.fitting.texts import Texts
 
@@ -40,7 +41,7 @@ class Ongoing:
 
 def work_directory(request: Request) -> Path:
     """The directory of a fit's journal, beside its result."""
-    return request.work or request.out.with_name(request.out.name + ".work")
+    return request.work or beside(request.out)
 
 
 def model_directory(fit: Ongoing, measured: Measured) -> Path:

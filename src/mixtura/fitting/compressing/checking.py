@@ -16,6 +16,7 @@ from mixtura.checkpoints.view import LayerView
 from mixtura.checkpoints.viewing.droppable import least_kept
 from mixtura.errors import BudgetError, OutputError, SettingError, UnsupportedModelError, UserError, suggest
 from mixtura.fitting.compressing.records import FORMATS, KIND_OF, Choices
+from mixtura.fitting.publishing import beside
 from mixtura.methods import create, header
 from mixtura.methods.quantizers import Quantizer
 from mixtura.report import counted
@@ -210,18 +211,13 @@ def check_room(
     way += result if methods.quantizer is not None else 0
     needed = rest + result + way + _SLACK_BYTES
     place = next(parent for parent in choices.out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free + _used(work_directory(choices))
+    free = shutil.disk_usage(place).free + _used(beside(choices.out))
     if free < needed:
         raise OutputError(
             f"{place} has {format_bytes(free)} free, and writing {choices.out.name} takes about "
             f"{format_bytes(needed)} while it lasts ({format_bytes(rest + result)} of it for good); free "
             f"{format_bytes(needed - free)} there or choose another place with --out"
         )
-
-
-def work_directory(choices: Choices) -> Path:
-    """Where stopped work is kept, beside the result."""
-    return choices.out.with_name(choices.out.name + ".work")
 
 
 def _used(directory: Path) -> int:

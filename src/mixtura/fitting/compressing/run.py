@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -32,7 +28,6 @@ from mixtura.fitting.compressing.checking import (
     check_room,
     check_text,
     make_methods,
-    work_directory,
 )
 from mixtura.fitting.compressing.measuring import Measure
 from mixtura.fitting.compressing.passing import observed, rounded
@@ -47,6 +42,14 @@ from mixtura.fitting.compressing.telling import (
     notes_of,
 )
 from mixtura.fitting.journal import Journal, open_journal
+from mixtura.fitting.publishing import (
+    beside,
+    note_result,
+    noted_result,
+    put_in_place,
+    replace_text,
+    timed,
+)
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.records import Quality
 from mixtura.fitting.texts import Texts, as_batch, load_texts
@@ -58,7 +61,6 @@ from mixtura.types import VLLM_ROUTER_COUNTS, Budget, Plan, QuantizeMatrix
 Notify = Callable[[str], None]
 
 _MODEL, _RESULT, _CARD = "model", "compressed.json", "README.md"
-_PUBLISHED = "published"
 
 
 @final
@@ -75,12 +77,6 @@ class _Work:
     journal: Journal
     notify: Notify
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        since = time.monotonic()
-        yield
-        self.seconds[step] = time.monotonic() - since
 
     @property
     def model(self) -> Path:
@@ -110,11 +106,11 @@ def carry_out(choices: Choices, notify: Notify) -> Compressed:
     check_text(view, tokens.num_tokens)
     check_room(choices, view, methods, kept, tokens.input_ids.numel())
     settings = _settings(choices, texts)
-    with open_journal(work_directory(choices), settings, "compression", "") as journal:
+    with open_journal(beside(choices.out), settings, "compression", "") as journal:
         work = _Work(choices, view, methods, texts, tokens, kept, journal, notify)
         made = _made(work)
         _publish(work, made)
-    shutil.rmtree(work_directory(choices))
+    shutil.rmtree(beside(choices.out))
     return made
 
 
@@ -155,24 +151,24 @@ def _made(work: _Work) -> Compressed:
     trace = None
     plan = Plan(checkpoint_digest(work.view.path))
     if work.methods.reducer is not None:
-        with work.timed("observe"):
+        with timed(work.seconds, "observe"):
             trace = observed(work.view, work.tokens, _wanted(work), work.journal, work.notify)
         plan = work.methods.reducer.plan(trace, _budget(work))
     few = {} if trace is None else few_by_trace(trace, plan)
     kept, rounding = None, tuple[LayerRounding, ...]()
     if work.methods.quantizer is not None:
         shrunk = Shrunk(plan, str(work.choices.quantize), work.methods.quantizer_settings)
-        with work.timed("round"):
+        with timed(work.seconds, "round"):
             kept = rounded(work.view, shrunk, work.tokens, work.journal, work.notify)
         rounding, loads = roundings(work.view.layers, shrunk, kept)
         few = few_of(loads)
         plan = shrunk.whole_plan(work.view.layers)
     plan = _with_rest(work, plan)
-    with work.timed("write"):
+    with timed(work.seconds, "write"):
         num_bytes = _write(work, plan, kept)
     before, after = None, None
     if work.choices.measure:
-        with work.timed("measure"):
+        with timed(work.seconds, "measure"):
             before, after = _measure(work, plan, kept)
     ordinary = not is_packed(work.model)
     return Compressed(
@@ -247,9 +243,7 @@ def _measure(work: _Work, plan: Plan, kept: RoundedExperts | None) -> tuple[Qual
     )
     names = {"source_name": work.choices.name, "name": work.choices.out.name}
     card = card_text(plan, work.view.path, rounded=kept, measured=loss, **names)
-    aside = work.model / f"{_CARD}.aside"
-    aside.write_text(card, encoding="utf-8")
-    os.replace(aside, work.model / _CARD)
+    replace_text(work.model / _CARD, card)
     return before, after
 
 
@@ -278,15 +272,11 @@ def _untouched(view: CheckpointView, plan: Plan) -> int:
 
 def _publish(work: _Work, made: Compressed) -> None:
     """Put the result in its place in one step."""
-    work.journal.note(_PUBLISHED, {"choices": repr(work.choices), "result": made.to_dict()})
+    note_result(work.journal, work.choices, made.to_dict())
     if work.choices.to_format == "gguf":
         _export(work)
         return
-    text = json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n"
-    (work.model / _RESULT).write_text(text, encoding="utf-8")
-    if work.choices.out.is_dir():
-        work.choices.out.rmdir()
-    os.replace(work.model, work.choices.out)
+    put_in_place(work.model, work.choices.out, _RESULT, made.to_dict())
 
 
 def _export(work: _Work) -> None:
@@ -304,10 +294,6 @@ def _export(work: _Work) -> None:
 
 def _published(choices: Choices) -> Compressed | None:
     """The result of work that was stopped right after it had been put in its place."""
-    journal = Journal(work_directory(choices))
-    noted: Mapping[str, Any] | None = journal.notes().get(_PUBLISHED)
     there = choices.out.is_file() or (choices.out / "config.json").is_file()
-    if noted is None or not there or noted["choices"] != repr(choices):
-        return None
-    shutil.rmtree(journal.directory)
-    return Compressed.from_dict(noted["result"])
+    noted = noted_result(choices.out, choices, is_there=there)
+    return None if noted is None else Compressed.from_dict(noted)

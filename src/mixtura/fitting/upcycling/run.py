@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +22,14 @@ from mixtura.checkpoints.upcycling.checking import check_sources, settings_that_
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import UserError
 from mixtura.fitting.journal import Journal, open_journal
+from mixtura.fitting.publishing import (
+    beside,
+    note_result,
+    noted_result,
+    put_in_place,
+    replace_text,
+    timed,
+)
 from mixtura.fitting.texts import Texts, as_batch, load_texts
 from mixtura.fitting.upcycling.card import card_of
 from mixtura.fitting.upcycling.planning import (
@@ -51,7 +55,6 @@ from mixtura.types.upcycling import UpcycleShape
 Notify = Callable[[str], None]
 
 _MODEL, _PLAN, _RESULT, _CARD = "model", "plan", "upcycled.json", "README.md"
-_PUBLISHED = "published"
 _DEFAULT_EXPERTS = 8
 
 
@@ -70,21 +73,10 @@ class _Work:
     notify: Notify
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        since = time.monotonic()
-        yield
-        self.seconds[step] = time.monotonic() - since
-
     @property
     def model(self) -> Path:
         """Where the new checkpoint is written before it is published."""
         return self.journal.path(_MODEL)
-
-
-def work_directory(request: Request) -> Path:
-    """Where stopped work is kept, beside the result."""
-    return request.out.with_name(request.out.name + ".work")
 
 
 def carry_out(request: Request, notify: Notify) -> Upcycled:
@@ -108,12 +100,12 @@ def carry_out(request: Request, notify: Notify) -> Upcycled:
     check_target(sources[0], request.target)
     groups, texts = _read(request, sources[0])
     with open_journal(
-        work_directory(request), _settings(request, sources, experts, groups, texts), "conversion", ""
+        beside(request.out), _settings(request, sources, experts, groups, texts), "conversion", ""
     ) as journal:
         work = _Work(request, upcycler, sources, shape, groups, texts, journal, notify)
         made = _made(work)
         _publish(work, made)
-    shutil.rmtree(work_directory(request))
+    shutil.rmtree(beside(request.out))
     return made
 
 
@@ -188,16 +180,16 @@ def _settings(
 
 def _made(work: _Work) -> Upcycled:
     """The new checkpoint, written in the work directory, and what is known of it."""
-    with work.timed("plan"):
+    with timed(work.seconds, "plan"):
         plan, arrays = _planned(work)
     made = _facts(work, plan, arrays)
-    with work.timed("write"):
+    with timed(work.seconds, "write"):
         if not work.model.is_dir():
             work.notify("writing the model")
             card = _card(work, made)
             apply_upcycling(plan, arrays, work.sources, work.model, card=card, progress=False)
     if work.request.measure:
-        with work.timed("try"):
+        with timed(work.seconds, "try"):
             made = _tried(work, made, plan)
     return replace(made, seconds=work.seconds)
 
@@ -258,9 +250,7 @@ def _tried(work: _Work, made: Upcycled, plan: Plan) -> Upcycled:
         after = tried(view, work.request.out.name, held_out, work.notify)[0]
     balance = balance_of(work.model, held_out, work.notify)
     made = replace(made, before=tuple(before), after=after, beside=beside, balance=balance)
-    aside = work.model / f"{_CARD}.aside"
-    aside.write_text(_card(work, made), encoding="utf-8")
-    os.replace(aside, work.model / _CARD)
+    replace_text(work.model / _CARD, _card(work, made))
     return made
 
 
@@ -271,20 +261,11 @@ def _card(work: _Work, made: Upcycled) -> str:
 
 def _publish(work: _Work, made: Upcycled) -> None:
     """Put the result in its place in one step."""
-    work.journal.note(_PUBLISHED, {"request": repr(work.request), "result": made.to_dict()})
-    text = json.dumps(made.to_dict(), indent=1, sort_keys=True) + "\n"
-    (work.model / _RESULT).write_text(text, encoding="utf-8")
-    if work.request.out.is_dir():
-        work.request.out.rmdir()
-    os.replace(work.model, work.request.out)
+    note_result(work.journal, work.request, made.to_dict())
+    put_in_place(work.model, work.request.out, _RESULT, made.to_dict())
 
 
 def _published(request: Request) -> Upcycled | None:
     """The result of work that was stopped right after it had been put in its place."""
-    journal = Journal(work_directory(request))
-    noted = journal.notes().get(_PUBLISHED)
-    there = (request.out / "config.json").is_file()
-    if noted is None or not there or noted["request"] != repr(request):
-        return None
-    shutil.rmtree(journal.directory)
-    return Upcycled.from_dict(noted["result"])
+    noted = noted_result(request.out, request, is_there=(request.out / "config.json").is_file())
+    return None if noted is None else Upcycled.from_dict(noted)
