@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from mixtura.serving.api.refusals import ApiError, refusal_of
 from mixtura.serving.engine.records import Piece, Token
@@ -56,13 +58,73 @@ class Collected:
     finish: str = "stop"
 
     def add(self, piece: Piece) -> None:
-        """Take what came."""
-        if piece.error is not None:
-            raise refusal_of(piece.error)
+        """Take what came.
+
+        Raises:
+            ApiError: the text failed.
+        """
+        check_piece(piece)
         self.text += piece.text
         self.tokens.extend(piece.tokens)
         self.prompt = self.prompt or piece.prompt or ()
         self.finish = piece.finish or self.finish
+
+
+class Job(Protocol):
+    """One request that is being answered."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+
+    def events(self) -> AsyncIterator[str]:
+        """The answer as it comes."""
+
+
+async def respond(make: Callable[[], Job], http: Request, *, stream: bool) -> Response:
+    """Answer a request, at once or as a stream.
+
+    Raises:
+        ApiError: it cannot be answered as asked.
+    """
+    # Wording, encoding and grammars of large requests take long: not where others are answered.
+    job = await run_in_threadpool(make)
+    if not stream:
+        return JSONResponse(await until_gone(http, job.whole()))
+    # The first piece is waited for, so that a refusal still has a status of its own.
+    events = job.events()
+    return streamed(_chained(await until_gone(http, anext(events)), events))
+
+
+async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for one in rest:
+        yield one
+
+
+async def collected(
+    running: AbstractAsyncContextManager[AsyncIterator[tuple[int, Piece]]], num: int, each: int, usage: Usage
+) -> list[Collected]:
+    """All of so many texts' answers, ``each`` of them to one prompt.
+
+    Raises:
+        ApiError: one failed.
+    """
+    parts = [Collected() for _ in range(num)]
+    async with running as pieces:
+        async for place, piece in pieces:
+            parts[place].add(piece)
+            usage.add(piece, is_first=place % each == 0)
+    return parts
+
+
+def check_piece(piece: Piece) -> None:
+    """Refuse a piece that says that its text failed.
+
+    Raises:
+        ApiError: it does.
+    """
+    if piece.error is not None:
+        raise refusal_of(piece.error)
 
 
 def event(body: dict[str, Any]) -> str:

@@ -7,10 +7,17 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, final
 
 from fastapi import Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 
-from mixtura.serving.api.answers import DONE, Collected, Usage, Words, event, streamed, until_gone
+from mixtura.serving.api.answers import (
+    DONE,
+    Collected,
+    Usage,
+    Words,
+    check_piece,
+    collected,
+    event,
+    respond,
+)
 from mixtura.serving.api.refusals import ApiError
 from mixtura.serving.api.schemas import ChatRequest
 from mixtura.serving.api.service import Service
@@ -24,20 +31,7 @@ async def answer_chat(service: Service, request: ChatRequest, http: Request) -> 
     Raises:
         ApiError: it cannot be answered as asked.
     """
-    # Wording, encoding and grammars of large requests take long: not where others are answered.
-    job = await run_in_threadpool(_Chat, service, request)
-    if request.stream:
-        # The first piece is waited for, so that a refusal still has a status of its own.
-        events = job.events()
-        first = await until_gone(http, anext(events))
-        return streamed(_chained(first, events))
-    return JSONResponse(await until_gone(http, job.whole()))
-
-
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    yield first
-    async for one in rest:
-        yield one
+    return await respond(lambda: _Chat(service, request), http, stream=request.stream)
 
 
 @final
@@ -87,11 +81,8 @@ class _Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        parts = [Collected() for _ in self._asked]
-        async with self._service.running(self._asked) as pieces:
-            async for place, piece in pieces:
-                parts[place].add(piece)
-                self._usage.add(piece, is_first=place % self._request.n == 0)
+        running = self._service.running(self._asked)
+        parts = await collected(running, len(self._asked), self._request.n, self._usage)
         choices = [self._choice(place, part) for place, part in enumerate(parts)]
         return {
             **self._head,
@@ -128,8 +119,7 @@ class _Chat:
         begun: set[int] = set()
         async with self._service.running(self._asked) as pieces:
             async for place, piece in pieces:
-                if piece.error is not None:
-                    Collected().add(piece)
+                check_piece(piece)
                 self._usage.add(piece, is_first=place % self._request.n == 0)
                 if place not in begun:
                     begun.add(place)

@@ -7,10 +7,17 @@ from collections.abc import AsyncIterator
 from typing import Any, final
 
 from fastapi import Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 
-from mixtura.serving.api.answers import DONE, Collected, Usage, Words, event, streamed, until_gone
+from mixtura.serving.api.answers import (
+    DONE,
+    Collected,
+    Usage,
+    Words,
+    check_piece,
+    collected,
+    event,
+    respond,
+)
 from mixtura.serving.api.refusals import ApiError
 from mixtura.serving.api.schemas import MOST_CHOICES, CompletionRequest
 from mixtura.serving.api.service import Service
@@ -23,18 +30,7 @@ async def answer_completion(service: Service, request: CompletionRequest, http: 
     Raises:
         ApiError: it cannot be done as asked.
     """
-    job = await run_in_threadpool(_Completion, service, request)
-    if request.stream:
-        events = job.events()
-        first = await until_gone(http, anext(events))
-
-        async def chained() -> AsyncIterator[str]:
-            yield first
-            async for one in events:
-                yield one
-
-        return streamed(chained())
-    return JSONResponse(await until_gone(http, job.whole()))
+    return await respond(lambda: _Completion(service, request), http, stream=request.stream)
 
 
 @final
@@ -90,11 +86,8 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """All of it as one object."""
-        parts = [Collected() for _ in self._asked]
-        async with self._service.running(self._asked) as pieces:
-            async for place, piece in pieces:
-                parts[place].add(piece)
-                self._usage.add(piece, is_first=place % self._request.n == 0)
+        running = self._service.running(self._asked)
+        parts = await collected(running, len(self._asked), self._request.n, self._usage)
         choices = [self._choice(place, part) for place, part in enumerate(parts)]
         return {**self._head, "choices": choices, "usage": self._usage.body()}
 
@@ -123,8 +116,7 @@ class _Completion:
         offsets: dict[int, int] = {}
         async with self._service.running(self._asked) as pieces:
             async for place, piece in pieces:
-                if piece.error is not None:
-                    Collected().add(piece)
+                check_piece(piece)
                 self._usage.add(piece, is_first=place % self._request.n == 0)
                 yield event(self._chunk(place, piece, offsets))
         options = self._request.stream_options
