@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import final
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mixtura.errors import SettingError
 from mixtura.types.models import PromptBatch
+
+
+@final
+class Adam:
+    """Adam's moments of one array, and its steps."""
+
+    def __init__(self, part: np.ndarray) -> None:
+        self._first, self._second = np.zeros_like(part), np.zeros_like(part)
+
+    def change(self, slope: np.ndarray, rate: float, step: int) -> np.ndarray:
+        """What step number ``step``, from 1, takes from the array; ``slope`` is the loss's."""
+        self._first += 0.1 * (slope - self._first)
+        self._second += 0.001 * (slope**2 - self._second)
+        scale = rate / (1 - 0.9**step)
+        taken: np.ndarray = scale * self._first / (np.sqrt(self._second / (1 - 0.999**step)) + 1e-8)
+        return taken
 
 
 def check_word(owner: str, name: str, value: str) -> None:

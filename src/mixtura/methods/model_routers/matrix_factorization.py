@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtura.errors import check_range
 from mixtura.methods.model_routers import Estimate, ModelRouter, State
-from mixtura.methods.model_routers._shared import filled, mean_scores, sigmoid, unknown
+from mixtura.methods.model_routers._shared import Adam, filled, mean_scores, sigmoid, unknown
 from mixtura.types.models import Lessons, PromptBatch
 
 METHOD = {"paper": None, "title": "Matrix factorisation"}
@@ -73,7 +73,7 @@ class MatrixFactorization(ModelRouter):
         held = generator.random(len(points)) < _HELD_SHARE
         if held.sum() < _LEAST_HELD:
             held[:] = False
-        moments = [(np.zeros_like(part), np.zeros_like(part)) for part in parts]
+        adams = [Adam(part) for part in parts]
         weight = (seen & ~held[:, None]) / max(int(seen[~held].sum()), 1) * values.shape[1]
         best, least = [part.copy() for part in parts], np.inf
         for step in range(1, self.num_steps + 1):
@@ -84,12 +84,9 @@ class MatrixFactorization(ModelRouter):
                 best, least = [part.copy() for part in parts], loss
             wrong = weight * (sigmoid(logits) - values)
             slopes = [points.T @ (wrong @ parts[1].T), hidden.T @ wrong, wrong.sum(0, keepdims=True)]
-            for part, slope, (first, second) in zip(parts, slopes, moments, strict=True):
+            for part, slope, adam in zip(parts, slopes, adams, strict=True):
                 slope += self.decay * part * (part is not parts[2])
-                first += 0.1 * (slope - first)
-                second += 0.001 * (slope**2 - second)
-                scale = self.rate / (1 - 0.9**step)
-                part -= scale * first / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+                part -= adam.change(slope, self.rate, step)
         known = np.where(seen.any(0), 1.0, np.nan)
         return {"map": best[0], "vectors": best[1] * known, "bias": best[2] * known}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtura.errors import check_range
 from mixtura.methods.model_routers import Estimate, ModelRouter, State
-from mixtura.methods.model_routers._shared import filled, softmax, unknown, with_ones
+from mixtura.methods.model_routers._shared import Adam, filled, softmax, unknown, with_ones
 from mixtura.types.models import PICO_PER_DOLLAR, Lessons, PromptBatch
 
 METHOD = {
@@ -90,16 +90,13 @@ class Reinforced(ModelRouter):
     def learn(self, lessons: Lessons) -> State:
         points, rewards = with_ones(lessons.batch.embeddings), self.rewards(lessons)
         weights = np.zeros((points.shape[1], rewards.shape[1]))
-        first, second = np.zeros_like(weights), np.zeros_like(weights)
+        adam = Adam(weights)
         for step in range(1, self.num_steps + 1):
             shares = softmax(points @ weights)
             # What REINFORCE with the policy's own value as its baseline has for a mean.
             ahead = shares * (rewards - (shares * rewards).sum(1, keepdims=True))
             slope = self.decay * weights - points.T @ ahead / len(points)
-            first += 0.1 * (slope - first)
-            second += 0.001 * (slope**2 - second)
-            rate = self.rate / (1 - 0.9**step)
-            weights = weights - rate * first / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            weights = weights - adam.change(slope, self.rate, step)
         return {"weights": weights}
 
     def score(self, batch: PromptBatch) -> Estimate:
