@@ -96,9 +96,23 @@ def _answer(asked: Asked) -> list[Any]:
 
 
 def _replay(asked: Asked) -> list[Any]:
-    from mixtura.data import specimen
     from mixtura.running.tiers.arena import hold
     from mixtura.running.tiers.page import as_csv, markdown
+
+    return _recorded(asked, hold, markdown, as_csv)
+
+
+def _guess(asked: Asked) -> list[Any]:
+    from mixtura.running.tiers.guessing import as_csv, hold, markdown
+
+    return _recorded(asked, hold, markdown, as_csv)
+
+
+def _recorded(
+    asked: Asked, hold: Callable[..., Any], markdown: Callable[..., str], as_csv: Callable[..., str]
+) -> list[Any]:
+    """An arena on what a model chose on texts."""
+    from mixtura.data import specimen
 
     model, texts = asked.checkpoint(), (asked.seeds, asked.tokens or _REPLAYED_TOKENS)
     table = hold(model or specimen.path(), asked.names, *texts, _notify)
@@ -109,7 +123,8 @@ def _replay(asked: Asked) -> list[Any]:
 
 def _compose(asked: Asked) -> list[Any]:
     from mixtura.running.composing.arena import hold
-    from mixtura.running.composing.page import as_csv, markdown
+    from mixtura.running.composing.page import markdown
+    from mixtura.running.composing.standings import as_csv
 
     source, about = _answers(asked, num_samples=1)
     table = hold(source, asked.names, asked.seeds, _notify)
@@ -119,7 +134,8 @@ def _compose(asked: Asked) -> list[Any]:
 
 def _aggregate(asked: Asked) -> list[Any]:
     from mixtura.running.composing.policies import hold_policies
-    from mixtura.running.composing.policy_page import as_csv, markdown
+    from mixtura.running.composing.policy_page import markdown
+    from mixtura.running.composing.standings import as_csv
 
     source, about = _answers(asked, num_samples=5)
     table = hold_policies(source, asked.names, _notify)
@@ -146,17 +162,6 @@ def _write(asked: Asked, page: str, numbers: str) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / f"{asked.kind}.md").write_text(page, encoding="utf-8")
     (asked.out / f"{asked.kind}.csv").write_text(numbers, encoding="utf-8")
-
-
-def _guess(asked: Asked) -> list[Any]:
-    from mixtura.data import specimen
-    from mixtura.running.tiers.guessing import as_csv, hold, markdown
-
-    model, texts = asked.checkpoint(), (asked.seeds, asked.tokens or _REPLAYED_TOKENS)
-    table = hold(model or specimen.path(), asked.names, *texts, _notify)
-    page = markdown(table, "the specimen" if model is None else model.name, *texts)
-    _write(asked, page, as_csv(table))
-    return [*table]
 
 
 def _show_trained(table: list[Any]) -> None:

@@ -13,8 +13,9 @@ from mixtura.errors import OutputError, UnknownNameError, UserError
 from mixtura.running.composing.arena import BLIND, BOUND, HULL, hold
 from mixtura.running.composing.evaluating import evaluate
 from mixtura.running.composing.fitted import FittedRouter, fit_model_router, load_model_router
-from mixtura.running.composing.page import as_csv, markdown
+from mixtura.running.composing.page import markdown
 from mixtura.running.composing.planted import MODELS, planted
+from mixtura.running.composing.standings import as_csv
 from mixtura.running.composing.tables import ReplayTable, make_table, split
 from mixtura.types.models import Outcome, Prompt, Wish
 

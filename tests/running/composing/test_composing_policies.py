@@ -8,7 +8,8 @@ import pytest
 from mixtura.errors import UserError
 from mixtura.running.composing.planted import planted
 from mixtura.running.composing.policies import hold_policies
-from mixtura.running.composing.policy_page import as_csv, markdown
+from mixtura.running.composing.policy_page import markdown
+from mixtura.running.composing.standings import as_csv
 from mixtura.running.composing.tables import make_table, split
 from mixtura.types.models import Outcome, Prompt
 

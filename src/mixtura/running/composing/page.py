@@ -1,12 +1,9 @@
-"""The page of the arena of model routers, and its table as CSV."""
+"""The page of the arena of model routers."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import date
 
 from mixtura.running.composing.arena import BLIND, BOUND, HULL, Standing
@@ -44,17 +41,6 @@ def markdown(table: Sequence[Standing], source: ReplayTable, num_splits: int, ab
     costless = [] if any(one.cost > 0 for one in table) else [_COSTLESS]
     parts = ["# The arena: model routers", head, *costless, _rows(table), _beaten(table), _LEGEND]
     return "\n\n".join(parts) + "\n"
-
-
-def as_csv(table: Sequence[Standing]) -> str:
-    """Every number, a line a router."""
-    out = io.StringIO()
-    rows = [asdict(one) for one in table]
-    lines = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    lines.writeheader()
-    for row in rows:
-        lines.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
-    return out.getvalue()
 
 
 def _rows(table: Sequence[Standing]) -> str:

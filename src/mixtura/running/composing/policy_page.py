@@ -1,12 +1,9 @@
-"""The page of the arena of aggregators, and its table as CSV."""
+"""The page of the arena of aggregators."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import date
 
 from mixtura.running.composing.policies import PolicyStanding
@@ -52,14 +49,3 @@ def markdown(table: Sequence[PolicyStanding], source: ReplayTable, about: str) -
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n\n".join(["# The arena: aggregators", head, "\n".join(lines), _LEGEND]) + "\n"
-
-
-def as_csv(table: Sequence[PolicyStanding]) -> str:
-    """Every number, a line each."""
-    out = io.StringIO()
-    rows = [asdict(one) for one in table]
-    lines = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    lines.writeheader()
-    for row in rows:
-        lines.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
-    return out.getvalue()
