@@ -39,7 +39,7 @@ def parse_yaml(text: str, what: str) -> Any:
     try:
         import yaml
     except ModuleNotFoundError:
-        raise UserError("reading YAML needs pyyaml; install mixtura[train]") from None
+        raise UserError("reading YAML needs pyyaml; pip install 'mixtura[train]'") from None
     try:
         return yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from mixtura.data.yaml_core import parse_yaml
 from mixtura.errors import SettingError, UserError
 from mixtura.train.config import read_config
-from mixtura.train.yaml_core import parse_yaml
 
 
 @pytest.mark.parametrize(
