@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mixtura.errors import SettingError, suggest
+from mixtura.errors import SettingError, check_range, suggest
+
+N = TypeVar("N", int, float)
+
+
+class Ranged(ABC):  # noqa: B024 - it leaves nothing open, but is no method
+    """A method that takes a setting's value where it keeps it, if the value is in range."""
+
+    def within(self, name: str, value: N, low: float, high: float) -> N:
+        """A setting's value, if it is in the range.
+
+        Raises:
+            SettingError: it is not.
+        """
+        check_range(type(self).__name__, name, value, low, high)
+        return value
 
 
 def settings(cls: type[Any]) -> dict[str, inspect.Parameter]:
@@ -18,6 +34,8 @@ def settings(cls: type[Any]) -> dict[str, inspect.Parameter]:
 
 def construct(cls: type[Any], /, *args: Any, **given: Any) -> Any:
     """Construct a method from its class, with its settings checked by name and type first.
+
+    A class whose constructor may only store settings checks them in a method ``check_settings``.
 
     Raises:
         SettingError: a setting is unknown, of the wrong type or out of range.
@@ -30,7 +48,11 @@ def construct(cls: type[Any], /, *args: Any, **given: Any) -> Any:
         if not fits(value, wanted.get(setting, Any)):
             expected = allowed[setting].annotation
             raise SettingError(f"{setting} of {cls.__name__} must be {expected}, got {value!r}")
-    return cls(*args, **given)
+    made = cls(*args, **given)
+    check = getattr(made, "check_settings", None)
+    if check is not None:
+        check()
+    return made
 
 
 def fits(value: Any, wanted: Any) -> bool:

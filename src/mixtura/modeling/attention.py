@@ -1,33 +1,27 @@
-"""Rotary grouped-query attention through transformers' attention interface."""
+"""Methods of the kind attentions in a model: through transformers' interface, with rotary positions."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask, sliding_window_overlay
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mixtura.machine.releases import takes_cache
+from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, with_cache
+from mixtura.methods import create
+from mixtura.methods.attentions import Attended, Attention
+from mixtura.modeling.cache import recall
 from mixtura.modeling.config import MixturaConfig
-
-
-@final
-class RMSNorm(nn.Module):
-    """Divide by the root mean square in float32, then scale each feature."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "*n W"]) -> Float[Tensor, "*n W"]:
-        """The normed features in the dtype of ``x``."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+from mixtura.modeling.seeds import ATTENTION, part_seed
+from mixtura.modeling.tokens import Tokens
+from mixtura.types import AttentionInput, AttentionShape
 
 
 @final
@@ -63,12 +57,6 @@ class MixturaRotaryEmbedding(nn.Module):
         return scaled[0].to(x.dtype), scaled[1].to(x.dtype)
 
 
-def rotated(x: Float[Tensor, "B H Q W"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H Q W"]:
-    """Queries or keys turned by their positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
-
-
 def eager_attention(
     module: Any,
     query: Float[Tensor, "B H Q W"],
@@ -93,70 +81,157 @@ def eager_attention(
 
 
 @final
-class MixturaAttention(nn.Module):
-    """Grouped-query attention with rotary positions; queries and keys normed or not."""
+class Attending:
+    """Ordinary attention of one layer: the model's implementation, with its cache, masks and window.
 
-    def __init__(self, config: MixturaConfig, layer: int) -> None:
-        super().__init__()
-        assert config.head_dim is not None
-        assert config.num_key_value_heads is not None
-        self.config = config
-        self.layer_idx = layer
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
-        self.sliding_window = None
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
-        widths = {"none": None, "head": (config.head_dim,) * 2, "full": (queries, keys)}[
-            config.query_key_norm
-        ]
-        self.q_norm = RMSNorm(widths[0], config.rms_norm_eps) if widths else None
-        self.k_norm = RMSNorm(widths[1], config.rms_norm_eps) if widths else None
+    Args:
+        module: the method whose heads attend.
+        config: of the model.
+        masks: by window, as transformers makes them.
+        cache: of keys and values; None without one.
+        others: what implementations are told besides.
+    """
 
-    def _heads(self, x: Tensor, projection: nn.Linear, norm: RMSNorm | None) -> Float[Tensor, "B H Q W"]:
-        features = projection(x)
-        if norm is not None and self.config.query_key_norm == "full":
-            features = norm(features)
-        heads = features.view(*x.shape[:-1], -1, self.head_dim)
-        if norm is not None and self.config.query_key_norm == "head":
-            heads = norm(heads)
-        turned: Tensor = heads.transpose(1, 2)
-        return turned
-
-    @takes_cache
-    def forward(
+    def __init__(
         self,
-        x: Float[Tensor, "B Q D"],
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B H Q C"] | None]:
-        """What tokens gather from earlier ones, and the weights where the implementation gives them."""
-        query = rotated(self._heads(x, self.q_proj, self.q_norm), *position_embeddings)
-        key = rotated(self._heads(x, self.k_proj, self.k_norm), *position_embeddings)
-        value = self._heads(x, self.v_proj, None)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
-        name = self.config._attn_implementation
+        module: Attention,
+        config: MixturaConfig,
+        masks: Mapping[int | None, Any],
+        cache: Any,
+        others: Mapping[str, Any],
+    ) -> None:
+        self._module, self._config, self._cache, self._others = module, config, cache, others
+        self._mask = masks[module.window]
+        self._called = False
+
+    @property
+    def dropout(self) -> float:
+        """The share of weights to drop."""
+        return float(self._config.attention_dropout) if self._module.training else 0.0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `mixtura.types.Attend`."""
+        self._called = True
+        if self._cache is not None:
+            key, value = self._cache.update(key, value, self._module.layer_idx, kwargs=dict(self._others))
+        name = self._config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
-        dropout = float(self.config.attention_dropout) if self.training else 0.0
-        gathered, weights = attend(
-            self,
+        found: tuple[Tensor, Tensor | None] = attend(
+            self._module,
             query,
             key,
             value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=None,
-            **kwargs,
+            self._mask,
+            dropout=self.dropout,
+            scaling=self._module.scaling,
+            sliding_window=self._module.window,
+            **self._others,
         )
-        return self.o_proj(gathered.reshape(*x.shape[:-1], -1).contiguous()), weights
+        return found
+
+    def close(self, x: Float[Tensor, "B Q D"]) -> None:
+        """Let the cache know how many tokens there were where the method kept no keys in it."""
+        if self._cache is not None and not self._called:
+            # A cache takes keys without features for no keys at all, so each has one.
+            nothing = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+            self._cache.update(nothing, nothing, self._module.layer_idx, kwargs=dict(self._others))
+
+
+def make_attentions(config: MixturaConfig) -> tuple[Attention, ...]:
+    """The attention of every decoder layer.
+
+    Raises:
+        UserError: a setting of a method is wrong.
+    """
+    assert config.head_dim is not None
+    assert config.num_key_value_heads is not None
+    shape = AttentionShape(
+        d_model=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        d_head=config.head_dim,
+    )
+    made = []
+    for layer, choice in enumerate(config.attentions):
+        values = choice.with_defaults(
+            "attentions",
+            seed=part_seed(config.seed, layer, ATTENTION),
+            bias=config.attention_bias,
+            query_key_norm=config.query_key_norm,
+            eps=config.rms_norm_eps,
+        )
+        one: Attention = create("attentions", choice.name, shape, **values)
+        one.layer_idx = layer
+        one.rescale(config.initializer_range)
+        made.append(one)
+    return tuple(made)
+
+
+def told_alike(
+    windows: Iterable[int | None],
+    config: MixturaConfig,
+    rotary: MixturaRotaryEmbedding,
+    x: Float[Tensor, "B Q D"],
+    attention_mask: Any,
+    position_ids: Int[Tensor, "_ Q"],
+    cache: Any,
+) -> dict[str, Any]:
+    """What the attentions of all layers are told alike: masks by window, positions, and the cache."""
+    given = {"config": config, "inputs_embeds": x, "attention_mask": attention_mask}
+    overlays: dict[int | None, dict[str, Any]] = {None: {}}
+    for window in windows:
+        if window is not None:
+            overlays[window] = {"and_mask_function": sliding_window_overlay(window)}
+    masks = {
+        window: create_causal_mask(**given, position_ids=position_ids, **{CACHE: cache}, **overlay)
+        for window, overlay in overlays.items()
+    }
+    return {
+        "attention_mask": masks,
+        "position_embeddings": rotary(x, position_ids),
+        "turns": rotary,
+        "position_ids": position_ids,
+        **with_cache(cache),
+    }
+
+
+def attend(
+    attention: Attention,
+    config: MixturaConfig,
+    x: Float[Tensor, "B Q D"],
+    tokens: Tokens,
+    generator: torch.Generator | None,
+    given: Mapping[str, Any],
+) -> Attended:
+    """What a layer's attention makes of normed tokens; ``given`` is what `told_alike` says, and more."""
+    cache = given_cache(given)
+    own = ("attention_mask", "position_embeddings", "turns", *CACHE_NAMES)
+    others = {name: value for name, value in given.items() if name not in own}
+    attending = Attending(attention, config, given["attention_mask"], cache, others)
+    cos, sin = given["position_embeddings"]
+    size = x.shape[:2]
+    attended: Attended = attention(
+        AttentionInput(
+            x=x,
+            cos=cos,
+            sin=sin,
+            turns=partial(given["turns"], x),
+            attend=attending,
+            valid=tokens.valid.view(size),
+            sequence_ids=tokens.sequence_ids.view(size),
+            positions=tokens.positions.view(size),
+            history=recall(cache, history_name(attention)),
+            keeping=isinstance(cache, Cache),
+            training=attention.training,
+            decoding=tokens.decoding,
+            dropout=attending.dropout,
+            generator=generator,
+        )
+    )
+    attending.close(x)
+    return attended
+
+
+def history_name(attention: Attention) -> str:
+    """Under which name the cache has what an attention remembers."""
+    return f"attention.{attention.layer_idx}"

@@ -1,4 +1,4 @@
-"""What routers remember of earlier tokens, kept among the layers of the key-value cache.
+"""What routers, attentions and adapters remember of earlier tokens, kept among the layers of the cache.
 
 A cache's operations (reordering beams, repeating or choosing sequences) go over its layers, so one
 more layer behind those of the attention follows all of them.
@@ -15,23 +15,25 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mixtura.errors import UserError
 
 History = Mapping[str, Tensor]
+# The place of a router among those of the model, or the name of an attention or an adapter.
+Owner = int | str
 
 
 @final
 class HistoryLayer(CacheLayerMixin):
-    """The history of every MoE layer's router: tensors whose first axis is the sequence."""
+    """The history of every router and attention: tensors whose first axis is the sequence."""
 
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
         self.is_initialized = True
-        self.histories: dict[int, dict[str, Tensor]] = {}
+        self.histories: dict[Owner, dict[str, Tensor]] = {}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.histories = {
-            layer: {name: change(tensor) for name, tensor in history.items()}
-            for layer, history in self.histories.items()
+            owner: {name: change(tensor) for name, tensor in history.items()}
+            for owner, history in self.histories.items()
         }
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -70,34 +72,34 @@ class HistoryLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what a router remembers cannot be taken back token by token.
+        """Refused: what is remembered cannot be taken back token by token.
 
         Raises:
             UserError: there is something to take back.
         """
         if tokens_to_remove and self.histories:
             raise UserError(
-                "this model's routers remember earlier tokens, which cannot be taken back; "
+                "this model's routers or attentions remember earlier tokens, which cannot be taken back; "
                 "generate without an assistant model"
             )
 
 
-def recall(cache: object, layer: int) -> History:
-    """What the router of an MoE layer remembers; empty at the start."""
+def recall(cache: object, owner: Owner) -> History:
+    """What a router, attention or adapter remembers; empty at the start."""
     kept = _layer_of(cache)
-    return {} if kept is None else kept.histories.get(layer, {})
+    return {} if kept is None else kept.histories.get(owner, {})
 
 
-def remember(cache: Cache, histories: Mapping[int, History]) -> None:
-    """Keep what routers returned as history, by MoE layer, for the tokens that follow."""
+def remember(cache: Cache, histories: Mapping[Owner, History] | Mapping[str, History]) -> None:
+    """Keep what routers, attentions and adapters returned as history for the tokens that follow."""
     if not histories:
         return
     kept = _layer_of(cache)
     if kept is None:
         kept = HistoryLayer()
         cache.layers.append(kept)
-    for layer, history in histories.items():
-        kept.histories[layer] = {name: tensor.detach() for name, tensor in history.items()}
+    for owner, history in histories.items():
+        kept.histories[owner] = {name: tensor.detach() for name, tensor in history.items()}
 
 
 def _layer_of(cache: object) -> HistoryLayer | None:

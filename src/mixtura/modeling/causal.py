@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -26,6 +26,7 @@ from mixtura.modeling.decoder import (
     frozen_noise,
     noise_seed,
 )
+from mixtura.modeling.head import make_head
 from mixtura.modeling.parts import tags_of
 from mixtura.modeling.tokens import IGNORED
 from mixtura.types import Routing
@@ -74,7 +75,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         with frozen_noise():
             self.model = MixturaModel(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = make_head(config.hidden_size, config.vocab_size, normed=config.normed_head)
         self.vocab_size = config.vocab_size
         self._two_passes = any("two_passes" in tags_of(block) for block in self.model.blocks)
         self.post_init()

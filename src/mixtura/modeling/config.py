@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mixtura.errors import SettingError, UnknownNameError, check_range
 from mixtura.machine.releases import CACHE
 from mixtura.methods.settings import fits
-from mixtura.modeling.plan import MoEPlan, read_layers
+from mixtura.modeling.plan import Choice, MoEPlan, read_attentions, read_layers
 
 _LARGEST = 1 << 40
 # Fields with their types and ranges; None is left to the checks that follow where it is allowed.
@@ -21,7 +21,7 @@ _SIZES = (
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 _SHARES = {"attention_dropout": (0.0, 1.0), "initializer_range": (0.0, 1e6), "rms_norm_eps": (0.0, 1.0)}
-_SWITCHES = ("attention_bias", "use_cache", "tie_word_embeddings", "output_router_logits")
+_SWITCHES = ("attention_bias", "use_cache", "tie_word_embeddings", "normed_head", "output_router_logits")
 
 
 @final
@@ -29,14 +29,18 @@ class MixturaConfig(PreTrainedConfig):
     """Sizes of the decoder, and by layer its router or mixer, experts and balancers.
 
     Args:
+        attention: a method of the kind attentions, as a name or a mapping of a name and settings; or a list
+            of them, which layers take in turn.
         query_key_norm: RMSNorm of queries and keys: "none", over each "head" or over the "full" width.
+        normed_head: whether the head's weights have length 1 over the vocabulary, feature by feature.
         moe: what every layer's experts and routing have in common; see `mixtura.modeling.plan.MoEPlan`.
         layers: what is different in each layer: one entry a layer, "dense", null or a mapping.
         intermediate_size: width of the feed-forward part of dense layers.
         seed: of every weight and of all noise in training.
 
     Raises:
-        SettingError: a part of ``moe`` or ``layers`` is unknown or does not fit, or heads do not divide.
+        SettingError: a part of ``moe``, ``layers`` or ``attention`` is unknown or does not fit, or heads do
+            not divide.
 
     >>> config = MixturaConfig(num_hidden_layers=2, moe={"router": "top_k"}, layers=["dense", None])
     >>> [plan and plan.num_experts for plan in config.plans]
@@ -56,6 +60,7 @@ class MixturaConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    attention: str | dict[str, Any] | list[Any] = "grouped_query"
     query_key_norm: Literal["none", "head", "full"] = "head"
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
@@ -66,6 +71,7 @@ class MixturaConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    normed_head: bool = False
     output_router_logits: bool = False
     moe: dict[str, Any] | None = None
     layers: list[Any] | None = None
@@ -98,6 +104,12 @@ class MixturaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Refuses what is wrong where it is written, not where it is used.
         read_layers(self.moe, self.layers, self.num_hidden_layers)
+        read_attentions(self.attention, self.num_hidden_layers)
+
+    @property
+    def attentions(self) -> tuple[Choice, ...]:
+        """The attention of every decoder layer."""
+        return read_attentions(self.attention, self.num_hidden_layers)
 
     @property
     def plans(self) -> tuple[MoEPlan | None, ...]:

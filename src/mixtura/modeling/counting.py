@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
 from mixtura.modeling.causal import MixturaForCausalLM
 from mixtura.modeling.config import MixturaConfig
-from mixtura.modeling.decoder import MixturaDecoderLayer, frozen_noise
+from mixtura.modeling.decoder import frozen_noise
+from mixtura.modeling.decoder_layer import MixturaDecoderLayer
 from mixtura.modeling.forming import passes_of
 from mixtura.modeling.parts import bank_of
 
@@ -69,5 +70,4 @@ def num_chosen(router: nn.Module) -> int | None:
     assert isinstance(router, Router | Mixer)
     if isinstance(router, Mixer) or "gates" in declared_tags(type(router)):
         return router.shape.num_experts
-    found: Any = getattr(router, "top_k", None)
-    return found if isinstance(found, int) else None
+    return router.num_chosen

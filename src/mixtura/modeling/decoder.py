@@ -13,106 +13,41 @@ from typing import Any, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from mixtura.errors import CheckpointError, UserError
-from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, takes_cache, with_cache
-from mixtura.methods import header
-from mixtura.modeling.attention import MixturaAttention, MixturaRotaryEmbedding, RMSNorm
+from mixtura.machine.releases import CACHE_NAMES, given_cache, takes_cache, with_cache
+from mixtura.methods import declared_tags, header
+from mixtura.methods._norms import RMSNorm
+from mixtura.methods.attentions import Attention
+from mixtura.modeling.attention import MixturaRotaryEmbedding, history_name, make_attentions, told_alike
 from mixtura.modeling.balance import OWN_LAYERS_READ, LayerBalance, ModelBalance
-from mixtura.modeling.cache import recall, remember
+from mixtura.modeling.cache import Owner, recall, remember
 from mixtura.modeling.config import MixturaConfig
-from mixtura.modeling.forming import passes_of, run_layer
+from mixtura.modeling.decoder_layer import MixturaDecoderLayer, names_of
+from mixtura.modeling.forming import passes_of
 from mixtura.modeling.layer import MoELayer
-from mixtura.modeling.parts import Block, axes_of, bank_of, make_balancers, make_layers, tags_of
+from mixtura.modeling.parts import axes_of, bank_of, make_balancers, make_layers, tags_of
 from mixtura.modeling.tokens import Tokens, describe
-from mixtura.types import RouterInput, Routing
+from mixtura.types import Routing
 
 
 @final
 @dataclass
 class MixturaModelOutput(BaseModelOutputWithPast):
-    """Hidden states, the cache, and what every MoE layer decided."""
+    """Hidden states, the cache, and what every MoE layer, and attention that chooses heads, decided."""
 
     # Some releases say float32 of states in any dtype.
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
     routings: tuple[Routing, ...] | None = None
+    head_routings: tuple[Routing, ...] | None = None
     tokens: Tokens | None = None
-
-
-@final
-class DenseMLP(nn.Module):
-    """The gated feed-forward part of a dense layer."""
-
-    def __init__(self, d_model: int, width: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(d_model, width, bias=False)
-        self.up_proj = nn.Linear(d_model, width, bias=False)
-        self.down_proj = nn.Linear(width, d_model, bias=False)
-
-    def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
-        """The layer's output for every token."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
-@final
-class MixturaDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then experts or a dense feed-forward part, each on normed tokens beside a residual."""
-
-    def __init__(self, config: MixturaConfig, layer: int, block: Block | None) -> None:
-        super().__init__()
-        self.self_attn = MixturaAttention(config, layer)
-        self.mlp = DenseMLP(config.hidden_size, config.intermediate_size) if block is None else block
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.reads_attention = "reads:attention" in tags_of(block)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B Q D"],
-        *,
-        tokens: Tokens,
-        common: Mapping[str, Any],
-        told: Sequence[Mapping[str, Any]],
-        noise_seed: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Float[Tensor, "B Q D"], tuple[Routing, ...]]:
-        """The tokens after this layer, and the routing of each of its passes; a dense layer has none.
-
-        ``common`` is what its passes are told alike beside the tokens, ``told`` what each is. ``noise_seed``
-        makes the generator here, so that recomputing the layer draws the same noise.
-        """
-        attended, weights = self.self_attn(self.input_layernorm(x), **kwargs)
-        x = x + attended
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, DenseMLP):
-            return x + self.mlp(normed), ()
-        generator = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
-        inputs = RouterInput(
-            x=normed.flatten(0, 1),
-            valid=tokens.valid,
-            training=self.training,
-            decoding=tokens.decoding,
-            generator=generator,
-            sequence_ids=tokens.sequence_ids,
-            positions=tokens.positions,
-            token_ids=tokens.token_ids,
-            labels=tokens.labels,
-            attention=tokens.attention(weights) if self.reads_attention else None,
-            **common,
-        )
-        output, routings = run_layer(self.mlp, inputs, x.flatten(0, 1), told)
-        return x + output.view_as(x), routings
 
 
 @contextmanager
@@ -146,7 +81,7 @@ class MixturaPreTrainedModel(PreTrainedModel, ABC):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ("balance",)
-    _can_record_outputs = {"hidden_states": MixturaDecoderLayer, "attentions": MixturaAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MixturaDecoderLayer, "attentions": Attention}  # noqa: RUF012
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -206,12 +141,6 @@ def _tags(plan: Any) -> frozenset[str]:
     return frozenset(header(kind, choice.name).tags)
 
 
-def _names(layer: object) -> str:
-    """What decides and what computes in a layer, in words."""
-    one = passes_of(layer)[0]
-    return f"{type(one.router).__name__} with the experts {type(bank_of(one)).__name__}"
-
-
 @final
 class MixturaModel(MixturaPreTrainedModel):
     """The decoder without the head."""
@@ -229,7 +158,8 @@ class MixturaModel(MixturaPreTrainedModel):
         blocks = make_layers(plans, config.hidden_size, config.seed, config.initializer_range)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
-            MixturaDecoderLayer(config, layer, one) for layer, one in enumerate(blocks)
+            MixturaDecoderLayer(config, attention, one)
+            for attention, one in zip(make_attentions(config), blocks, strict=True)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MixturaRotaryEmbedding(config)
@@ -254,6 +184,11 @@ class MixturaModel(MixturaPreTrainedModel):
     def blocks(self) -> tuple[MoELayer, ...]:
         """The passes of all MoE layers in order; a layer without a form is one pass."""
         return tuple(one for layer in self.layers for one in passes_of(layer.mlp))
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of every layer."""
+        return tuple(layer.self_attn for layer in self.layers if isinstance(layer, MixturaDecoderLayer))
 
     @property
     def places(self) -> tuple[MoELayer, ...]:
@@ -313,13 +248,6 @@ class MixturaModel(MixturaPreTrainedModel):
         past_length = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else None
         if position_ids is None:
             position_ids = (torch.arange(x.shape[1], device=x.device) + (past_length or 0)).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: past_key_values},
-        )
         tokens = describe(
             size=(x.shape[0], x.shape[1]),
             device=x.device,
@@ -330,40 +258,44 @@ class MixturaModel(MixturaPreTrainedModel):
             token_labels=token_labels,
         )
         self._refuse_unordered(kwargs)
-        common = {
-            "attention_mask": mask,
-            "position_embeddings": self.rotary_emb(x, position_ids),
-            "position_ids": position_ids,
-            **with_cache(past_key_values),
-        }
-        x, routings = self._run(x, tokens, common | kwargs, (part, draw))
+        windows = [attention.window for attention in self.attentions]
+        common = told_alike(
+            windows, self.config, self.rotary_emb, x, attention_mask, position_ids, past_key_values
+        )
+        x, routings, heads = self._run(x, tokens, common | kwargs, (part, draw))
         kept = with_cache(past_key_values) if isinstance(past_key_values, Cache) else {}
-        return MixturaModelOutput(last_hidden_state=self.norm(x), routings=routings, tokens=tokens, **kept)
+        return MixturaModelOutput(
+            last_hidden_state=self.norm(x), routings=routings, head_routings=heads, tokens=tokens, **kept
+        )
 
     def _run(
         self, x: Tensor, tokens: Tokens, kwargs: Mapping[str, Any], noise: tuple[int, int]
-    ) -> tuple[Tensor, tuple[Routing, ...]]:
+    ) -> tuple[Tensor, tuple[Routing, ...], tuple[Routing, ...]]:
         """All layers in turn."""
         routings: list[Routing] = []
-        histories: dict[int, Mapping[str, Tensor]] = {}
+        head_routings: list[Routing] = []
+        histories: dict[Owner, Mapping[str, Tensor]] = {}
         cache, number = given_cache(kwargs), 0
         step, state = int(self.balance.step), None
-        for layer in self.layers:
+        for layer, attention in zip(self.layers, self.attentions, strict=True):
             place = len(routings)
             passes = passes_of(layer.mlp)
             common = {"layer": number, "step": step, "state": state}
             told = self._told(place, passes, cache, x)
             seed = noise_seed(self.config.seed, step, *noise, place) if self.training else None
-            x, found = layer(x, tokens=tokens, common=common, told=told, noise_seed=seed, **kwargs)
+            x, found, heads = layer(x, tokens=tokens, common=common, told=told, noise_seed=seed, **kwargs)
             number += bool(passes)
             for routing in found:
                 if routing.history:
                     histories[len(routings)] = routing.history
                 routings.extend(routing.places)
                 state = routing.state
+            if heads is not None:
+                head_routings.append(heads)
+                histories |= {history_name(attention): heads.history} if heads.history else {}
         if isinstance(cache, Cache):
             remember(cache, histories)
-        return x, tuple(routings)
+        return x, tuple(routings), tuple(head_routings)
 
     def _told(
         self, place: int, passes: Sequence[MoELayer], cache: Any, x: Tensor
@@ -386,12 +318,17 @@ class MixturaModel(MixturaPreTrainedModel):
         return tuple(told)
 
     def _refuse_unordered(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse continuous batching where routers need earlier tokens of a sequence."""
+        """Refuse continuous batching where routers or attentions need earlier tokens of a sequence."""
         if "cu_seq_lens_q" not in kwargs:
             return
-        for block in self.layers:
+        for block, attention in zip(self.layers, self.attentions, strict=True):
+            if attention.window is not None or "routes" in declared_tags(type(attention)):
+                raise UserError(
+                    f"{type(attention).__name__} with a window or with heads that are chosen cannot run in "
+                    "continuous batching, whose cache keeps every key of every head; use generate"
+                )
             if tags_of(block.mlp) & {"reads:history", "reads:attention", "looks_ahead", "reads:sequence_ids"}:
                 raise UserError(
-                    f"{_names(block.mlp)} needs a sequence's other tokens, which continuous "
+                    f"{names_of(block.mlp)} needs a sequence's other tokens, which continuous "
                     "batching does not keep together; use generate"
                 )

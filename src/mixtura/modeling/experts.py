@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import UserError
 from mixtura.kernels import routed_experts
+from mixtura.kernels.records import ExpertExchange
 from mixtura.methods import declared_tags
 from mixtura.methods._activations import swiglu
 from mixtura.methods._drawing import normal
@@ -149,6 +150,8 @@ class Experts(nn.Module):
         self.bank = Ffn(bank, seed=seed) if isinstance(bank, LayerShape) else bank
         self.shape = self.bank.shape
         self.tags = declared_tags(type(self.bank))
+        # Brings tokens to experts that lie on several processes, where that is so.
+        self.mixtura_exchange: ExpertExchange | None = None
 
     @property
     def gate_up_proj(self) -> nn.Parameter:
@@ -202,6 +205,9 @@ class Experts(nn.Module):
             return torch.where(routing.valid[:, None], output, 0.0), {}
         if routing.gates is not None:
             routing = written_out(routing, type(self.bank).__name__)
+        if self.mixtura_exchange is not None:
+            routed = routing.token_ids, routing.expert_ids, routing.weights
+            return self.mixtura_exchange(x, *routed), {}
         if not runs(type(self.bank)):
             known = self.matrices if matrices is None else matrices
             return known.weighted(x, routing.token_ids, routing.expert_ids, routing.weights), {}

@@ -27,12 +27,13 @@ from transformers import (
 from mixtura.errors import OutputError, UnsupportedModelError
 from mixtura.methods.experts.ffn import Ffn
 from mixtura.modeling.causal import MixturaForCausalLM
-from mixtura.modeling.decoder import MixturaDecoderLayer
+from mixtura.modeling.decoder_layer import MixturaDecoderLayer
 from mixtura.modeling.experts import Experts, SharedExpert
+from mixtura.modeling.head import head_weight
 from mixtura.modeling.parts import bank_of
 from mixtura.modeling.plan import MoEPlan
 
-_COMMON = (
+COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rope_parameters", "rms_norm_eps", "initializer_range",
     "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -107,16 +108,21 @@ def _common_plan(model: MixturaForCausalLM) -> MoEPlan:
 
 
 def _require_plain(model: MixturaForCausalLM, plan: MoEPlan) -> None:
-    """Refuse layers of several passes, and experts that an ordinary family has not."""
+    """Refuse layers of several passes, and experts and attentions that an ordinary family has not."""
+    for attention in model.config.attentions:
+        if attention.name != "grouped_query" or attention.settings.get("window") is not None:
+            raise UnsupportedModelError(
+                "ordinary families attend to all earlier tokens in all heads, not by the attention "
+                f"{attention}; use save_pretrained"
+            )
     if plan.form is not None:
         raise UnsupportedModelError(
             f"no ordinary family has layers of the form {plan.form.name}; use save_pretrained"
         )
     bank = bank_of(model.model.blocks[0])
     if not isinstance(bank, Ffn) or bank.activation != "silu" or not bank.gated or bank.bias:
-        described = plan.experts.name + "".join(f", {k} {v}" for k, v in plan.experts.settings.items())
         raise UnsupportedModelError(
-            f"ordinary families have gated experts of silu without biases, not {described}; use "
+            f"ordinary families have gated experts of silu without biases, not {plan.experts}; use "
             "save_pretrained"
         )
 
@@ -140,7 +146,7 @@ def _filled(model: MixturaForCausalLM, plan: MoEPlan, family: Family) -> Any:
 def _renamed(model: MixturaForCausalLM) -> Any:
     """Names and tensors as the families call them."""
     place = 0
-    yield "lm_head.weight", model.lm_head.weight
+    yield "lm_head.weight", head_weight(model.lm_head)
     yield "model.embed_tokens.weight", model.model.embed_tokens.weight
     yield "model.norm.weight", model.model.norm.weight
     for number, layer in enumerate(model.model.layers):
@@ -176,7 +182,9 @@ def _moe(layer: MixturaDecoderLayer, bias: Tensor | None) -> dict[str, Tensor]:
 
 
 def _common(model: MixturaForCausalLM, **own: Any) -> dict[str, Any]:
-    return {name: getattr(model.config, name) for name in _COMMON} | own
+    kept = {name: getattr(model.config, name) for name in COMMON}
+    # A head that is normed is a matrix of its own where it is written out.
+    return kept | {"tie_word_embeddings": kept["tie_word_embeddings"] and not model.config.normed_head} | own
 
 
 def _setting(model: MixturaForCausalLM, name: str) -> Any:

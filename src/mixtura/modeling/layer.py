@@ -87,6 +87,8 @@ class MoELayer(nn.Module):
         experts: of as many experts as the router knows.
         shared: what every valid token visits besides.
         capacity: a limit on tokens per expert; without one nothing is dropped.
+        adds_losses: whether the losses of what its own experts are made of are this layer's to add; of
+            several passes through the same experts they are the first's.
 
     Raises:
         UserError: router and experts are of different sizes, the router is set for a pool of another size,
@@ -100,6 +102,7 @@ class MoELayer(nn.Module):
         *,
         shared: SharedExpert | None = None,
         capacity: Capacity | None = None,
+        adds_losses: bool = True,
     ) -> None:
         super().__init__()
         if router.shape != experts.shape:
@@ -125,6 +128,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared = shared
         self.capacity = capacity
+        self.adds_losses = adds_losses
 
     def forward(
         self,
@@ -174,8 +178,10 @@ class MoELayer(nn.Module):
         """The routing with what experts remember and, in training, with their losses."""
         kept = {f"{_EXPERTS}{name}": value for name, value in history.items()}
         losses: dict[str, Tensor] = {}
-        if training and isinstance(self.experts, Experts):
-            losses = {f"{_EXPERTS}{name}": value for name, value in self.experts.bank.losses().items()}
+        if training and self.adds_losses:
+            # A pool's other members are the own experts of other layers, which add theirs.
+            own = self.experts if isinstance(self.experts, Experts) else self.experts.banks[0]
+            losses = {f"{_EXPERTS}{name}": value for name, value in own.bank.losses().items()}
         if not kept and not losses:
             return routing
         return replace(routing, history={**routing.history, **kept}, losses={**routing.losses, **losses})

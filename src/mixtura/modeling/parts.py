@@ -20,23 +20,11 @@ from mixtura.modeling.experts import ExpertPool, Experts, SharedExpert
 from mixtura.modeling.forming import FormedLayer, passes_of
 from mixtura.modeling.layer import MoELayer
 from mixtura.modeling.plan import Choice, MoEPlan
+from mixtura.modeling.seeds import FORM, part_seed
 from mixtura.modeling.suiting import Decider, require_suited
 from mixtura.types import LayerShape
 
-# What seeds of parts are counted from, so that no two parts of a model draw the same numbers.
-_PARTS = {"router": 1, "experts": 2, "shared": 3, "balancer": 4}
-_STRIDE = 1_000_003
-# Between the passes of one layer, and to a form's own parameters.
-_TURN_STRIDE = 15_485_863
-_FORM = "form"
 Block = MoELayer | FormedLayer
-
-
-def part_seed(seed: int, layer: int, part: str, turn: int = 0) -> int:
-    """The seed of one part of one pass of one layer, from the model's."""
-    if part == _FORM:
-        part, turn = "balancer", turn + 1
-    return (seed * _STRIDE + layer * len(_PARTS) + _PARTS[part] + turn * _TURN_STRIDE) % (1 << 31)
 
 
 def make_layers(
@@ -76,7 +64,7 @@ class _Maker:
                 "out form or pool"
             )
         shape = plan.shape(self._d_model)
-        values = plan.form.with_defaults("forms", seed=part_seed(self._seed, layer, _FORM))
+        values = plan.form.with_defaults("forms", seed=part_seed(self._seed, layer, FORM))
         form: Form = create("forms", plan.form.name, shape, **values)
         form.rescale(self._deviation)
         first = self._first[layer]
@@ -102,7 +90,9 @@ class _Maker:
             drawn = part_seed(self._seed, layer, "shared", turn)
             shared = SharedExpert(self._d_model, plan.shared_width, gated=plan.shared_gated, seed=drawn)
             shared.experts.bank.rescale(self._deviation)
-        return MoELayer(router, experts, shared=shared, capacity=plan.capacity)
+        # Passes that share experts share their losses, too.
+        adds = turn == 0 or isinstance(experts, ExpertPool) or experts is not self._first[layer]
+        return MoELayer(router, experts, shared=shared, capacity=plan.capacity, adds_losses=adds)
 
     def _experts(self, layer: int, plan: MoEPlan, turn: int) -> Experts:
         seed = part_seed(self._seed, layer, "experts", turn)

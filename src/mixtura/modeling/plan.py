@@ -36,6 +36,9 @@ class Choice:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.name + "".join(f", {name} {value}" for name, value in self.settings.items())
+
     @staticmethod
     def read(value: Any, what: str = "a method") -> Choice:
         """The choice that a name, or a mapping with the key ``name``, stands for.
@@ -189,3 +192,22 @@ def read_layers(
         else:
             raise SettingError(f"an entry of layers is 'dense', null or a mapping, got {entry!r}")
     return tuple(plans)
+
+
+def read_attentions(value: Any, num_layers: int) -> tuple[Choice, ...]:
+    """The attention of every decoder layer, from one for all or from a list that layers take in turn.
+
+    >>> [one.name for one in read_attentions(["grouped_query", "sparse_heads"], 4)]
+    ['grouped_query', 'sparse_heads', 'grouped_query', 'sparse_heads']
+
+    Raises:
+        SettingError: the list is empty or does not go into the layers a whole number of times, or an entry is
+            neither a name nor a mapping with one.
+    """
+    given = list(value) if isinstance(value, list | tuple) else [value]
+    if not given or num_layers % len(given):
+        raise SettingError(
+            f"a list of attentions is taken in turn by all layers, so its length must divide {num_layers}, "
+            f"got {len(given)}"
+        )
+    return tuple(Choice.read(one, "an attention") for one in given) * (num_layers // len(given))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtura.errors import check_range
+from mixtura.methods.settings import Ranged
 from mixtura.types import LayerShape, Matrices, Ran, Rows
-
-N = TypeVar("N", int, float)
 
 KIND = {
     "base": "Bank",
@@ -29,7 +26,7 @@ KIND = {
 }
 
 
-class Bank(nn.Module, ABC):
+class Bank(nn.Module, Ranged, ABC):
     """The experts of one layer: what each makes of the tokens that are sent to it, before weighting.
 
     A method defines `matrices`, which the core multiplies with, reads and merges, or `run`, which computes
@@ -79,15 +76,6 @@ class Bank(nn.Module, ABC):
         for parameter in self.parameters():
             if parameter.dim() > 2:
                 parameter.mul_(deviation * parameter.shape[-1] ** 0.5)
-
-    def within(self, name: str, value: N, low: float, high: float) -> N:
-        """A setting's value, if it is in the range.
-
-        Raises:
-            SettingError: it is not.
-        """
-        check_range(type(self).__name__, name, value, low, high)
-        return value
 
 
 def materialises(bank: type[Bank]) -> bool:

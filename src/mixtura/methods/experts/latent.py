@@ -45,8 +45,9 @@ class Latent(Bank):
 
     Differences from the paper:
         Only the abstract and a reproduction were at hand. The writing matrices are each expert's own, as in
-        its first version; sharing them, too, is left out, and so is the conversion of trained models.
-        Products of the two factors begin with the variance that an expert's matrix has.
+        its first version; sharing them, too, is left out. Trained models are converted by `mixtura factor`,
+        in one step: rounding each expert to a low rank first, as there, could only lose more. Products of the
+        two factors begin with the variance that an expert's matrix has.
 
     Reference:
         Beyond Standard MoE: Mixture of Latent Experts for Resource-Efficient Language Models (paper 25,

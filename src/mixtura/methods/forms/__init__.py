@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtura.errors import check_range
+from mixtura.methods.settings import Ranged
 from mixtura.types import LayerShape
-
-N = TypeVar("N", int, float)
 
 KIND = {
     "base": "Form",
@@ -34,7 +32,7 @@ class Pass(Protocol):
         """What the experts add to ``x``; 0 for padding. The router reads ``route`` instead where given."""
 
 
-class Form(nn.Module, ABC):
+class Form(nn.Module, Ranged, ABC):
     """What an MoE layer computes with its passes.
 
     The sizes of a layer's plan are those of one pass. Nothing is kept on the module; parameters are drawn
@@ -71,12 +69,3 @@ class Form(nn.Module, ABC):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(deviation * parameter.shape[-1] ** 0.5)
-
-    def within(self, name: str, value: N, low: float, high: float) -> N:
-        """A setting's value, if it is in the range.
-
-        Raises:
-            SettingError: it is not.
-        """
-        check_range(type(self).__name__, name, value, low, high)
-        return value

@@ -1,33 +1,14 @@
-"""Mathematics that forms share: norms and feed-forward parts of their own."""
+"""Mathematics that forms share: feed-forward parts of their own."""
 
 from __future__ import annotations
 
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.methods._drawing import generator_of, normal
-from mixtura.methods._precision import exact
-
-_EPS = 1e-6
-
-
-@final
-class Norm(nn.Module):
-    """Divide by the root mean square in float32 at least, then scale each feature."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """The normed features in the dtype of ``x``."""
-        wide = exact(x)
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)
-        return self.weight * normed.to(x.dtype)
 
 
 @final

@@ -8,8 +8,8 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
+from mixtura.methods._norms import RMSNorm
 from mixtura.methods.forms import Form, Pass
-from mixtura.methods.forms._shared import Norm
 from mixtura.types import LayerShape
 
 METHOD = {
@@ -47,7 +47,7 @@ class Cartesian(Form):
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__(shape)
-        self.norm = Norm(shape.d_model)
+        self.norm = RMSNorm(shape.d_model)
 
     @property
     def num_passes(self) -> int:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mixtura.methods._norms import RMSNorm
 from mixtura.methods.forms import Form, Pass
-from mixtura.methods.forms._shared import Norm
 from mixtura.types import LayerShape
 
 METHOD = {
@@ -51,7 +51,7 @@ class Stacked(Form):
     def __init__(self, shape: LayerShape, *, depth: int = 2) -> None:
         super().__init__(shape)
         self.depth = self.within("depth", depth, 1, 64)
-        self.norms = nn.ModuleList(Norm(shape.d_model) for _ in range(depth - 1))
+        self.norms = nn.ModuleList(RMSNorm(shape.d_model) for _ in range(depth - 1))
 
     @property
     def num_passes(self) -> int:

@@ -8,8 +8,9 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
+from mixtura.methods._norms import RMSNorm
 from mixtura.methods.forms import Form, Pass
-from mixtura.methods.forms._shared import GatedMlp, Norm
+from mixtura.methods.forms._shared import GatedMlp
 from mixtura.types import LayerShape
 
 METHOD = {
@@ -50,7 +51,7 @@ class ThenDense(Form):
         super().__init__(shape)
         self.width = self.within("width", width, 0, 100_000_000)
         self.seed = seed
-        self.norm = Norm(shape.d_model)
+        self.norm = RMSNorm(shape.d_model)
         self.branch = GatedMlp(shape.d_model, width or shape.d_expert, seed)
 
     def forward(
