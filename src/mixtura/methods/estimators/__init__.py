@@ -1,0 +1,56 @@
+"""Models of scikit-learn's shape on routers and experts: tables, tasks, images, series, graphs, streams.
+
+Methods for tables derive from `NetworkClassifier` or `NetworkRegressor`: they say what the network is and
+what it is trained by. Others derive from `Estimator` itself. ``mixtura.estimators.Ride`` is the class of the
+estimator ``ride``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mixtura.methods import class_name, load_method, names
+from mixtura.methods.estimators._base import Estimator
+from mixtura.methods.estimators._networks import (
+    Passed,
+    dense_routing,
+    everyone,
+    perceptron,
+    routed,
+    router,
+    told,
+)
+from mixtura.methods.estimators._series import windows
+from mixtura.methods.estimators._tables import Network, NetworkClassifier, NetworkRegressor
+from mixtura.methods.estimators._training import minimise, seeded
+
+KIND = {
+    "base": "Estimator",
+    "summary": "Learns from tables, series, graphs or streams as a model of scikit-learn does.",
+    "tags": {
+        "classifies": "`predict` says classes, `predict_proba` their probabilities",
+        "regresses": "`predict` says numbers",
+        "forecasts": "rows are the past of a series, oldest first, and targets what came next",
+        "generates": "`sample` draws what may come",
+        "streams": "`partial_fit` learns more without forgetting what was learned",
+        "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",
+        "multi_task": "targets are a column a task, NaN where a task has no label",
+        "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",
+        "reads:edges": "reads the edges of a graph between rows",
+    },
+}
+__all__ = [
+    "KIND", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed", "dense_routing",
+    "everyone", "minimise", "perceptron", "routed", "router", "seeded", "told", "windows",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for method in names("estimators"):
+        if class_name(method) == name:
+            return load_method("estimators", method)
+    raise AttributeError(f"there is no estimator {name!r} in mixtura.estimators")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *map(class_name, names("estimators"))])

@@ -1,0 +1,259 @@
+"""What every estimator is: settings that are only stored, checks of what it is given, saving and loading."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, final, get_type_hints
+
+import numpy as np
+import torch
+from torch import nn
+
+from mixtura.errors import CheckpointError, OutputError, SettingError, UserError, check_range, one_line
+from mixtura.methods.estimators._training import seeded
+from mixtura.methods.settings import construct, fits
+from mixtura.types import Routing
+
+try:
+    from sklearn.base import BaseEstimator
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ModuleNotFoundError as _error:
+    if (_error.name or "").partition(".")[0] != "sklearn":
+        raise
+    raise UserError("estimators need scikit-learn; install mixtura[estimators]") from _error
+
+# What settings of these names may be, unless an estimator says otherwise.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "num_experts": (1, 4096),
+    "d_hidden": (1, 1 << 16),
+    "epochs": (1, 1 << 20),
+    "batch_size": (2, 1 << 20),
+    "learning_rate": (0, 1e3),
+    "random_state": (0, 2**32 - 1),
+}
+_FORMAT = "mixtura-estimator-1"
+
+
+class Estimator(BaseEstimator, ABC):
+    """A model of scikit-learn's shape: `fit`, `predict`, and `route`, by which analyses read it.
+
+    Constructors store settings and check nothing, as scikit-learn wants it; `check_settings` is called by
+    `mixtura.create` and before anything is learned. What was learned is in attributes that end in ``_``.
+
+    Attributes:
+        ranges: the least and the greatest value of settings, where they are not those of `RANGES`.
+    """
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+
+    @abstractmethod
+    def fit(self, X: Any, y: Any = None) -> Estimator:
+        """Learn from rows, forgetting what was learned before; return the estimator."""
+
+    @abstractmethod
+    def predict(self, X: Any) -> np.ndarray:
+        """What is expected of rows."""
+
+    @abstractmethod
+    def route(self, X: Any) -> Routing:
+        """Which expert is given which row, with what weight."""
+
+    @property
+    @final
+    def method_name(self) -> str:
+        """The estimator's name in the catalogue."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @final
+    def check_settings(self) -> None:
+        """Raise `SettingError` unless every setting is of its type and in its range."""
+        hints = get_type_hints(type(self).__init__)
+        for name, value in self.get_params(deep=False).items():
+            if not fits(value, hints[name]):
+                raise SettingError(f"{name} of {type(self).__name__} must be {hints[name]}, got {value!r}")
+            bounds = {**RANGES, **self.ranges}.get(name)
+            if bounds is not None and isinstance(value, int | float):
+                check_range(type(self).__name__, name, value, *bounds)
+
+    @final
+    def rows(self, X: Any) -> np.ndarray:
+        """Rows of as many finite numbers as were learned of, checked by scikit-learn.
+
+        Raises:
+            UserError: they are not finite, or of another width.
+            NotFittedError: nothing was learned yet.
+        """
+        check_is_fitted(self)
+        rows: np.ndarray = self._checked({"X": X, "reset": False, "dtype": np.float64})
+        return rows
+
+    @final
+    def lessons(self, X: Any, y: Any, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and targets to learn of, checked by scikit-learn; ``how`` goes to its ``validate_data``.
+
+        Raises:
+            UserError: they are not finite, too few, not of one length, or there are no targets.
+        """
+        if y is None:
+            raise UserError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None; give one a row"
+            )
+        rows, targets = self._checked({"X": X, "y": y, "dtype": np.float64, "ensure_min_samples": 2, **how})
+        return rows, targets
+
+    @final
+    def fresh_rows(self, X: Any, least: int = 2) -> np.ndarray:
+        """Rows to learn of, at least so many, where targets are checked otherwise or there are none.
+
+        Raises:
+            UserError: they are not finite, or too few.
+        """
+        rows: np.ndarray = self._checked({"X": X, "dtype": np.float64, "ensure_min_samples": least})
+        return rows
+
+    @final
+    def classes_of(self, y: np.ndarray) -> np.ndarray:
+        """The classes of labels, ascending.
+
+        Raises:
+            UserError: they are no classes, or one alone.
+        """
+        try:
+            check_classification_targets(y)
+        except ValueError as error:
+            raise UserError(one_line(error)) from None
+        classes = np.unique(y)
+        self.check_classes(classes)
+        return classes
+
+    @final
+    def most_probable(self, shares: np.ndarray) -> np.ndarray:
+        """The class of each row's highest probability."""
+        chosen: np.ndarray = self.classes_[shares.argmax(1)]
+        return chosen
+
+    @final
+    def check_classes(self, classes: np.ndarray) -> None:
+        """Raise `UserError` unless there are two classes or more to tell apart."""
+        if len(classes) < 2:
+            found = f", {classes.tolist()[0]!r}" if len(classes) else ""
+            raise UserError(
+                f"{type(self).__name__} tells classes apart and y has one class alone{found}; "
+                "give rows of two or more"
+            )
+
+    def _checked(self, given: Mapping[str, Any]) -> Any:
+        try:
+            return validate_data(self, **given)
+        except ValueError as error:
+            raise UserError(_sentence(error, type(self).__name__)) from None
+
+    def rebuild(self) -> None:
+        """Make the modules anew whose weights `load` then reads; by default there are none."""
+
+    @final
+    def save(self, path: str | Path) -> None:
+        """Write what was learned as a safetensors file, which `load` reads without running anything.
+
+        Raises:
+            UserError: nothing was learned, or it holds models that have no such form.
+            OutputError: the file cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        check_is_fitted(self)
+        tensors: dict[str, torch.Tensor] = {}
+        facts: dict[str, Any] = {}
+        for name, value in learned(self).items():
+            _put_apart(self, name, value, tensors, facts)
+        words = {"format": _FORMAT, "name": self.method_name, "settings": self.get_params(), "facts": facts}
+        kept = {name: one.contiguous().clone() for name, one in tensors.items()}
+        try:
+            save_file(kept, str(path), metadata={"mixtura": json.dumps(words)})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"cannot write {path}: {one_line(error)}") from None
+
+    @classmethod
+    @final
+    def load(cls, path: str | Path) -> Any:
+        """The estimator that `save` wrote.
+
+        Raises:
+            CheckpointError: the file holds something else, or an estimator of another class.
+        """
+        tensors, words = _read(Path(path))
+        own = cls.__module__.rpartition(".")[2]
+        if words["name"] != own:
+            raise CheckpointError(f"{path} holds the estimator {words['name']}, not {own}")
+        made = construct(cls, **words["settings"])
+        for name, value in words["facts"].items():
+            setattr(made, name, _from_json(value))
+        weights: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, slash, rest = key.partition("/")
+            if slash:
+                weights.setdefault(name, {})[rest] = tensor
+            else:
+                setattr(made, name, tensor.numpy())
+        # Drawn only to be written over.
+        with seeded(1):
+            made.rebuild()
+        for name, state in weights.items():
+            getattr(made, name).load_state_dict(state)
+        return made
+
+
+def learned(estimator: Estimator) -> dict[str, Any]:
+    """The attributes in which an estimator keeps what it learned, by name."""
+    return {n: v for n, v in vars(estimator).items() if n.endswith("_") and not n.startswith("_")}
+
+
+def _sentence(error: ValueError, name: str) -> str:
+    text = one_line(error)
+    if "NaN" in text or "infinity" in text:
+        first = text.split(". ")[0].rstrip(".")
+        return f"{first}; {name} takes finite numbers: fill gaps (sklearn.impute) or leave those rows out"
+    return text
+
+
+def _put_apart(
+    owner: Estimator, name: str, value: Any, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> None:
+    if isinstance(value, nn.Module):
+        tensors |= {f"{name}/{key}": one for key, one in value.state_dict().items()}
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        tensors[name] = torch.from_numpy(value)
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "UO":
+        facts[name] = {"array": value.tolist(), "dtype": str(value.dtype)}
+    elif isinstance(value, int | float | str | list | tuple | None):
+        facts[name] = value
+    else:
+        raise UserError(
+            f"{type(owner).__name__} learned models of another library ({type(value).__name__} in {name}), "
+            "which have no form that is safe to read; keep it in memory, or fit it again"
+        )
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return np.array(value["array"], dtype=value["dtype"])
+    return value
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            words = json.loads((file.metadata() or {}).get("mixtura", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path} as an estimator: {one_line(error)}") from None
+    if not isinstance(words, dict) or words.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} holds no estimator of mixtura; give a file that `save` wrote")
+    return tensors, words

@@ -1,0 +1,1 @@
+"""Estimators compared: problems by family, plain baselines, and the arena's page."""

@@ -1,0 +1,115 @@
+"""Estimators as scikit-learn's users meet them: by name, in pipelines and searches, saved, and refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sklearn.datasets import load_iris
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import mixtura
+from mixtura.errors import CheckpointError, OutputError, SettingError, UserError
+
+X, Y = load_iris(return_X_y=True)
+WORDS = np.array(["setosa", "versicolor", "virginica"])[Y]
+
+
+def test_classes_are_found_by_their_name() -> None:
+    from mixtura.methods.estimators.mowst import Mowst
+
+    assert mixtura.estimators.Mowst is Mowst
+    assert "UniversalPortfolio" in dir(mixtura.estimators)
+    with pytest.raises(AttributeError, match="there is no estimator 'Mowts'"):
+        _ = mixtura.estimators.Mowts
+
+
+def test_a_search_over_a_pipeline_finds_the_setting_that_learns() -> None:
+    model = make_pipeline(StandardScaler(), mixtura.estimators.UatrCmoe(epochs=8))
+    search = GridSearchCV(model, {"uatrcmoe__learning_rate": [0.0, 0.02]}, cv=2).fit(X, WORDS)
+    assert search.best_params_ == {"uatrcmoe__learning_rate": 0.02}
+    assert search.predict(X[:1]).tolist() == ["setosa"]
+    assert search.score(X, WORDS) > 0.8
+
+
+def test_a_setting_out_of_range_is_refused_by_a_search_too() -> None:
+    model = mixtura.estimators.UatrCmoe(epochs=-1)
+    with pytest.raises(SettingError, match="epochs of UatrCmoe must be in"):
+        cross_val_score(model, X, Y, cv=2, error_score="raise")
+    with pytest.raises(SettingError, match="epochs of UatrCmoe must be in"):
+        mixtura.create("estimators", "uatr_cmoe", epochs=-1)
+    with pytest.raises(SettingError, match="no setting 'epoch'; did you mean 'epochs'"):
+        mixtura.create("estimators", "uatr_cmoe", epoch=3)
+
+
+def test_classes_in_words_are_kept_with_the_rest(tmp_path: Path) -> None:
+    model = mixtura.estimators.UatrCmoe(epochs=2).fit(X, WORDS)
+    model.save(tmp_path / "kept.safetensors")
+    before = torch.get_rng_state()
+    again = mixtura.estimators.UatrCmoe.load(tmp_path / "kept.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert again.predict(X).tolist() == model.predict(X).tolist()
+    assert again.get_params() == model.get_params()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    model = mixtura.estimators.UatrCmoe(epochs=1).fit(X, Y)
+    kept, other, text = (tmp_path / name for name in ("kept", "other", "text"))
+    model.save(kept)
+    save_file({"a": torch.ones(1)}, other)
+    text.write_text("no tensors")
+    ride = mixtura.estimators.Ride
+    with pytest.raises(CheckpointError, match="holds the estimator uatr_cmoe, not ride"):
+        ride.load(kept)
+    with pytest.raises(CheckpointError, match="holds no estimator of mixtura"):
+        ride.load(other)
+    for path in (text, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match="cannot read"):
+            ride.load(path)
+    with pytest.raises(OutputError, match="cannot write"):
+        model.save(tmp_path / "no folder" / "kept")
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets", "why"),
+    [
+        (np.where(X > 7, np.nan, X), Y, "Input X contains NaN; UatrCmoe takes finite numbers"),
+        (np.where(X > 7, np.inf, X), Y, "contains infinity"),
+        (X, np.zeros(150, int), "tells classes apart and y has one class alone, 0"),
+        (X[:1], Y[:1], "minimum of 2 is required"),
+        (X, None, "requires y to be passed"),
+        (X, Y[:20], "inconsistent numbers of samples"),
+        (X, Y + 0.5, "Unknown label type"),
+    ],
+)
+def test_what_cannot_be_learned_is_said_in_a_sentence(
+    rows: np.ndarray, targets: np.ndarray | None, why: str
+) -> None:
+    with pytest.raises(UserError, match=why) as refused:
+        mixtura.estimators.UatrCmoe(epochs=1).fit(rows, targets)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_scikit_learn_the_extra_is_named() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['sklearn'] = None\n"
+        "import mixtura\n"
+        "print(mixtura.header('estimators', 'ride').paper)\n"
+        "try:\n"
+        "    mixtura.load_method('estimators', 'ride')\n"
+        "except mixtura.UserError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "89",
+        "estimators need scikit-learn; install mixtura[estimators]",
+    ]
