@@ -31,5 +31,9 @@ def test_within_one_call_all_are_named() -> None:
 
 
 def test_without_approaches_the_problem_is_asked_as_often() -> None:
-    verdict, _, asked = run(Diverse(num_approaches=3), lambda text, ask: FAILED if "Name" in text else "4")
+    verdict, texts, asked = run(
+        Diverse(num_approaches=3), lambda text, ask: FAILED if "Name" in text else "4"
+    )
     assert (verdict.text, len(asked)) == ("4", 4)
+    assert texts[1:] == ["2 + 2?"] * 3
+    assert [(ask.sample, ask.temperature) for ask in asked[1:]] == [(0, 0.7), (1, 0.7), (2, 0.7)]

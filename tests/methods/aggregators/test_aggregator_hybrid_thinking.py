@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from scripted_models import run
+from scripted_models import FAILED, run
 
 from mixtura.methods.aggregators.hybrid_thinking import HybridThinking
+from mixtura.types.asking import Reply
 
 
 def test_a_check_that_fails_runs_the_experts_in_turn() -> None:
@@ -30,3 +31,12 @@ def test_a_verdict_that_cannot_be_read_is_no() -> None:
     assert (verdict.text, verdict.confidence) == ("perhaps", 0.0)
     # No expert can be read either: each round is a design, an end and a check.
     assert len(texts) == 2 + 2 * 3
+
+
+def test_where_there_is_no_answer_a_check_that_says_yes_makes_none() -> None:
+    def script(text: str, ask: object) -> str | Reply:
+        return "YES" if "Check the answer" in text else FAILED
+
+    verdict, texts, _ = run(HybridThinking(num_rounds=2), script)
+    assert verdict.abstained
+    assert not any("Check the answer" in text for text in texts)

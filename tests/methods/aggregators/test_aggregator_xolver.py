@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from scripted_models import run
 
 from mixtura.methods.aggregators.xolver import Xolver
@@ -41,3 +42,11 @@ def test_like_problems_that_were_studied_are_shown() -> None:
     _, texts, _ = run(method, lambda text, ask: "x")
     assert "2 + 3?\nAnswer: 5" in texts[1]
     assert "circle" not in texts[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "score"), [("**Score:** 7", 0.7), ("Score: `8`/10", 0.8), ("Score = 4.5", 0.45)]
+)
+def test_a_score_is_read_however_it_is_set(said: str, score: float) -> None:
+    verdict, *_ = run(Xolver(), lambda text, ask: said if "How sure" in text else "x")
+    assert verdict.confidence == score

@@ -36,3 +36,12 @@ def test_where_nobody_was_right_all_have_a_chance() -> None:
     router = SkillProfile()
     router.fit(given)
     assert np.allclose(router.score(given.batch).weights, 0.5)
+
+
+def test_of_a_model_that_was_never_asked_nothing_is_known() -> None:
+    given = lessons(np.eye(2).tolist(), [[1, np.nan], [0, np.nan]], labels=SKILLS[:2])
+    router = SkillProfile()
+    router.fit(given)
+    quality = router.score(given.batch).quality
+    assert np.allclose(quality[:, 0], 0.5)
+    assert np.isnan(quality[:, 1]).all()

@@ -23,6 +23,8 @@ _JUDGE = (
     "{transcript}\n\nQuotes marked <real> stand in the source, those marked <invented> do not. Who is "
     "right? End with one line: 'A' or 'B'."
 )
+_MARKS = re.compile(r"<\s*/?\s*(?:real|invented)\s*>", re.IGNORECASE)
+_QUOTE = re.compile(r"<quote>(.*?)</quote>", re.DOTALL)
 
 
 @final
@@ -108,9 +110,11 @@ def marked(text: str, source: str) -> str:
         kind = "real" if words and words in plain else "invented"
         return f"<{kind}>{words}</{kind}>"
 
-    # A debater who writes the judge's marks himself is not believed.
-    without = re.sub(r"</?(?:real|invented)>", "", text)
-    return re.sub(r"<quote>(.*?)</quote>", mark, without, flags=re.DOTALL)
+    # A debater who writes the judge's marks himself is not believed, nor one who puts them together of parts.
+    while (without := _MARKS.sub("", text)) != text:
+        text = without
+    # On one line, so that nobody can write a turn of the other's.
+    return " ".join(_QUOTE.sub(mark, text).split())
 
 
 def _joined(said: Sequence[str]) -> str:

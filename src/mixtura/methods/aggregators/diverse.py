@@ -8,7 +8,7 @@ from typing import final
 
 from mixtura.errors import check_range
 from mixtura.methods.aggregators import Aggregator, Plan
-from mixtura.methods.aggregators._shared import good, plurality, question, told
+from mixtura.methods.aggregators._shared import good, plain, plurality, question, told
 from mixtura.types.models import ModelCard, Prompt
 
 METHOD = {
@@ -25,6 +25,8 @@ _ALL = (
     "{question}\n\nSolve it by each of these approaches in turn:\n{ways}\n\nThen compare the results, "
     "and end with a line 'Answer: ...'."
 )
+# Where only chance makes answers differ.
+_DRAWN = 0.7
 
 
 @final
@@ -52,7 +54,7 @@ class Diverse(Aggregator):
         Only the abstract was read. Approaches are asked for each prompt, or given once as ``approaches`` for
         a whole task; personas are approaches that a user writes there. The words of the prompts and the
         default of 5 are mixtura's. If no approach can be read from the reply the problem is asked as it is,
-        as often.
+        as often, at temperature 0.7.
 
     Reference:
         Diversity of Thought Improves Reasoning Abilities of Large Language Models (paper 161).
@@ -74,8 +76,11 @@ class Diverse(Aggregator):
             (reply,) = yield [told(prompt, name, text)]
             lines = reply.text.splitlines() if reply.ok else []
             named = [re.sub(r"^\W*\d*\W*", "", line).strip() for line in lines]
-            ways = [line for line in named if line][: self.num_approaches] or ["any"] * self.num_approaches
-        if self.within_call:
+            ways = [line for line in named if line][: self.num_approaches]
+        if not ways:
+            number = 1 if self.within_call else self.num_approaches
+            replies = yield [plain(prompt, name, temperature=_DRAWN, sample=n) for n in range(number)]
+        elif self.within_call:
             listed = "\n".join(f"- {way}" for way in ways)
             replies = yield [told(prompt, name, _ALL.format(question=asked, ways=listed))]
         else:

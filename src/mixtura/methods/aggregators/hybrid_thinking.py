@@ -88,6 +88,9 @@ class HybridThinking(Aggregator):
                 told(prompt, name, _END.format(question=asked, found="\n\n".join(found) or answer))
             ]
             answer = end.text if end.ok else answer
+            if not answer:
+                # There is nothing to check, and a model that is asked may well say yes to it.
+                continue
             (check,) = yield [told(prompt, name, _VERIFY.format(question=asked, answer=answer))]
             if says_yes(check.text):
                 return Verdict(answer, 1.0)

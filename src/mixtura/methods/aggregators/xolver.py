@@ -113,5 +113,5 @@ class Xolver(Aggregator):
 
 def _score(text: str) -> float:
     """The score that a judge gives, from 0 to 1; 0 where there is none to read."""
-    found = re.findall(r"score\s*[:=]?\s*(\d+(?:\.\d+)?)", text, re.IGNORECASE)
+    found = re.findall(r"score[\s:=*_`]*(\d+(?:\.\d+)?)", text, re.IGNORECASE)
     return min(10.0, float(found[-1])) / 10 if found else 0.0

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from mixtura.errors import UserError
 from mixtura.methods.model_routers._deciding import MOST_TOKENS, decisions, ranking
+from mixtura.methods.settings import Ranged
 from mixtura.report.numbers import counted
 from mixtura.types.models import Decision, Lessons, ModelCard, PromptBatch, Scores, Wish
 
@@ -45,7 +46,7 @@ class Estimate:
     weights: Float[np.ndarray, "P M"] | None = None
 
 
-class ModelRouter(ABC):
+class ModelRouter(Ranged, ABC):
     """Expects a score of every model for a prompt; what is preferred among them is decided here for all.
 
     A method learns arrays from outcomes (`learn`) and makes estimates of them (`score`). Which cards a caller

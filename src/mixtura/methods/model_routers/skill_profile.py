@@ -12,6 +12,7 @@ from mixtura.methods.model_routers._shared import (
     bytes_as_words,
     check_word,
     filled,
+    mean_scores,
     neighbours,
     numbered,
     unknown,
@@ -82,13 +83,14 @@ class SkillProfile(ModelRouter):
         skills = sorted({skill for some in lists for skill in some})
         needs = _marks(lists, skills)
         values, seen = filled(lessons.scores)
+        mean, _ = mean_scores(lessons.scores)
         # Right is +1, wrong is -1, and what was not asked is nothing.
         return {
             "profile": needs.T @ np.where(seen, 2 * values - 1, 0.0),
             "needs": needs,
             "known": lessons.batch.embeddings,
             "skills": words_as_bytes(skills),
-            "mean": values.sum(0) / np.maximum(seen.sum(0), 1),
+            "mean": mean,
         }
 
     def score(self, batch: PromptBatch) -> Estimate:

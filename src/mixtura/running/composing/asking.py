@@ -17,7 +17,7 @@ from mixtura.types.models import PICO_PER_DOLLAR, ModelCard, Prompt
 # Whatever can answer an ask: a table, a model in this process, an address. It answers from several threads.
 Upstream = Callable[[Ask], Reply]
 # Tokens that a chat template may put around a message.
-_AROUND_MESSAGE: Final = 16
+AROUND_MESSAGE: Final = 16
 
 
 @final
@@ -129,7 +129,7 @@ class Runner:
             calls[number] += replies
             return plan.send([call.reply for call in replies])
         except StopIteration as end:
-            done[number] = _concluded(end.value, calls[number])
+            done[number] = concluded(end.value, calls[number])
             return None
 
     def _asked(self, waiting: dict[int, Sequence[Ask]]) -> dict[int, list[Call]]:
@@ -174,7 +174,7 @@ def most_cost(ask: Ask, card: ModelCard) -> int | None:
     A token of text has a byte or more, so bytes bound the tokens that are read.
     """
     texts = [message.content for message in ask.messages] + [ask.prefill] * bool(ask.prefill)
-    read = sum(len(text.encode("utf-8", "replace")) + _AROUND_MESSAGE for text in texts)
+    read = sum(len(text.encode("utf-8", "replace")) + AROUND_MESSAGE for text in texts)
     limits = [one for one in (ask.max_tokens, card.max_output) if one is not None]
     cost = card.cost(read, min(limits, default=MOST_TOKENS))
     return None if cost is None else round(cost)
@@ -188,8 +188,8 @@ def _priced(reply: Reply, card: ModelCard) -> Reply:
     return reply if cost is None else replace(reply, cost=round(cost))
 
 
-def _concluded(verdict: Verdict, calls: Sequence[Call]) -> Answer:
-    """The answer, unless nothing was answered at all.
+def concluded(verdict: Verdict, calls: Sequence[Call]) -> Answer:
+    """The answer of a plan, unless nothing was answered at all.
 
     Raises:
         BudgetError: the budget allowed no call.

@@ -31,6 +31,8 @@ _WHOLE: Final = ("input_tokens", "output_tokens")
 _MILLION: Final = 1_000_000
 _FIELDS: Final = ("context", "max_output", "num_bytes")
 _WORDS: Final = ("description", "address", "model")
+# What an object of a file of cards may have.
+CARD_FIELDS: Final = ("name", "input_price", "output_price", "abilities", *_FIELDS, *_WORDS)
 
 
 def read_table(path: str | Path, cards: str | Path | None = None) -> ReplayTable:
@@ -85,10 +87,9 @@ def card_from(values: Mapping[str, Any], where: str) -> ModelCard:
     Raises:
         UserError: a field is unknown, missing or has a wrong value.
     """
-    fields = ("name", "input_price", "output_price", "abilities", *_FIELDS, *_WORDS)
     for key in values:
-        if key not in fields:
-            raise UserError(f"{where} has the field {key!r}; {suggest(str(key), fields)}")
+        if key not in CARD_FIELDS:
+            raise UserError(f"{where} has the field {key!r}; {suggest(str(key), CARD_FIELDS)}")
     name = values.get("name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where} has no name; give each card the name of its model")

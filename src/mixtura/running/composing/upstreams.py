@@ -30,6 +30,15 @@ _STATUSES: Final[Mapping[int, Outcome]] = {
 }
 
 
+def outcome_of(status: int) -> Outcome:
+    """What a response's status says of a call that was not answered.
+
+    >>> outcome_of(429), outcome_of(400), outcome_of(503)
+    ('rate', 'refused', 'broken')
+    """
+    return _STATUSES.get(status, "broken" if status >= 500 or status < 400 else "refused")
+
+
 @final
 class Replay:
     """A table that answers plain asks from its rows: the first sample from a pair's first row, and so on.
@@ -101,11 +110,10 @@ class OpenAI:
         try:
             with urllib.request.urlopen(self._request(ask), timeout=self._timeout_s) as response:
                 found = json.loads(response.read())
-            reply = _reply(found, ask)
+            reply = reply_in(found, ask)
         except urllib.error.HTTPError as error:
             error.close()
-            broken: Outcome = "broken" if error.code >= 500 else "refused"
-            reply = Reply(outcome=_STATUSES.get(error.code, broken))
+            reply = Reply(outcome=outcome_of(error.code))
         except TimeoutError:
             reply = Reply(outcome="timeout")
         except (*_BROKEN, OSError) as error:
@@ -119,16 +127,8 @@ class OpenAI:
 
     def _request(self, ask: Ask) -> urllib.request.Request:
         card = self._cards[ask.model]
-        messages = [{"role": one.role, "content": one.content} for one in ask.messages]
-        if ask.prefill:
-            messages.append({"role": "assistant", "content": ask.prefill})
         limits = [one for one in (ask.max_tokens, card.max_output) if one is not None]
-        body: dict[str, Any] = {
-            "model": card.model or card.name,
-            "messages": messages,
-            "temperature": ask.temperature,
-            "seed": ask.sample,
-        }
+        body = body_of(ask) | {"model": card.model or card.name}
         if limits:
             body["max_tokens"] = min(limits)
         headers = {"Content-Type": "application/json"}
@@ -138,7 +138,15 @@ class OpenAI:
         return urllib.request.Request(address, json.dumps(body).encode(), headers)
 
 
-def _reply(found: Any, ask: Ask) -> Reply:
+def body_of(ask: Ask) -> dict[str, Any]:
+    """What to send for an ask, but for the model's name there and the limit of its answer."""
+    messages = [{"role": one.role, "content": one.content} for one in ask.messages]
+    if ask.prefill:
+        messages.append({"role": "assistant", "content": ask.prefill})
+    return {"messages": messages, "temperature": ask.temperature, "seed": ask.sample}
+
+
+def reply_in(found: Any, ask: Ask) -> Reply:
     """The reply in a response's body; what it does not count is estimated from characters.
 
     Raises:

@@ -1,0 +1,1 @@
+"""One address before many models: routed, combined, counted, and never beyond a key's budget."""
