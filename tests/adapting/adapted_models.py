@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from families import tiny_inputs, tiny_model
 from peft import get_peft_model
 from torch import Tensor
@@ -28,6 +29,15 @@ def plain(family: str, implementation: str = "mixtura", dtype: torch.dtype = tor
     model: Any = tiny_model(family, dtype=dtype)
     model.set_experts_implementation(implementation)
     return model
+
+
+def dense() -> Any:
+    """A tiny dense model."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
 
 
 def adapted(

@@ -73,4 +73,4 @@ def test_layers_computed_again_find_their_own_pass(reentrant: bool, copied: bool
     found = gradients(reentrant=reentrant, copied=copied)
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-4)

@@ -18,8 +18,10 @@ if find_spec("peft") is None:
     raise UserError("adapters need PEFT; install mixtura[peft]")
 
 from mixtura.adapting.config import AdapterConfig
+from mixtura.adapting.library import start_from
+from mixtura.adapting.steps import StepCallback
 from mixtura.adapting.tuner import AdapterTuner, register
 
-__all__ = ["AdapterConfig", "AdapterTuner", "register"]
+__all__ = ["AdapterConfig", "AdapterTuner", "StepCallback", "register", "start_from"]
 
 register()

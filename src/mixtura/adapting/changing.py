@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -61,6 +62,17 @@ def changed_parameters(module: nn.Module, changes: Sequence[Change]) -> dict[str
     return found
 
 
+def only_thin(change: Change, experts: Collection[int]) -> Change:
+    """Of a change what thin factors add to some of the experts."""
+    slots = [slot for slot, expert in enumerate(change.expert_ids) if expert in experts]
+    parts = {
+        name: LowRank(part.a[slots], part.b[slots], part.scale[slots])
+        for name, part in change.matrices.items()
+        if isinstance(part, LowRank)
+    }
+    return replace(change, matrices=parts, expert_ids=tuple(change.expert_ids[slot] for slot in slots))
+
+
 def changed_weight(weight: Float[Tensor, "rows cols"], change: Change) -> Float[Tensor, "rows cols"]:
     """A linear layer's weight as a change leaves it for every token, in the dtype it has."""
     part = change.matrices["weight"]
@@ -85,21 +97,32 @@ def add_to_rows(
         change: of its matrix.
         bias: of the base, which ``base_scale`` leaves alone.
     """
-    part = change.matrices["weight"]
+    part = change.matrices.get("weight")
     if isinstance(part, Own):
         return F.linear(x, part.weight[0].to(x.dtype), bias)
     if change.base_scale is not None:
-        made = (made - bias) * change.base_scale + bias if bias is not None else made * change.base_scale
-    count, rank, cols = part.a.shape
-    rows = x.reshape(-1, cols)
-    seen = F.dropout(rows, change.dropout) if change.dropout > 0 else rows
-    thin = F.linear(seen.to(part.a.dtype), part.a.reshape(count * rank, cols)).view(-1, count, rank)
-    thin = thin * part.scale.to(thin)[:, None]
-    if change.shares is not None:
-        thin = thin * change.shares.to(thin)[:, :, None]
-    wide = part.b.permute(1, 0, 2).reshape(part.b.shape[1], count * rank)
-    added = F.linear(thin.reshape(-1, count * rank).to(wide.dtype), wide)
+        # So that a factor of 1 leaves every bit, with a bias, too.
+        made = made + (made if bias is None else made - bias) * (change.base_scale - 1).to(made.dtype)
+    if change.extra is not None:
+        made = made + change.extra.view(made.shape).to(made.dtype)
+    if part is None:
+        return made
+    seen = F.dropout(x, change.dropout) if change.dropout > 0 else x
+    added = low_rank_rows(seen.reshape(-1, part.a.shape[2]), part, change.shares)
     return made + added.view(*x.shape[:-1], -1).to(made.dtype)
+
+
+def low_rank_rows(
+    x: Float[Tensor, "T cols"], part: LowRank, shares: Float[Tensor, "T M"] | None
+) -> Float[Tensor, "T rows"]:
+    """What M additions make of tokens, of which each gets its shares; all of every one without any."""
+    count, rank, cols = part.a.shape
+    thin = F.linear(x.to(part.a.dtype), part.a.reshape(count * rank, cols)).view(len(x), count, rank)
+    thin = thin * part.scale.to(thin)[:, None]
+    if shares is not None:
+        thin = thin * shares.to(thin)[:, :, None]
+    wide = part.b.permute(1, 0, 2).reshape(part.b.shape[1], count * rank)
+    return F.linear(thin.reshape(len(x), count * rank).to(wide.dtype), wide)
 
 
 def nothing(dtype: torch.dtype, device: torch.device, width: int) -> RouterInput:

@@ -73,9 +73,14 @@ class AdapterConfig(PeftConfig):
         return declared_tags(load_method("adapters", self.method))
 
     @property
-    def changes_experts(self) -> bool:
-        """Whether its method changes experts, and not linear layers."""
-        return "changes:experts" in self.tags
+    def changed(self) -> frozenset[str]:
+        """What its method changes: of ``experts``, ``blocks`` and ``linear``."""
+        return frozenset(tag.removeprefix("changes:") for tag in self.tags if tag.startswith("changes:"))
+
+    @property
+    def scope(self) -> str | None:
+        """The sites that share something, of ``layer``, ``role`` and ``model``; None where none do."""
+        return next((tag.removeprefix("shares:") for tag in self.tags if tag.startswith("shares:")), None)
 
     def chosen_from(self, trace: Trace) -> AdapterConfig:
         """The same with the experts that a trace of some text says, where none are named.

@@ -12,13 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mixtura.adapting.changing import add_to_rows, changed_parameters, changed_weight, nothing
+from mixtura.adapting.changing import add_to_rows, changed_parameters, changed_weight, nothing, only_thin
 from mixtura.adapting.losses import LossBox
+from mixtura.adapting.meeting import Met
 from mixtura.errors import UserError
 from mixtura.kernels import backend
 from mixtura.methods import declared_tags
 from mixtura.methods.adapters import Adapter
-from mixtura.types import Change, LowRank, RouterInput
+from mixtura.rerouting.passes import goes_backward
+from mixtura.types import Change, LowRank, Own, Progress, RouterInput
 
 ADAPTERS = "mixtura_adapter"
 
@@ -28,6 +30,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
 
     adapter_layer_names = (ADAPTERS,)
     other_param_names: tuple[str, ...] = ()
+    by_row: tuple[str | None, ...] | None
 
     def __init__(self, base_layer: nn.Module, losses: LossBox) -> None:
         super().__init__()
@@ -37,13 +40,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
+        # The adapter of each row where these differ; see `mixtura.adapting.selecting`.
+        self.by_row = None
+        # By adapter: what its sites share, how many there are of this kind, what it met since the last step.
+        self._shared: dict[str, str] = {}
+        self.num_sites: dict[str, int] = {}
+        self._met: dict[str, Met] = {}
         # What merging wrote over, so that taking it back restores every bit.
         self._before: dict[str, Tensor] = {}
 
-    def add(self, name: str, adapter: Adapter, *, empty: bool) -> None:
+    def add(self, name: str, adapter: Adapter, *, empty: bool, shared: str = "") -> None:
         """Put an adapter here, in float32 at least and where the base is.
 
-        ``empty`` ones have no values yet, because they are about to be loaded.
+        ``empty`` ones have no values yet, because they are about to be loaded. ``shared`` tells what its
+        sites share from what other sites of the same adapter do.
         """
         if not empty:
             held = next(iter(self.base_layer.parameters()), None)
@@ -53,9 +63,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
             adapter.to(device=self.device, dtype=dtype)
             if "trains_base" in declared_tags(type(adapter)):
                 adapter.start(self.matrices())
-        # What can be merged makes the same of every token.
-        self.losses.reads = self.losses.reads or "mergeable" not in declared_tags(type(adapter))
+        # What can be merged makes the same of every token, but may want to be told what it met.
+        tags = declared_tags(type(adapter))
+        told = "mergeable" not in tags or any(tag.startswith("reads:") for tag in tags)
+        self.losses.reads = self.losses.reads or told
         self.mixtura_adapter[name] = adapter
+        self._shared[name] = f"{name}|{shared}"
+        self.num_sites[name] = 1
+
+    def before_step(self, name: str, step: int, num_steps: int) -> None:
+        """Let an adapter see, and perhaps change, the gradients of a step that is about to be made."""
+        adapter, met = self.adapter(name), self._met.pop(name, Met())
+        loads, moment, number = met.of_all_processes(self.device)
+        adapter.before_step(
+            Progress(step=step, num_steps=num_steps, loads=loads, moment=moment, num_tokens=number)
+        )
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of a name at this site."""
@@ -156,9 +178,47 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
         self._before = {}
         self.merged_adapters.clear()
 
-    def _change(self, name: str, inputs: RouterInput) -> Change:
-        adapter = self.adapter(name)
-        return replace(adapter.change(inputs), dropout=adapter.dropout if self.training else 0.0)
+    def rows_of(self, num_rows: int) -> dict[str | None, Tensor]:
+        """By adapter, its rows; of adapters that are not at this site as of none."""
+        assert self.by_row is not None
+        if len(self.by_row) != num_rows:
+            raise ValueError(f"{num_rows} rows for {len(self.by_row)} texts, of which each has one token")
+        found: dict[str | None, list[int]] = {}
+        for row, name in enumerate(self.by_row):
+            is_here = name is not None and name in self.mixtura_adapter
+            found.setdefault(name if is_here else None, []).append(row)
+        return {name: torch.tensor(rows, device=self.device) for name, rows in found.items()}
+
+    def _change(self, name: str, x: Tensor) -> Change:
+        """What an adapter makes of the site for the rows that it was given."""
+        adapter, shared = self.adapter(name), self._shared[name]
+        inputs = self.losses.inputs(self, x, shared)
+        made = adapter.change(inputs)
+        self.losses.keep(self, made, shared)
+        if self.training and not goes_backward():
+            # Computed again in the backward pass, the same tokens would count twice.
+            self._count(name, inputs, made)
+        return replace(made, dropout=adapter.dropout if self.training else 0.0)
+
+    def _count(self, name: str, inputs: RouterInput, made: Change) -> None:
+        """Add up what an adapter wants to be told before the step."""
+        reads = declared_tags(type(self.adapter(name)))
+        if not {"reads:loads", "reads:moment"} & reads:
+            return
+        met = self._met.setdefault(name, Met())
+        met.number += int(inputs.valid.sum())
+        if "reads:loads" in reads and made.shares is not None:
+            met.add_loads((made.shares.detach() != 0)[inputs.valid].sum(0))
+        if "reads:moment" in reads:
+            rows = inputs.x.detach()[inputs.valid].float()
+            met.add_moment(rows.T @ rows)
+
+    def _with_losses(self, name: str, made: Tensor, change: Change) -> Tensor:
+        """What a layer made, with the losses of an adapter: their mean over its sites."""
+        if not (self.training and change.losses):
+            return made
+        total = torch.stack(list(change.losses.values())).sum() / self.num_sites[name]
+        return self.losses.attach(self, made, total)
 
     def _none(self) -> RouterInput:
         site = self.adapter(next(iter(self.mixtura_adapter))).site
@@ -174,20 +234,65 @@ class ExpertsLayer(AdapterLayer):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """What the experts make of the tokens, those that adapters change with their changes."""
-        base: Any = self.base_layer
         given = (hidden_states, top_k_index, top_k_weights)
-        running, inputs = self.running, RouterInput.of(hidden_states, training=self.training)
-        changes = [self._change(name, inputs) for name in running]
+        if self.by_row is None:
+            return self._made(self.running, given, *args, **kwargs)
+        made = torch.empty_like(hidden_states)
+        for name, rows in self.rows_of(hidden_states.shape[0]).items():
+            named = [] if name is None else [name]
+            own = hidden_states[rows], top_k_index[rows], top_k_weights[rows]
+            made[rows] = self._made(named, own, *args, **kwargs)
+        return made
+
+    def _made(
+        self, running: Sequence[str], given: tuple[Tensor, Tensor, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        base: Any = self.base_layer
+        changes = [self._change(name, given[0]) for name in running]
+        if self.training and not goes_backward():
+            self._count_weights(running, *given)
         if not torch.is_grad_enabled():
             changes = [change for change in changes if not self._is_nothing(change)]
+        changes = self._with_merged(changes)
         if not changes:
             made = base(*given, *args, **kwargs)
         elif base.config._experts_implementation == backend.NAME or hasattr(base, "mixtura_store"):
             made = backend.run_module(base, *given, changes)
         else:
-            made = functional_call(base, changed_parameters(base, changes), given + args, kwargs)
+            made = self._built(changes, given + args, kwargs)
         assert isinstance(made, Tensor)
         return made
+
+    def _built(self, changes: Sequence[Change], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What an implementation makes with changed matrices, again for tokens that meet others."""
+        base = self.base_layer
+        for_all = [change for change in changes if change.tokens is None]
+        made: Tensor = functional_call(base, changed_parameters(base, for_all), args, kwargs)
+        for change in changes:
+            if change.tokens is not None:
+                others = [*for_all, *(one for one in changes if one.tokens is change.tokens)]
+                changed = functional_call(base, changed_parameters(base, others), args, kwargs)
+                made = torch.where(change.tokens[:, None], changed, made)
+        return made
+
+    def _with_merged(self, changes: list[Change]) -> list[Change]:
+        """Changes, with what is merged into matrices in whose place an adapter's own stand."""
+        own = {e for c in changes for p in c.matrices.values() if isinstance(p, Own) for e in c.expert_ids}
+        if not own or not self.merged_adapters:
+            return changes
+        merged = (self.adapter(name).change(self._none()) for name in self.merged_adapters)
+        return [*(only_thin(change, own) for change in merged), *changes]
+
+    def _count_weights(self, running: Sequence[str], x: Tensor, chosen: Tensor, weights: Tensor) -> None:
+        """Add up each expert's weights for adapters that want to be told of them."""
+        for name in running:
+            if "reads:loads" in declared_tags(type(self.adapter(name))):
+                count = self.adapter(name).site.num_experts
+                valid = self.losses.inputs(self, x, self._shared[name]).valid
+                ids, given = chosen[valid].reshape(-1), weights.detach()[valid].reshape(-1).double()
+                here = (ids >= 0) & (ids < count)
+                loads = given.new_zeros(count).index_add_(0, ids[here].long(), given[here])
+                self._met.setdefault(name, Met()).add_loads(loads)
 
     def matrices(self) -> dict[str, Tensor]:
         base: Any = self.base_layer
@@ -234,21 +339,23 @@ class LinearLayer(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer makes of its input, with what adapters add for every token."""
-        running = self.running
+        running = self.running if self.by_row is None else []
         made: Tensor = self.base_layer(x, *args, **kwargs)
         bias = getattr(self.base_layer, "bias", None)
+        if self.by_row is not None:
+            return self._added_by_row(made, x, bias)
         for name in running:
-            change = self._change(name, self._inputs(x))
-            made = add_to_rows(made, x, change, bias)
-            if self.training and change.losses:
-                made = self.losses.attach(self, made, torch.stack(list(change.losses.values())).sum())
+            change = self._change(name, x.reshape(-1, x.shape[-1]))
+            made = self._with_losses(name, add_to_rows(made, x, change, bias), change)
         return made
 
-    def _inputs(self, x: Tensor) -> RouterInput:
-        rows = x.reshape(-1, x.shape[-1])
-        valid = self.losses.valid(self, rows.shape[0])
-        known = {} if valid is None else {"valid": valid.to(rows.device)}
-        return RouterInput.of(rows, training=self.training, **known)
+    def _added_by_row(self, made: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        wide, seen = made.reshape(-1, made.shape[-1]).clone(), x.reshape(-1, x.shape[-1])
+        for name, rows in self.rows_of(seen.shape[0]).items():
+            if name is not None:
+                change = self._change(name, seen[rows])
+                wide[rows] = add_to_rows(wide[rows], seen[rows], change, bias)
+        return wide.view_as(made)
 
     def matrices(self) -> dict[str, Tensor]:
         weight = getattr(self.base_layer, "weight", None)

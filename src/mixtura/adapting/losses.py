@@ -1,4 +1,4 @@
-"""What adapters add to a model's loss, also where layers are computed again in the backward pass.
+"""What adapters are told of a pass, hand on in it and add to its loss, also where layers are computed again.
 
 A layer attaches its loss to what it hands on. In the backward pass the model's own loss is met first: its
 gradient says how the caller scales the loss, and each attached loss gets a gradient in the same measure. No
@@ -8,28 +8,35 @@ again finds its own pass, whatever passes came between.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mixtura.rerouting.arguments import described
-from mixtura.rerouting.passes import Pass, Passes
+from mixtura.modeling.cache import recall, remember
+from mixtura.rerouting.arguments import cache_of, described
+from mixtura.rerouting.passes import Pass, Passes, goes_backward
+from mixtura.types import Change, RouterInput
 
 
 @final
 @dataclass(slots=True)
 class _Added:
-    """What was added to the loss of one forward pass, and how the caller scales that loss."""
+    """What was added to the loss of one forward pass, how the caller scales that loss, and what is handed on.
+
+    ``states`` and ``histories`` are by the adapter and what its sites share.
+    """
 
     total: Tensor | None = None
     factor: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    histories: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @final
@@ -63,20 +70,56 @@ class LossBox:
             owner.register_forward_hook(self._finally, always_call=True)
         object.__setattr__(model, "_mixtura_losses", self)
 
-    def valid(self, layer: nn.Module, num_rows: int) -> Bool[Tensor, " T"] | None:
-        """Which of the rows that a layer was given are no padding; None where they are not the model's."""
-        if self._passes is None:
-            return None
-        known = self._passes.of(layer).rows(num_rows)
-        return None if known is None else known.valid
+    def inputs(self, layer: nn.Module, x: Float[Tensor, "T cols"], shared: str) -> RouterInput:
+        """What an adapter in a layer is told of the rows that the layer was given.
+
+        Args:
+            layer: where it is.
+            x: the rows.
+            shared: what tells the adapter, and what its sites share, from others.
+        """
+        here = self._pass_of(layer)
+        known = here.rows(len(x))
+        training = layer.training
+        if known is None:
+            return RouterInput.of(x, training=training)
+        added = self._of_pass.get(here, _Added())
+        told = {
+            "valid": known.valid,
+            "sequence_ids": known.sequence_ids,
+            "positions": known.positions,
+            "token_ids": known.token_ids,
+            "state": added.states.get(shared),
+        }
+        if told["state"] is not None and len(told["state"]) != len(x):
+            told["state"] = None
+        given = {name: None if one is None else one.to(x.device) for name, one in told.items()}
+        labels = {} if known.prompt is None else {"prompt": known.prompt.to(x.device).long()}
+        history = recall(known.cache, shared) if known.past else {}
+        return RouterInput.of(
+            x, training=training, decoding=known.past > 0, labels=labels, history=history, **given
+        )
+
+    def keep(self, layer: nn.Module, change: Change, shared: str) -> None:
+        """Hand on what a site made for those that come after it, in this pass and in later ones."""
+        if change.state is None and not change.history:
+            return
+        added = self._of_pass.setdefault(self._pass_of(layer), _Added())
+        if change.state is not None:
+            added.states[shared] = change.state
+        if change.history:
+            added.histories[shared] = dict(change.history)
+
+    def _pass_of(self, layer: nn.Module) -> Pass:
+        return Pass() if self._passes is None else self._passes.of(layer)
 
     def attach(self, layer: nn.Module, made: Tensor, loss: Tensor) -> Tensor:
         """What a layer made, with a loss that is learned from when it is."""
-        here = Pass() if self._passes is None else self._passes.of(layer)
+        here = self._pass_of(layer)
         added = self._of_pass.setdefault(here, _Added())
         share = 1.0 if here.share is None else here.share.to(loss.device)
         scaled = loss.float() * share
-        if torch._C._current_graph_task_id() == -1:
+        if not goes_backward():
             seen = scaled.detach()
             added.total = seen if added.total is None else added.total + seen.to(added.total.device)
         return cast(Tensor, _Attach.apply(made, scaled, added))  # type: ignore[no-untyped-call]
@@ -94,6 +137,10 @@ class LossBox:
         if passes is None or passes.owner is not model or passes.active is None:
             return output
         added = self._of_pass.get(passes.active, _Added())
+        # A cache that the model made itself is first seen in what it returns.
+        cache = passes.active.cache if passes.active.cache is not None else cache_of(output)
+        if added.histories and cache is not None:
+            remember(cache, added.histories)
         self.last = added.total
         return output if added.total is None else _tied(output, added)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from mixtura.adapting.blocks import PROJECTIONS, is_block
 from mixtura.checkpoints.viewing.memory import MemoryView
 from mixtura.checkpoints.viewing.wrappers import experts_modules, inner, plain_model, plain_name
 from mixtura.errors import UnsupportedModelError
@@ -26,31 +27,69 @@ def is_experts(module: nn.Module) -> bool:
     return "_is_expert_parallel" in vars(module) and "is_concatenated" in vars(module)
 
 
-def site_of(module: nn.Module, name: str, num_layers: int) -> Site:
-    """The site that a module of the plain model is.
+def site_of(module: nn.Module, name: str, num_layers: int, peers: tuple[str, ...] = ()) -> Site:
+    """The site that a module of the plain model is, beside those that share something with it.
 
     Raises:
         UnsupportedModelError: it is neither linear nor experts.
     """
-    number = _NUMBER.search(name)
-    layer = int(number.group(1)) if number else 0
-    if is_experts(module):
+    kind, count = kind_of(module, name), 0
+    if kind == "experts":
         count, shapes = matrix_shapes(module)
-        return Site(
-            name=name,
-            kind="experts",
-            layer=layer,
-            num_layers=num_layers,
-            matrices=shapes,
-            num_experts=count,
-        )
-    rows, cols = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if isinstance(rows, int) and isinstance(cols, int):
-        shapes = {"weight": MatrixShape(rows, cols)}
-        return Site(name=name, kind="linear", layer=layer, num_layers=num_layers, matrices=shapes)
-    raise UnsupportedModelError(
-        f"{name} is a {type(module).__name__}; adapters change linear layers and experts, so target those"
+    elif kind == "block":
+        parts = {short: getattr(module, long) for short, long in PROJECTIONS.items()}
+        shapes = {short: MatrixShape(part.out_features, part.in_features) for short, part in parts.items()}
+    else:
+        linear: Any = module
+        shapes = {"weight": MatrixShape(linear.out_features, linear.in_features)}
+    return Site(
+        name=name,
+        kind=kind,
+        layer=layer_of(name),
+        num_layers=num_layers,
+        matrices=shapes,
+        num_experts=count,
+        peers=peers,
     )
+
+
+def kind_of(module: nn.Module, name: str) -> Literal["linear", "experts", "block"]:
+    """What a module is to adapters.
+
+    Raises:
+        UnsupportedModelError: it is neither linear nor experts nor a dense feed-forward part.
+    """
+    if is_experts(module):
+        return "experts"
+    if is_block(module):
+        return "block"
+    if isinstance(getattr(module, "out_features", None), int) and isinstance(
+        getattr(module, "in_features", None), int
+    ):
+        return "linear"
+    raise UnsupportedModelError(
+        f"{name} is a {type(module).__name__}; adapters change linear layers, dense feed-forward parts and "
+        "experts, so target those"
+    )
+
+
+def layer_of(name: str) -> int:
+    """The number of the decoder layer that a module's name has; 0 where it has none."""
+    number = _NUMBER.search(name)
+    return int(number.group(1)) if number else 0
+
+
+def shared_by(scope: str | None, module: nn.Module, name: str) -> str:
+    """What tells the sites that share something with one from others, by the scope of what is shared."""
+    if scope is None:
+        return name
+    if scope == "layer":
+        return str(layer_of(name))
+    if scope == "role":
+        site = site_of(module, name, 1)
+        sizes = ",".join(f"{shape.rows}x{shape.cols}" for shape in site.matrices.values())
+        return f"{name.rpartition('.')[2]} {sizes}"
+    return ""
 
 
 def num_layers_of(model: Any) -> int:
@@ -67,30 +106,54 @@ def router_names(model: nn.Module) -> list[str]:
     return [layer.router_name for layer in MemoryView(model).layers]
 
 
-def default_targets(model: nn.Module, *, experts: bool) -> list[str]:
+def default_targets(model: nn.Module, changed: Collection[str]) -> list[str]:
     """What an adapter changes where nothing is named, as the shortest ends of names that mean just that.
 
+    Args:
+        model: with or without what wraps it.
+        changed: of ``experts``, ``blocks`` and ``linear``.
+
     Raises:
-        UnsupportedModelError: the model has no experts, and experts are what is to be changed.
+        UnsupportedModelError: the model has no experts, or no dense feed-forward parts, that are to be
+        changed.
     """
     plain = plain_model(model)
     names = [plain_name(name) for name, _ in plain.named_modules()]
-    if experts:
-        found = [name for name, _ in experts_modules(plain)]
-        if not found:
-            kind = getattr(getattr(plain, "config", None), "model_type", type(plain).__name__)
-            raise UnsupportedModelError(
-                f"{kind} has no experts that mixtura knows; choose an adapter that changes linear layers, "
-                "such as lora"
-            )
-        return _ends(found, names)
-    left_out = {*router_names(plain), *_heads(plain)}
-    found = [
-        plain_name(name)
-        for name, module in plain.named_modules()
-        if isinstance(inner(module), nn.Linear | PackedLinear) and not _within(plain_name(name), left_out)
-    ]
+    found = _experts_in(plain) if "experts" in changed else []
+    if "blocks" in changed:
+        found += _blocks_in(plain)
+    if "linear" in changed:
+        left_out = {*router_names(plain), *_heads(plain), *found}
+        found += [
+            plain_name(name)
+            for name, module in plain.named_modules()
+            if isinstance(inner(module), nn.Linear | PackedLinear) and not _within(plain_name(name), left_out)
+        ]
     return _ends(list(dict.fromkeys(found)), names)
+
+
+def _experts_in(plain: nn.Module) -> list[str]:
+    found = [name for name, _ in experts_modules(plain)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{_family(plain)} has no experts that mixtura knows; choose an adapter that changes linear "
+            "layers, such as lora"
+        )
+    return found
+
+
+def _blocks_in(plain: nn.Module) -> list[str]:
+    found = [plain_name(name) for name, module in plain.named_modules() if is_block(inner(module))]
+    if not found:
+        raise UnsupportedModelError(
+            f"{_family(plain)} has no dense feed-forward part of gate_proj, up_proj and down_proj; choose "
+            "another adapter, such as expert_lora where the model has experts or moe_lora where not"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _family(plain: nn.Module) -> str:
+    return str(getattr(getattr(plain, "config", None), "model_type", type(plain).__name__))
 
 
 def base_digest(model: nn.Module) -> str:
@@ -103,7 +166,7 @@ def base_digest(model: nn.Module) -> str:
     experts = [(name, *matrix_shapes(module)) for name, module in experts_modules(plain)]
     table = plain.get_input_embeddings() if hasattr(plain, "get_input_embeddings") else None
     embedding = None if isinstance(table, PackedEmbedding) else getattr(table, "weight", None)
-    kind = str(getattr(getattr(plain, "config", None), "model_type", type(plain).__name__))
+    kind = _family(plain)
     size = None if embedding is None else tuple(embedding.shape)
     if isinstance(table, PackedEmbedding):
         size = (table.num_embeddings, table.embedding_dim)

@@ -11,8 +11,9 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
+from mixtura.adapting.blocks import BlockLayer, is_block, require_plain
 from mixtura.adapting.config import AdapterConfig, AdapterType
 from mixtura.adapting.layers import ADAPTERS, AdapterLayer, ExpertsLayer, LinearLayer
 from mixtura.adapting.losses import LossBox
@@ -22,15 +23,21 @@ from mixtura.adapting.sites import (
     is_experts,
     num_layers_of,
     router_names,
+    shared_by,
     site_of,
 )
-from mixtura.checkpoints.viewing.wrappers import plain_model, plain_name
-from mixtura.errors import CheckpointError, MixturaWarning, UserError
-from mixtura.kernels import register_backend
+from mixtura.checkpoints.viewing.wrappers import inner, plain_model, plain_name
+from mixtura.errors import CheckpointError, MixturaWarning, UnsupportedModelError, UserError
+from mixtura.kernels import PackedLinear, register_backend
 from mixtura.methods import load_method
 from mixtura.methods.settings import construct
 
 _PREFIX = "mixtura_"
+_LAYERS: dict[str, type[LinearLayer] | type[ExpertsLayer] | type[BlockLayer]] = {
+    "linear": LinearLayer,
+    "experts": ExpertsLayer,
+    "block": BlockLayer,
+}
 
 
 @final
@@ -40,6 +47,8 @@ class AdapterTuner(BaseTuner):
     prefix = _PREFIX
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's own name and type
+    # While an adapter is put in, its sites by what they share.
+    _peers: dict[str, tuple[str, ...]] | None = None
 
     def _check_new_adapter_config(self, config: AdapterConfig) -> None:
         """Refuse what does not fit, and fill in what the model says."""
@@ -48,15 +57,14 @@ class AdapterTuner(BaseTuner):
         if config.base_digest is not None:
             _check_base(config, here)
         config.base_digest = config.base_digest or here
-        experts = config.changes_experts
         if config.target_modules is None:
-            config.target_modules = default_targets(self.model, experts=experts)
+            config.target_modules = default_targets(self.model, config.changed)
         if config.train_router:
             routers = router_names(self.model)
             if not routers:
                 raise UserError("train_router is set, but the model has no routers; leave it out")
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *routers})
-        if experts and config.experts_implementation is not None:
+        if "experts" in config.changed and config.experts_implementation is not None:
             register_backend()
             plain: Any = plain_model(self.model)
             plain.set_experts_implementation(config.experts_implementation)
@@ -71,7 +79,9 @@ class AdapterTuner(BaseTuner):
         trained = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
         ran_by = getattr(getattr(plain, "config", None), "_experts_implementation", None)
         try:
+            self._peers = None
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _join(model, adapter_name)
             _require_parameters(model, adapter_name, self.peft_config[adapter_name])
         except Exception:
             _take_out(model, adapter_name)
@@ -98,18 +108,49 @@ class AdapterTuner(BaseTuner):
         del parameter_name
         base = target.base_layer if isinstance(target, AdapterLayer) else target
         assert isinstance(base, nn.Module)
-        site = site_of(base, plain_name(current_key), num_layers_of(self.model))
+        name = plain_name(current_key)
+        shared = shared_by(peft_config.scope, base, name)
+        if self._peers is None:
+            self._peers = self._shared_sites(plain_model(self.model), peft_config)
+        peers = self._peers.get(shared, ())
+        site = site_of(base, name, num_layers_of(self.model), peers)
         cls = load_method("adapters", peft_config.method)
         adapter = construct(cls, site, **peft_config.settings)
         if isinstance(target, AdapterLayer):
             layer = target
         else:
-            kind = ExpertsLayer if is_experts(base) else LinearLayer
-            layer = kind(base, self._losses())
+            if site.kind == "block":
+                require_plain(base, name)
+            layer = _LAYERS[site.kind](base, self._losses())
             layer.train(base.training)
             setattr(parent, target_name, layer)
         empty = any(parameter.is_meta for parameter in adapter.parameters())
-        layer.add(adapter_name, adapter, empty=empty)
+        layer.add(adapter_name, adapter, empty=empty, shared=shared)
+        if "reads:embeddings" in peft_config.tags and not empty:
+            adapter.begin(_embeddings_of(self.model))
+
+    def before_step(self, step: int, num_steps: int) -> None:
+        """Tell adapters that the optimizer is about to make a step; see `mixtura.adapting.StepCallback`.
+
+        Gradients of the whole step are there by then. Adapters tagged ``acts_on_steps`` go by it.
+        """
+        for layer in self.model.modules():
+            if isinstance(layer, AdapterLayer):
+                for name in layer.active_adapters:
+                    if name in layer.mixtura_adapter:
+                        layer.before_step(name, step, num_steps)
+
+    def _shared_sites(self, plain: nn.Module, config: AdapterConfig) -> dict[str, tuple[str, ...]]:
+        """The sites of an adapter by what they share, in the model's order."""
+        found: dict[str, list[str]] = {}
+        if config.scope is None:
+            return {}
+        for key, module in plain.named_modules():
+            name, base = plain_name(key), inner(module)
+            known = is_experts(base) or is_block(base) or isinstance(base, nn.Linear | PackedLinear)
+            if known and key == name and self._check_target_module_exists(config, name):
+                found.setdefault(shared_by(config.scope, base, name), []).append(name)
+        return {shared: tuple(names) for shared, names in found.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -147,6 +188,35 @@ def _require_parameters(model: nn.Module, adapter_name: str, config: Any) -> Non
             f"the adapter {adapter_name} ({config.method}) names no expert of any layer that it is in, so "
             "that nothing would be learned; name some by experts, or leave it out for all"
         )
+
+
+def _embeddings_of(model: nn.Module) -> Tensor:
+    """The model's embeddings of its vocabulary.
+
+    Raises:
+        UnsupportedModelError: it has none that can be read.
+    """
+    plain: Any = plain_model(model)
+    table: Any = plain.get_input_embeddings()
+    if not isinstance(getattr(table, "weight", None), Tensor):
+        raise UnsupportedModelError(
+            f"the embeddings of this {type(plain).__name__} cannot be read as numbers, which the adapter "
+            "begins with; put it on the model as it was before its matrices were stored in fewer bits"
+        )
+    found: Tensor = table.weight.detach()
+    return found
+
+
+def _join(model: nn.Module, adapter_name: str) -> None:
+    """Let the sites of an adapter know how many they are, and share what they share with the first."""
+    layers = [one for one in model.modules() if isinstance(one, AdapterLayer)]
+    own = [one for one in layers if adapter_name in one.mixtura_adapter]
+    by_name = {one.adapter(adapter_name).site.name: one.adapter(adapter_name) for one in own}
+    for layer in own:
+        adapter = layer.adapter(adapter_name)
+        layer.num_sites[adapter_name] = sum(type(other) is type(layer) for other in own)
+        if adapter.site.peers:
+            adapter.join(by_name[adapter.site.peers[0]])
 
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:

@@ -7,7 +7,7 @@ Where a factor is zero, what the base computes is left as it is to the bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -25,6 +25,27 @@ from mixtura.types import Change, LowRank, Own
 
 # Of each expert that is changed, which of the M entries of a change is its own.
 Slots = Mapping[int, int]
+
+
+class Added(NamedTuple):
+    """What is added to one expert's matrix, and for which tokens: ``scale * b @ a``."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    tokens: Tensor | None
+
+
+class _Places(NamedTuple):
+    """Which entry is whose, by what each is scaled, and which rows meet it: None for all."""
+
+    slots: Slots
+    scales: list[float]
+    met: Tensor | None
+
+    def only_met(self, thin: Tensor, start: int, stop: int) -> Tensor:
+        """Rows as they are where they meet what is added, and zeros where not."""
+        return thin if self.met is None else thin.mul_(self.met[start:stop, None])
 
 
 def slots_of(change: Change) -> Slots:
@@ -47,26 +68,27 @@ def adapted_product(changes: Sequence[Change]) -> Multiply:
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layer: GroupedLayer) -> Tensor:
         own: dict[int, Tensor] = {}
-        added: list[tuple[LowRank, Slots, float]] = []
+        added: list[tuple[LowRank, Change]] = []
         for change in changes:
             part = change.matrices.get(layer.name)
             if isinstance(part, Own):
                 own |= {expert: part.weight[slot] for expert, slot in slots_of(change).items()}
             elif part is not None:
-                added.append((part, slots_of(change), change.dropout))
+                added.append((part, change))
         if own:
             product = _own_product(x, weight, bias, own, layer)
         else:
             product = grouped_product(x, weight, bias, layer)
-        for part, slots, dropout in added:
+        for part, change in added:
             shown, seen = x, layer
-            if dropout > 0:
+            if change.dropout > 0:
                 rows = x.index_select(0, layer.dispatch.rows) if layer.from_tokens else x
-                shown, seen = F.dropout(rows, dropout), layer._replace(from_tokens=False)
-            scales = part.scale.tolist()
+                shown, seen = F.dropout(rows, change.dropout), layer._replace(from_tokens=False)
+            met = None if change.tokens is None else change.tokens.index_select(0, layer.dispatch.rows)
+            places = _Places(slots_of(change), part.scale.tolist(), met)
             product = cast(
                 Tensor,
-                _AddLowRank.apply(product, shown, part.a, part.b, scales, slots, seen),  # type: ignore[no-untyped-call]
+                _AddLowRank.apply(product, shown, part.a, part.b, places, seen),  # type: ignore[no-untyped-call]
             )
         return product
 
@@ -75,9 +97,9 @@ def adapted_product(changes: Sequence[Change]) -> Multiply:
 
 def changed_expert(
     tensors: ExpertTensors, expert: int, changes: Sequence[Change]
-) -> tuple[ExpertTensors, dict[str, list[tuple[Tensor, Tensor, float]]]]:
+) -> tuple[ExpertTensors, dict[str, list[Added]]]:
     """One expert's tensors with matrices of an adapter's own put in, and what is added by name of matrix."""
-    added: dict[str, list[tuple[Tensor, Tensor, float]]] = {"up": [], "down": []}
+    added: dict[str, list[Added]] = {"up": [], "down": []}
     for change in changes:
         slot = slots_of(change).get(expert)
         if slot is None:
@@ -86,7 +108,7 @@ def changed_expert(
             if isinstance(part, Own):
                 tensors = tensors._replace(**{name: part.weight[slot].to(getattr(tensors, name).dtype)})
             else:
-                added[name].append((part.a[slot], part.b[slot], float(part.scale[slot])))
+                added[name].append(Added(part.a[slot], part.b[slot], float(part.scale[slot]), change.tokens))
     return tensors, added
 
 
@@ -175,17 +197,16 @@ class _AddLowRank(Function):
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        scales: Sequence[float],
-        slots: Slots,
+        places: _Places,
         layer: GroupedLayer,
     ) -> Tensor:
-        ctx.layer, ctx.slots, ctx.scales, ctx.x_dtype = layer, slots, scales, x.dtype
+        ctx.layer, ctx.places, ctx.x_dtype = layer, places, x.dtype
         thin = a.new_zeros(layer.dispatch.num_rows, a.shape[1])
         with full_precision():
-            for slot, start, stop in _runs(layer, slots):
+            for slot, start, stop in _runs(layer, places.slots):
                 narrow = thin[start:stop]
                 torch.mm(layer.inputs(x, start, stop).to(a.dtype), a[slot].t(), out=narrow)
-                added = (narrow * scales[slot]) @ b[slot].t()
+                added = (places.only_met(narrow, start, stop) * places.scales[slot]) @ b[slot].t()
                 product[start:stop] += added.to(product.dtype)
         ctx.mark_dirty(product)
         ctx.save_for_backward(x, a, b, thin)
@@ -199,17 +220,17 @@ class _AddLowRank(Function):
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
         grad_x = a.new_zeros(layer.dispatch.num_rows, a.shape[2]) if ctx.needs_input_grad[1] else None
         with full_precision():
-            for slot, start, stop in _runs(layer, ctx.slots):
-                wide = grad[start:stop].to(b.dtype) * ctx.scales[slot]
+            for slot, start, stop in _runs(layer, ctx.places.slots):
+                wide = grad[start:stop].to(b.dtype) * ctx.places.scales[slot]
                 torch.mm(wide.t(), thin[start:stop], out=grad_b[slot])
-                narrow = wide @ b[slot]
+                narrow = ctx.places.only_met(wide @ b[slot], start, stop)
                 torch.mm(narrow.t(), layer.inputs(x, start, stop).to(a.dtype), out=grad_a[slot])
                 if grad_x is not None:
                     torch.mm(narrow, a[slot], out=grad_x[start:stop])
         if grad_x is not None:
             grad_x = sum_by_token(grad_x, layer.dispatch) if layer.from_tokens else grad_x
             grad_x = grad_x.to(ctx.x_dtype)
-        return grad, grad_x, grad_a, grad_b, None, None, None
+        return grad, grad_x, grad_a, grad_b, None, None
 
 
 def _runs(layer: GroupedLayer, slots: Slots) -> list[Run]:

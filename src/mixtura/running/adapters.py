@@ -7,7 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mixtura.checkpoints.viewing.beside import adapter_of
+from mixtura.checkpoints.viewing.headers import read_header
 from mixtura.checkpoints.viewing.opening import read_json
 from mixtura.checkpoints.viewing.weight_files import ADAPTER_CONFIG
 from mixtura.errors import CheckpointError, UserError, one_line
@@ -43,23 +46,28 @@ def adapter_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def with_adapter(model: Any, path: Path) -> Any:
-    """A model under PEFT with the adapter of a directory, ready to run.
+def with_adapter(model: Any, path: Path, name: str = "default") -> Any:
+    """A model under PEFT with the adapter of a directory, ready to run; beside others that it has already.
 
     Raises:
         CheckpointError: the directory holds no adapter, or one of another model.
-        UserError: PEFT is missing.
+        UserError: PEFT is missing, or PEFT knows the adapters of the model by another type than this one.
     """
     kind = str(adapter_config(path).get("peft_type", "?"))
     register_type(kind)
     from peft import PeftModel
 
+    if isinstance(model, PeftModel):
+        _require_kind(model, kind, path)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # PEFT asks transformers for what newer releases call otherwise.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-            return PeftModel.from_pretrained(model, str(path)).eval()
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
+            model.load_adapter(str(path), adapter_name=name)
+            return model.eval()
     except UserError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
@@ -67,6 +75,27 @@ def with_adapter(model: Any, path: Path) -> Any:
             f"the adapter ({kind}) in {path} does not fit the model: {one_line(error, 300)}; give the model "
             "that it was trained on"
         ) from None
+
+
+def _require_kind(adapted: Any, kind: str, path: Path) -> None:
+    for name, config in adapted.peft_config.items():
+        if str(config.peft_type.value) != kind:
+            raise UserError(
+                f"the adapter in {path} is of the type {kind} and {name} is of {config.peft_type.value}: one "
+                "model takes adapters of one type; serve them apart"
+            )
+
+
+def adapter_bytes(path: Path) -> int:
+    """Memory that the adapter of a directory takes on a model: its values, in float32 at most.
+
+    Raises:
+        CheckpointError: it is no adapter, or a damaged one.
+    """
+    adapter_config(path)
+    files = [*path.glob("*.safetensors")]
+    entries = [entry for file in files for entry in read_header(file).values()]
+    return sum(4 * torch.Size(entry.shape).numel() for entry in entries)
 
 
 def base_of(path: Path, base: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,11 +25,19 @@ _SIZES = {
     "max_position_embeddings": 64,
     "attn_implementation": "eager",
 }
-FAMILIES = ("qwen3_moe", "gpt_oss")
+_FAMILIES = ("qwen3_moe", "gpt_oss")
+
+
+def families(method: Subject) -> tuple[str, ...]:
+    """The small models that a method is tried on: with experts, or a dense one for methods of blocks."""
+    return ("qwen3",) if method.has("changes:blocks") else _FAMILIES
 
 
 def site(kind: str) -> Site:
-    """A site by itself: a linear layer, or four experts."""
+    """A site by itself: a linear layer, a dense feed-forward part, or four experts."""
+    if kind == "block":
+        shapes = {"gate": MatrixShape(24, 32), "up": MatrixShape(24, 32), "down": MatrixShape(32, 24)}
+        return Site(name="model.layers.1.mlp", kind="block", layer=1, num_layers=2, matrices=shapes)
     if kind == "linear":
         shapes = {"weight": MatrixShape(24, 32)}
         return Site(name="model.layers.1.q_proj", kind="linear", layer=1, num_layers=2, matrices=shapes)
@@ -48,6 +56,10 @@ def base(family: str, implementation: str = "mixtura") -> Any:
     if family == "qwen3_moe":
         config: Any = transformers.Qwen3MoeConfig(**_SIZES, moe_intermediate_size=24, num_experts=4)
         cls = transformers.Qwen3MoeForCausalLM
+    elif family == "qwen3":
+        config = transformers.Qwen3Config(**{k: v for k, v in _SIZES.items() if "experts" not in k})
+        cls = transformers.Qwen3ForCausalLM
+        implementation = "eager"
     else:
         config = transformers.GptOssConfig(
             **_SIZES, num_local_experts=4, layer_types=["full_attention"] * 2, rope_parameters=None
@@ -127,9 +139,3 @@ def undisturbed() -> Iterator[None]:
     """A block after which PyTorch's global generator is as it was."""
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-def each_family(check: Callable[[str], None]) -> None:
-    """Run a check on every family; what it raises names it."""
-    for family in FAMILIES:
-        check(family)

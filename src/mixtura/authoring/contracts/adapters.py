@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mixtura.authoring.contracts import _adapted
-from mixtura.authoring.contracts._adapted import FAMILIES, adapted, apart, batch, gradients, logits
+from mixtura.authoring.contracts._adapted import adapted, apart, batch, families, gradients, logits
 from mixtura.authoring.contracts._core import Subject, require
 from mixtura.errors import UserError
-from mixtura.machine.releases import checkpoint_layers
+from mixtura.machine.releases import checkpoint_layers, returned_cache, with_cache
 from mixtura.methods import kind
 from mixtura.methods.adapters import Adapter
 from mixtura.types import Change, LowRank, Own, RouterInput, Site
@@ -25,14 +25,20 @@ _LOSSES = ("balance", "sharpness", "uncertainty")
 
 def arguments_of(method: Subject) -> tuple[Site]:
     """A site of the kind that the method changes."""
-    return (_adapted.site("experts" if method.has("changes:experts") else "linear"),)
+    kinds = ("experts", "block", "linear")
+    return (_adapted.site(next(kind for kind in kinds if changes(method, kind))),)
+
+
+def changes(method: Subject, kind: str) -> bool:
+    """Whether the method is for sites of a kind."""
+    return method.has(f"changes:{kind}") or method.has(f"changes:{kind}s")
 
 
 def sample(method: Subject, seed: int) -> RouterInput:
     """Twelve tokens."""
     del method
     generator = torch.Generator().manual_seed(seed)
-    return RouterInput.of(torch.randn(12, 32, generator=generator))
+    return RouterInput.of(torch.randn(12, 32, generator=generator), token_ids=torch.arange(12))
 
 
 def use(adapter: Adapter, given: RouterInput) -> Change:
@@ -45,12 +51,17 @@ def check_tags_are_known(method: Subject) -> None:
     for tag in method.header.tags:
         require(kind("adapters").explain(tag) is not None, f"no adapter has a tag {tag!r}")
     changed = set(method.tagged("changes"))
-    require(changed and changed <= {"experts", "linear"}, "the tags need changes:experts or changes:linear")
+    known = {"experts", "linear", "blocks"}
+    require(changed and changed <= known, f"the tags need one of changes:{', changes:'.join(sorted(known))}")
+    scopes = set(method.tagged("shares"))
+    require(len(scopes) < 2 and scopes <= {"layer", "role", "model"}, f"sites cannot share by {scopes}")
 
 
 def check_another_site_is_refused(method: Subject) -> None:
     """At a site of another kind than it changes the method raises `UserError` that names the site."""
-    for other in {"experts", "linear"} - set(method.tagged("changes")):
+    for other in ("experts", "linear", "block"):
+        if changes(method, other):
+            continue
         site = _adapted.site(other)
         try:
             method.cls(site)
@@ -64,7 +75,10 @@ def check_change_fits_the_site(method: Subject) -> None:
     """What is changed has the sizes of the site's matrices, and names experts that are there, each once."""
     (site,) = arguments_of(method)
     made = use(method.create(), sample(method, 20))
-    require(made.matrices, "it changes no matrix")
+    require(made.matrices or made.extra is not None, "it changes no matrix, and adds nothing besides")
+    if made.extra is not None:
+        wanted = (12, site.matrices["weight"].rows)
+        require(tuple(made.extra.shape) == wanted, f"it adds {tuple(made.extra.shape)} in place of {wanted}")
     for name, part in made.matrices.items():
         require(name in site.matrices, f"it changes {name!r}, and the site has {', '.join(site.matrices)}")
         shape = site.matrices[name]
@@ -85,7 +99,7 @@ def check_change_fits_the_site(method: Subject) -> None:
 def check_starts_as_the_base(method: Subject) -> None:
     """At its start an adapted model predicts what the base does, to the bit, trained or not."""
     ids = batch(1)
-    for family in FAMILIES:
+    for family in families(method):
         for implementation in _IMPLEMENTATIONS:
             plain = _adapted.base(family, implementation)
             model = adapted(method, family, implementation, started=False)
@@ -93,25 +107,32 @@ def check_starts_as_the_base(method: Subject) -> None:
                 torch.equal(logits(model, ids), logits(plain, ids)),
                 f"it changes what {family} predicts before it has learned anything ({implementation})",
             )
+            # So that experts run by the same kernels, whichever layer the first trained parameter is in.
+            model.enable_input_require_grads()
+            plain.enable_input_require_grads()
             first, second = (one(input_ids=ids).logits for one in (model, plain))
             require(torch.equal(first, second), f"with gradients it changes {family} at its start")
 
 
 def check_changes_something(method: Subject) -> None:
     """With other values than at its start an adapter changes what is predicted; switched off, nothing."""
-    ids = batch(2)
-    for family in FAMILIES:
-        plain = logits(_adapted.base(family), ids)
-        model = adapted(method, family)
-        moved = float((logits(model, ids) - plain).abs().max())
+    for family in families(method):
+        base, model, moved = _adapted.base(family), adapted(method, family), 0.0
+        # What is given to some texts only need not change the first.
+        for seed in range(2, 8):
+            ids = batch(seed)
+            plain = logits(base, ids)
+            moved = max(moved, float((logits(model, ids) - plain).abs().max()))
+            with model.disable_adapter():
+                require(torch.equal(logits(model, ids), plain), f"switched off it still changes {family}")
+            if moved > 1e-4:
+                break
         require(moved > 1e-4, f"nothing in {family} depends on its parameters")
-        with model.disable_adapter():
-            require(torch.equal(logits(model, ids), plain), f"switched off it still changes {family}")
 
 
 def check_only_the_adapter_learns(method: Subject) -> None:
     """Every parameter of the adapter gets a finite gradient, and nothing of the base gets one."""
-    for family in FAMILIES:
+    for family in families(method):
         model = adapted(method, family).train()
         found = gradients(model, batch(3, rows=4))
         own = {name for name, _ in model.named_parameters() if "mixtura_adapter" in name}
@@ -125,7 +146,7 @@ def check_only_the_adapter_learns(method: Subject) -> None:
 
 def check_gradients_are_right(method: Subject) -> None:
     """Gradients by the kernels are those by matrices that were built, in transformers' own loop."""
-    for family in FAMILIES:
+    for family in families(method):
         ids = batch(4)
         first, second = (
             gradients(adapted(method, family, implementation).double(), ids)
@@ -136,7 +157,7 @@ def check_gradients_are_right(method: Subject) -> None:
 
 def check_learns(method: Subject) -> None:
     """A few steps of AdamW lower the loss on what is trained on."""
-    for family in FAMILIES:
+    for family in families(method):
         model, ids = adapted(method, family, started=False).train(), batch(5, rows=4)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -156,7 +177,7 @@ def check_saves_and_loads(method: Subject) -> None:
     from peft import PeftModel
 
     ids = batch(6)
-    for family in FAMILIES:
+    for family in families(method):
         model = adapted(method, family)
         wanted = logits(model, ids)
         with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +199,7 @@ def check_saves_and_loads(method: Subject) -> None:
 def check_merges(method: Subject) -> None:
     """Merged it predicts the same but for rounding, and taken back the very same; or it refuses to merge."""
     ids = batch(7)
-    for family in FAMILIES:
+    for family in families(method):
         model = adapted(method, family)
         wanted, plain = logits(model, ids), logits(_adapted.base(family), ids)
         if not method.has("mergeable"):
@@ -211,18 +232,41 @@ def check_causal(method: Subject) -> None:
     """Predictions do not depend on later tokens, unless the method looks ahead."""
     if method.has("looks_ahead"):
         return
-    for family in FAMILIES:
+    for family in families(method):
         model, ids = adapted(method, family), batch(8)
         other = ids.clone()
         other[:, 5:] = batch(9)[:, 5:]
         _require_near(logits(model, other)[:, :5], logits(model, ids)[:, :5], "with other tokens later on")
 
 
+def check_prompt_decides(method: Subject) -> None:
+    """What decides by the prompt reads nothing of the answers, and decides the same in pieces."""
+    if not method.has("per_prompt"):
+        return
+    for family in families(method):
+        model, ids = adapted(method, family), batch(14)
+        labels = ids.clone()
+        labels[:, :4] = -100
+        with torch.no_grad():
+            whole = model(input_ids=ids, labels=labels).logits
+            other = ids.clone()
+            other[:, 6:] = batch(15)[:, 6:]
+            changed = model(input_ids=other, labels=torch.where(labels < 0, labels, other)).logits
+            _require_near(changed[:, :6], whole[:, :6], "with another answer later on")
+            cache = None
+            parts = []
+            for start, stop in ((0, 4), (4, 5), (5, 9)):
+                made = model(input_ids=ids[:, start:stop], use_cache=True, **with_cache(cache))
+                cache = returned_cache(made)
+                parts.append(made.logits)
+        _require_near(torch.cat(parts, dim=1), whole, "with the answer behind a cache")
+
+
 def check_batch_invariant(method: Subject) -> None:
     """A sequence's predictions depend neither on the others of the batch nor on padding."""
     if method.has("batch_dependent"):
         return
-    for family in FAMILIES:
+    for family in families(method):
         model, ids = adapted(method, family), batch(10)
         alone = logits(model, ids[:1])
         _require_near(logits(model, ids)[:1], alone, "beside another sequence")
@@ -236,7 +280,7 @@ def check_batch_invariant(method: Subject) -> None:
 
 def check_recomputed_layers(method: Subject) -> None:
     """Layers that are computed again in the backward pass, reentrant or not, give the same gradients."""
-    for family in FAMILIES:
+    for family in families(method):
         ids = batch(11)
         settings = _without(method, "dropout")
         wanted = gradients(adapted(method, family, **settings).train(), ids)
@@ -253,7 +297,7 @@ def check_micro_batches(method: Subject) -> None:
     """Gradients of parts of a batch, each divided by all its labels, add up to those of the batch."""
     if method.has("batch_dependent"):
         return
-    for family in FAMILIES:
+    for family in families(method):
         ids = batch(12, rows=4)
         labels = torch.tensor(ids[:, 1:].numel())
         # Losses over how experts are used are of a part's own tokens.
@@ -266,7 +310,7 @@ def check_micro_batches(method: Subject) -> None:
 
 def check_low_precision(method: Subject) -> None:
     """In a base of 16 bits, and under autocast, its parameters are float32 and its gradients finite."""
-    for family in FAMILIES:
+    for family in families(method):
         from peft import get_peft_model
 
         model = get_peft_model(_adapted.base(family).bfloat16(), _adapted.config_of(method)).train()

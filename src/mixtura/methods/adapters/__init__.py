@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UserError
 from mixtura.methods import declared_tags
-from mixtura.types import Change, RouterInput, Site
+from mixtura.methods.settings import Ranged
+from mixtura.types import Change, LowRank, Progress, RouterInput, Site
 from mixtura.types.trace import Trace
-
-N = TypeVar("N", int, float)
 
 KIND = {
     "base": "Adapter",
     "summary": "Adds small trained parts to a model whose own weights stay as they are.",
     "tags": {
-        "changes:KIND": "what it changes: the matrices of `experts`, or `linear` layers",
+        "changes:KIND": "what it changes: matrices of `experts`, `linear` layers, or dense `blocks`",
         "mergeable": "what it learned can be written into the base's weights: no token decides over it",
         "expands_to_lora": "what it learned is plain LoRA, which PEFT and servers read",
         "chooses_experts": "which experts it changes can be chosen by what routing did on some text",
         "trains_base": "trains copies of the base's matrices in full size",
+        "shares:SCOPE": "sites of a `layer`, of a `role` in all layers or of the `model` share something",
+        "per_prompt": "decides once for a sequence, by its prompt, and keeps to that for all that follows",
+        "takes_library": "its LoRA experts can begin as LoRAs that were trained before",
+        "reads:FIELD": "is told of `token_ids`, of `embeddings`, or before a step of `loads` and a `moment`",
+        "acts_on_steps": "acts before each step of the optimizer, of which its trainer has to tell it",
         "looks_ahead": "a token's output may depend on later tokens",
         "batch_dependent": "a sequence's output may depend on the other sequences of the batch",
     },
 }
 
+_WHAT = {
+    "linear": "a linear layer",
+    "experts": "the experts of a layer",
+    "block": "a dense feed-forward part",
+}
 
-class Adapter(nn.Module, ABC):
+
+class Adapter(nn.Module, Ranged, ABC):
     """What one adapter has at one site, a linear layer or all experts of a layer: parameters and their use.
 
     It draws its parameters from its own ``seed`` and starts as a change that changes nothing. The core finds
@@ -47,10 +58,10 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.site = site
         wanted = {t.removeprefix("changes:") for t in declared_tags(type(self)) if t.startswith("changes:")}
-        if site.kind not in wanted:
+        if not {site.kind, f"{site.kind}s"} & wanted:
             raise UserError(
                 f"{type(self).__name__} changes {' and '.join(sorted(wanted))}, and {site.name} is "
-                f"{'a linear layer' if site.kind == 'linear' else 'the experts of a layer'}; target others"
+                f"{_WHAT[site.kind]}; target others"
             )
 
     @abstractmethod
@@ -70,11 +81,28 @@ class Adapter(nn.Module, ABC):
         """Begin with the base's matrices, as they are stored; ``[E, _, _]`` of experts."""
         del matrices
 
-    def within(self, name: str, value: N, low: float, high: float) -> N:
-        """A setting's value, if it is in the range.
+    def begin(self, embeddings: Float[Tensor, "V D"]) -> None:
+        """Begin with the model's embeddings of its vocabulary, where the method is tagged to read them."""
+        del embeddings
+
+    def join(self, first: Adapter) -> None:
+        """Share parameters with the first of the site's peers, which may be this one itself.
+
+        They are the first one's, so that they are trained and saved once.
+        """
+        del first
+
+    def take(self, library: Sequence[Mapping[str, LowRank]]) -> None:
+        """Begin as LoRAs that were trained before, by name of matrix, each with one entry.
 
         Raises:
-            SettingError: it is not.
+            UserError: the method has no use for them, or they do not fit.
         """
-        check_range(type(self).__name__, name, value, low, high)
-        return value
+        raise UserError(f"{type(self).__name__} does not begin with LoRAs; see the tag takes_library")
+
+    def before_step(self, progress: Progress) -> None:
+        """See, and perhaps change, the gradients that the optimizer is about to use.
+
+        A parameter whose gradient is set to None stays as it is. What is kept for later steps are buffers.
+        """
+        del progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 from zlib import crc32
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from mixtura.errors import SettingError
+from mixtura.errors import SettingError, UserError
 from mixtura.methods._drawing import generator_of
 from mixtura.methods._scores import crowding, mean_of_valid
 from mixtura.methods.adapters import Adapter
@@ -40,6 +40,14 @@ def thin_pair(site: Site, name: str, ranks: Sequence[int], seed: int) -> tuple[n
         a[number, rank:] = 0
     b = torch.zeros(len(ranks), shape.rows, widest)
     return nn.Parameter(a), nn.Parameter(b)
+
+
+def register_pairs(adapter: Adapter, names: Iterable[str], ranks: Sequence[int], seed: int) -> None:
+    """Give an adapter the factors ``NAME_a`` and ``NAME_b`` of matrices of its site; see `thin_pair`."""
+    for name in names:
+        a, b = thin_pair(adapter.site, name, ranks, seed)
+        adapter.register_parameter(f"{name}_a", a)
+        adapter.register_parameter(f"{name}_b", b)
 
 
 def low_rank(a: Tensor, b: Tensor, alpha: float, ranks: Sequence[int]) -> LowRank:
@@ -94,7 +102,9 @@ class LoraExperts(Adapter, ABC):
         seed: int,
         least_experts: int = 1,
         named: str = "num_experts",
+        made: bool = True,
     ) -> None:
+        """``made`` is False at a site that is to have no experts."""
         super().__init__(site)
         self.rank = self.within("rank", rank, 1, smallest_side(site.matrices))
         self.alpha = self.within("alpha", alpha, 0, 1e6)
@@ -102,7 +112,17 @@ class LoraExperts(Adapter, ABC):
         self.num_experts = self.within(named, num_experts, least_experts, 1024)
         self.balance = self.within("balance", balance, 0, 1e6)
         self.seed = seed
-        self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
+        if made:
+            self.a, self.b = thin_pair(site, "weight", [rank] * num_experts, seed)
+
+    def take(self, library: Sequence[Mapping[str, LowRank]]) -> None:
+        if len(library) != self.num_experts:
+            raise UserError(
+                f"{type(self).__name__} has {self.num_experts} LoRA experts, got {len(library)} LoRAs for "
+                f"{self.site.name}; set num_experts={len(library)}"
+            )
+        for number, one in enumerate(library):
+            fill(self.a, self.b, number, one["weight"], self.alpha / self.rank, self.site.name)
 
     def mixed(self, shares: Float[Tensor, "T M"], losses: Mapping[str, Tensor]) -> Change:
         """The experts' changes, of which each token gets its shares."""
@@ -118,11 +138,35 @@ class LoraExperts(Adapter, ABC):
         return {"balance": self.balance * balance_loss(scores, chosen, inputs.valid)}
 
 
+@torch.no_grad()
+def fill(a: Tensor, b: Tensor, number: int, one: LowRank, scale: float, where: str) -> None:
+    """Put a LoRA in the place of one of several, which are all scaled alike.
+
+    Raises:
+        UserError: it is of a higher rank than they, or of another size.
+    """
+    rank = one.a.shape[1]
+    if (one.a.shape[2], one.b.shape[1]) != (a.shape[2], b.shape[1]) or rank > a.shape[1]:
+        raise UserError(
+            f"a LoRA for {where} is of rank {rank} from {one.a.shape[2]} to {one.b.shape[1]} features; "
+            f"experts of rank {a.shape[1]} from {a.shape[2]} to {b.shape[1]} can begin as LoRAs "
+            "of at most that rank"
+        )
+    a[number], b[number] = 0, 0
+    a[number, :rank] = one.a[0].to(a)
+    b[number, :, :rank] = (one.b[0].double() * float(one.scale[0]) / scale).to(b)
+
+
 def lora_gate(adapter: LoraExperts) -> nn.Parameter:
     """Router rows ``[M, cols]`` of LoRA experts, as PyTorch draws a linear layer's."""
-    cols = adapter.site.matrices["weight"].cols
-    generator = generator_of(site_seed(adapter.site, adapter.seed, "gate"))
-    rows = torch.empty(adapter.num_experts, cols, device=generator.device)
+    return lora_gate_rows(adapter.site, adapter.num_experts, adapter.seed)
+
+
+def lora_gate_rows(site: Site, num_experts: int, seed: int) -> nn.Parameter:
+    """Router rows ``[M, cols]`` at a site, as PyTorch draws a linear layer's."""
+    cols = site.matrices["weight"].cols
+    generator = generator_of(site_seed(site, seed, "gate"))
+    rows = torch.empty(num_experts, cols, device=generator.device)
     return nn.Parameter(rows.uniform_(-1.0, 1.0, generator=generator).mul_(cols**-0.5))
 
 

@@ -59,9 +59,7 @@ class DynMole(LoraExperts):
     Differences from the paper:
         As its code has it: the expert that crosses ``top_p`` is left out, shares are not divided by their
         sum, and the balance is of kept and of all probabilities, not of counts. Padding counts in neither
-        loss, where its code takes the entropy of padding, too. Losses are those of each layer, added up,
-        where its code takes one mean over all of them: divide both coefficients by the number of layers that
-        are changed to have it so.
+        loss, where its code takes the entropy of padding, too.
 
     Reference:
         DynMoLE: Boosting Mixture of LoRA Experts Fine-Tuning with a Hybrid Routing Mechanism (paper 46);

@@ -13,8 +13,8 @@ from mixtura.methods.adapters._shared import (
     chosen_settings,
     experts_at,
     low_rank,
+    register_pairs,
     smallest_side,
-    thin_pair,
 )
 from mixtura.types import Change, RouterInput, Site
 from mixtura.types.trace import Trace
@@ -91,10 +91,7 @@ class ExpertLora(Adapter):
         self._check_ranks(ranks or {})
         self.ranks_here = [self._rank_of(expert, most) for expert in self.expert_ids]
         self.changed = tuple(dict.fromkeys(matrices or site.matrices))
-        for name in self.changed:
-            a, b = thin_pair(site, name, self.ranks_here, seed)
-            self.register_parameter(f"{name}_a", a)
-            self.register_parameter(f"{name}_b", b)
+        register_pairs(self, self.changed, self.ranks_here, seed)
 
     @classmethod
     def settings_from(cls, trace: Trace, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class AdapterPart:
         target_modules: modules to change by the ends of their names; by default what the method is made for.
         layers: decoder layers to change; null for all.
         train_router: whether to train a copy of every router, too.
+        library: directories of LoRAs of PEFT's that the method's LoRA experts begin as, one for each.
         choose_tokens: tokens of the data that choose the experts, where the method leaves that to a text.
     """
 
@@ -31,6 +32,7 @@ class AdapterPart:
     target_modules: list[str] | None = None
     layers: list[int] | None = None
     train_router: bool = False
+    library: list[str] = field(default_factory=list)
     choose_tokens: int = 65536
 
     def __post_init__(self) -> None:

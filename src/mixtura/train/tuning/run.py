@@ -165,7 +165,7 @@ def _with_adapter(
     """The model under PEFT, with the experts that the data chooses where the method leaves it to that."""
     from peft import get_peft_model
 
-    from mixtura.adapting import AdapterConfig
+    from mixtura.adapting import AdapterConfig, start_from
     from mixtura.methods import header
 
     part = config.adapter
@@ -182,7 +182,10 @@ def _with_adapter(
     with warnings.catch_warnings():
         # PEFT asks transformers for what newer releases call otherwise.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
-        return get_peft_model(model, asked)
+        adapted = get_peft_model(model, asked)
+    if part.library:
+        start_from(adapted, part.library)
+    return adapted
 
 
 def _chosen(
@@ -230,6 +233,7 @@ def _tokens(examples: Sequence[Example], most: int, length: int) -> TokenBatch:
 
 
 def _trainer(config: TuneConfig, model: Any, data: _Data, directory: Path, progress: bool) -> tuple[Any, Any]:
+    from mixtura.adapting import StepCallback
     from mixtura.train.log import MetricsCallback
     from mixtura.train.progress import show_progress
     from mixtura.train.tuning.trainer import MeasureCallback, TuneTrainer, loss_on
@@ -240,7 +244,7 @@ def _trainer(config: TuneConfig, model: Any, data: _Data, directory: Path, progr
         args=_arguments(config, directory, data.num_steps),
         train_dataset=data.train,
         data_collator=data.collator,
-        callbacks=[MetricsCallback(directory)],
+        callbacks=[MetricsCallback(directory), StepCallback(model)],
     )
     show_progress(trainer, directory, bar=progress, tensorboard=steps.tensorboard)
     if measured is None:

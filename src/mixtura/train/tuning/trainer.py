@@ -63,7 +63,8 @@ def loss_on(model: Any, sequences: Dataset[Any], collator: Collator, batch_size:
     for start in range(0, len(number), batch_size):
         batch = collator([sequences[place] for place in number[start : start + batch_size]])
         batch = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
+        # Given to the model, too, so that an adapter knows where the answers begin.
+        labels = batch["labels"][:, 1:]
         logits = model(**batch).logits[:, :-1].float()
         wanted = labels != IGNORED
         total += float(torch.nn.functional.cross_entropy(logits[wanted], labels[wanted], reduction="sum"))

@@ -1,0 +1,54 @@
+"""What the adapter scale_zero promises beyond its kind's contract."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from methods.adapters.adapter_inputs import X, stirred
+from methods.adapters.adapter_sites import linear_site
+
+from mixtura.adapting.changing import add_to_rows, changed_weight
+from mixtura.methods import load_method
+from mixtura.types import Progress, RouterInput
+
+
+def test_scale_zero_adds_a_lora_a_stage_and_keeps_the_others() -> None:
+    made = stirred("scale_zero", rank=3, alpha=6.0, num_stages=3)
+    weight = torch.randn(20, 16, dtype=torch.float64)
+    for step, stage in ((0, 0), (9, 0), (10, 1), (20, 2), (29, 2)):
+        made.before_step(Progress(step=step, num_steps=30))
+        assert int(made.stage) == stage
+        wanted = (1 + 0.2 * math.tanh(made.theta[0])) * weight
+        for j in range(stage + 1):
+            factor = 1 + 0.2 * math.tanh(made.theta[j + 1])
+            wanted = wanted + factor * 2.0 * made.b[j][0] @ made.a[j][0]
+        change = made.change(RouterInput.of(X[:0]))
+        torch.testing.assert_close(changed_weight(weight, change), wanted)
+        bias = torch.randn(20, dtype=torch.float64)
+        rows = add_to_rows(X @ weight.T + bias, X, change, bias)
+        torch.testing.assert_close(rows, X @ wanted.T + bias)
+
+
+def test_only_the_lora_of_its_stage_and_earlier_factors_learn() -> None:
+    made = stirred("scale_zero", rank=3, num_stages=3)
+    for step, trained in ((0, []), (10, [0, 1]), (25, [0, 1, 2])):
+        made.before_step(Progress(step=step, num_steps=30))
+        change = made.change(RouterInput.of(X[:0]))
+        changed_weight(torch.ones(20, 16, dtype=torch.float64), change).square().sum().backward()
+        made.before_step(Progress(step=step, num_steps=30))
+        stage = int(made.stage)
+        assert [j for j in range(3) if made.a[j].grad is not None] == [stage]
+        assert made.theta.grad.nonzero()[:, 0].tolist() == trained
+        made.zero_grad()
+
+
+def test_entering_a_stage_changes_nothing() -> None:
+    made = load_method("adapters", "scale_zero")(linear_site(2), rank=3, num_stages=2)
+    with torch.no_grad():
+        made.b[0].normal_()
+    before = made.change(RouterInput.of(X[:0]))
+    made.before_step(Progress(step=5, num_steps=10))
+    after = made.change(RouterInput.of(X[:0]))
+    base = torch.zeros(20, 16)
+    assert torch.equal(changed_weight(base, before), changed_weight(base, after))
