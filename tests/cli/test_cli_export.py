@@ -36,7 +36,7 @@ def test_json_is_one_object(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--type", "q4k"), "did you mean"),
-        (("--format", "onnx"), "there are: gguf"),
+        (("--format", "onnx"), "there are: compressed-tensors, gguf"),
         (("--type", "blk.9.*=q8_0"), "no tensor of this model"),
     ],
 )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _MMAP_BYTES = 16 << 20
 
 _MERGE = "Store groups of experts as one by this merger; needs --keep."
+_NEURONS = "Take neurons out of every expert by this trimmer; needs --keep-neurons, and goes alone."
+_KEEP_NEURONS = "Share of every expert's neurons to leave, such as 0.75."
 _SET = (
     "A setting of a method, as prune.renormalize=true or quantize.group_size=32; may be repeated. "
     "`mixtura show METHOD` lists them."
@@ -27,7 +29,10 @@ _TEXT = (
     "Text to calibrate on and to judge by: a file or directory of UTF-8 text or JSONL. Default: text that "
     "comes with mixtura."
 )
-_FORMAT = "mixtura: a directory, ordinary wherever it can be. gguf: a file."
+_FORMAT = (
+    "mixtura: a directory, ordinary wherever it can be. gguf: a file for llama.cpp. compressed-tensors: a "
+    "directory for transformers and vLLM, of --quantize integers."
+)
 
 
 def compress(
@@ -38,6 +43,8 @@ def compress(
     prune: str | None = typer.Option(None, help="Drop experts by this pruner; needs --keep."),
     merge: str | None = typer.Option(None, help=_MERGE),
     keep: float | None = typer.Option(None, help="Share of each layer's experts to leave, such as 0.5."),
+    neurons: str | None = typer.Option(None, help=_NEURONS),
+    keep_neurons: float | None = typer.Option(None, help=_KEEP_NEURONS),
     quantize: str | None = typer.Option(None, help="Round the experts that are left by this quantizer."),
     bits: float | None = typer.Option(None, help="Bits of a weight, for --quantize."),
     rest_bits: int | None = typer.Option(None, help=_REST),
@@ -69,6 +76,7 @@ def compress(
 
     given: dict[str, Any] = {"settings": _parsed(settings), "types": tuple(types), "to_format": to_format}
     given |= {"prune": prune, "merge": merge, "keep": keep, "servable": servable}
+    given |= {"neurons": neurons, "keep_neurons": keep_neurons}
     given |= {"quantize": quantize, "bits": bits, "rest_bits": rest_bits, "measure": measure, "seed": seed}
     given |= {"text": text, "tokens": tokens, "length": length}
     resolved = resolve_model(model, assume_yes=yes)

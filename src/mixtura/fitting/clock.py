@@ -46,10 +46,11 @@ class Clock:
 class Progress:
     """Says how far a pass of several layers has come, and what is left of it at this pace."""
 
-    def __init__(self, what: str, total: int, notify: Notify) -> None:
+    def __init__(self, what: str, total: int, notify: Notify, unit: str = "layer") -> None:
         self._what = what
         self._total = total
         self._notify = notify
+        self._unit = unit
         self._started = self._said = time.monotonic()
         self.done = 0
 
@@ -66,7 +67,7 @@ class Progress:
             self._said = now
             left = (now - self._started) / self.done * (self._total - self.done)
             self._notify(
-                f"{self._what}: layer {self.done} of {self._total}, about {format_seconds(left)} left"
+                f"{self._what}: {self._unit} {self.done} of {self._total}, about {format_seconds(left)} left"
             )
 
 

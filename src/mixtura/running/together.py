@@ -39,6 +39,7 @@ def run_together(
     run_layer: RunLayer,
     *,
     caught: Mapping[int, Caught] | None = None,
+    on_states: Callable[[Tensor], None] = lambda _: None,
     max_bytes: int = DEFAULT_WORKING_BYTES,
 ) -> None:
     """Run a text through a model so that every decoder layer and every expert is read once.
@@ -50,10 +51,11 @@ def run_together(
         run_layer: runs the experts of an MoE layer, whose number among ``view.layers`` it is given, on the
             tokens of all batches; it may do without where it knows what comes out.
         caught: by number of the MoE layer, what is caught of it as it runs; joined over batches as well.
+        on_states: given what each batch comes to before the head, the cursor being on its tokens.
         max_bytes: bound on the activations of one batch inside a decoder layer.
     """
     rows = list(streamed.batches(*tokens.input_ids.shape, max_bytes=max_bytes))
-    _Together(streamed, tokens, rows, cursor, run_layer, dict(caught or {})).run()
+    _Together(streamed, tokens, rows, cursor, run_layer, dict(caught or {}), on_states).run()
 
 
 @final
@@ -135,16 +137,18 @@ class _Together:
         self,
         streamed: Streamed,
         tokens: TokenBatch,
-        rows: Sequence[Int[Tensor, " s"]],
+        rows: Sequence[Int[Tensor, " _"]],
         cursor: Cursor,
         run_layer: RunLayer,
         caught: dict[int, Caught],
+        on_states: Callable[[Tensor], None],
     ) -> None:
         self._streamed = streamed
         self._tokens = tokens
         self._cursor = cursor
         self._run_layer = run_layer
         self._caught = caught
+        self._on_states = on_states
         self._batches = [_Batch(self._work, one) for one in rows]
         self._current = self._batches[0]
         self._forwards: list[Forward] = []
@@ -178,7 +182,8 @@ class _Together:
     def _work(self, batch: _Batch) -> None:
         """One batch through the model, in its thread."""
         mask = self._tokens.attention_mask[batch.rows]
-        self._streamed.hidden(self._tokens.input_ids[batch.rows], mask, max_bytes=_UNBOUNDED)
+        states = self._streamed.hidden(self._tokens.input_ids[batch.rows], mask, max_bytes=_UNBOUNDED)
+        self._on_states(states)
 
     def _move(self) -> None:
         for batch in self._batches:

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_server import run_forked
 from tiny_checkpoints import run_mixtura
 
 pytestmark = pytest.mark.slow
-
-# Every record is renamed into its place when it is whole, so these are the moments that differ.
-KILLED = """
-import os, signal, sys
-left = int(sys.argv.pop(1))
-rename = os.replace
-def replace(*arguments, **named):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(*arguments, **named)
-os.replace = replace
-from mixtura.cli import main
-main()
-"""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def arguments(source: Path, text: Path, out: Path) -> list[str]:
@@ -57,8 +38,7 @@ def test_goes_on_to_the_same_bytes(
     moment: int, source: Path, text: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(moment), *arguments(source, text, out)]
-    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    killed = run_forked(arguments(source, text, out), killed_at=moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     assert (tmp_path / "out.work").is_dir()
@@ -70,8 +50,7 @@ def test_goes_on_to_the_same_bytes(
 
 def test_other_settings_are_refused_by_name(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, "3", *arguments(source, text, out)]
-    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
+    run_forked(arguments(source, text, out), killed_at=3)
     others = [one if one != "0.5" else "0.75" for one in arguments(source, text, out)]
     done = run_mixtura(*others)
     assert done.returncode == 2

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_server import run_forked
 from tiny_checkpoints import run_mixtura
 
 pytestmark = pytest.mark.slow
-
-# Every record and file is renamed into its place when it is whole, so these are the moments that differ.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-left = int(sys.argv.pop(1))
-def counted(rename):
-    def replace(*arguments, **named):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(*arguments, **named)
-    return replace
-os.replace, Path.replace = counted(os.replace), counted(Path.replace)
-from mixtura.cli import main
-main()
-"""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def arguments(dense: tuple[Path, ...], prompts: Path, text: Path, out: Path) -> list[str]:
@@ -67,8 +46,7 @@ def test_goes_on_to_the_same_bytes_after_a_kill(
 ) -> None:
     out = tmp_path / "out"
     own = arguments(dense, prompts, text, out)
-    command = [sys.executable, "-c", KILLED, str(moment), *own]
-    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    killed = run_forked(own, killed_at=moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     assert (tmp_path / "out.work").is_dir()

@@ -14,6 +14,7 @@ from mixtura.checkpoints.applying.cutting import router_units
 from mixtura.checkpoints.applying.matrices import matrix_units
 from mixtura.checkpoints.applying.packing import packed_units
 from mixtura.checkpoints.applying.shards import Unit
+from mixtura.checkpoints.applying.trimming import NewWidth, new_width, trim_units
 from mixtura.checkpoints.contents import Contents
 from mixtura.checkpoints.packed import LayerRecord
 from mixtura.checkpoints.rounded import RoundedExperts
@@ -33,12 +34,14 @@ class Blueprint:
         contents: what it holds of each MoE layer, and its matrices in fewer bits.
         ordinary: whether it is an ordinary checkpoint of its family, not of the mixtura format.
         left_out: the beginnings of names of layers that the model has not and that do not go along.
+        width: of the experts, where neurons were taken out of them.
     """
 
     units: tuple[Unit, ...]
     contents: Contents
     ordinary: bool
     left_out: tuple[str, ...] = ()
+    width: NewWidth | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -76,6 +79,8 @@ def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None)
         else:
             changed.update({**_own_units(view, layer, own), **_fused_units(view, layer, own)})
         layers.append(LayerRecord(layer.index, layer.name, own, experts, shared))
+    width = new_width(view, plan)
+    changed.update(trim_units(view, plan))
     even = is_even(view, kept)
     fewer = any(len(kept[layer.index]) < layer.num_experts for layer in view.layers)
     # With one number in the config for all layers, those that nothing is known of cannot keep the old one.
@@ -87,7 +92,7 @@ def blueprint(view: DiskView, plan: Plan, rounded: RoundedExperts | None = None)
         for unit in (changed[name] if name in changed else (CopyRows.of(view.entries[name]),))
     ]
     ordinary = not actions and not matrices and even
-    return Blueprint(tuple(units), Contents(tuple(layers), matrices), ordinary, left_out)
+    return Blueprint(tuple(units), Contents(tuple(layers), matrices), ordinary, left_out, width)
 
 
 def _shared(kept: tuple[int, ...], merges: Sequence[Merge]) -> tuple[int, ...] | None:

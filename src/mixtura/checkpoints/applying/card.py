@@ -128,6 +128,7 @@ def model_card(facts: CardFacts) -> str:
         *_merged_lines(facts.plan),
         *_left_out_lines(facts),
         *_matrix_lines(facts.plan),
+        *_trimmed_lines(facts.plan),
         f"Every {_other(facts)}tensor outside the experts is the source's, byte for "
         f"byte{_except_routers(facts.plan)}. "
         "`plan.json` says what was done to each expert.",
@@ -214,6 +215,12 @@ def _matrix_lines(plan: Plan) -> list[str]:
     ways = Counter(_way(action) for action in plan.matrices().values())
     lines = [f"- weights outside the experts: {counted(n, 'tensor')} by {way}" for way, n in ways.items()]
     return [*lines, ""] if lines else []
+
+
+def _trimmed_lines(plan: Plan) -> list[str]:
+    """How much narrower experts are."""
+    gone = [len(neurons) for neurons in plan.trimmed().values()]
+    return [f"- neurons taken out of every expert: {gone[0]}", ""] if gone else []
 
 
 def _left_out_lines(facts: CardFacts) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from mixtura.checkpoints.applying.trimming import check_trims
 from mixtura.checkpoints.packed import is_packed
 from mixtura.checkpoints.viewing.base import LayerView, ModelView
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.methods import create
-from mixtura.types import Drop, Merge, Plan, Quantize, QuantizeMatrix
+from mixtura.types import Drop, Merge, Plan, Quantize, QuantizeMatrix, Trim
 
 # Of shares that were written as decimal numbers.
 _SUM_TOLERANCE = 1e-6
@@ -46,10 +47,12 @@ def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:
             _check_expert(view.layer(action.layer), action.expert)
         elif isinstance(action, Merge):
             _check_merge(view.layer(action.layer), action)
+        elif isinstance(action, Trim):
+            _check_expert(view.layer(action.layer), action.expert)
         elif not isinstance(action, QuantizeMatrix):
             raise UserError(
                 f"a plan's action {action.kind!r} is not applied yet; there are: drop, merge, quantize, "
-                "quantize_matrix"
+                "quantize_matrix, trim"
             )
     stores: tuple[Quantize | QuantizeMatrix, ...] = (*plan.quantized().values(), *plan.matrices().values())
     distinct = {(a.quantizer, repr(sorted(a.settings.items()))): a for a in stores}
@@ -62,6 +65,7 @@ def check_plan(view: ModelView, plan: Plan) -> dict[int, tuple[int, ...]]:
                 f"the plan both drops and quantizes expert {expert} of layer {index}; do one of them"
             )
     _check_merges(plan)
+    check_trims(view, plan)
     kept = {}
     for layer in view.layers:
         gone = set(dropped.get(layer.index, ()))

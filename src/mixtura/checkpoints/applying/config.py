@@ -45,6 +45,8 @@ def config_json(view: DiskView, made: Blueprint) -> str:
                 _set_count(raw, view.config, view.count_fields[layer.stack], counts[layer.index])
     else:
         raw[UNEVEN_KEY] = {"num_experts": {str(index): count for index, count in sorted(counts.items())}}
+    if made.width is not None:
+        _set_count(raw, view.config, made.width.field, made.width.d_expert)
     if not made.ordinary:
         own: dict[str, Any] = {"quant_method": QUANT_METHOD, "version": made.contents.version}
         if raw.get("quantization_config") is not None:
@@ -55,7 +57,7 @@ def config_json(view: DiskView, made: Blueprint) -> str:
 
 
 def _set_count(raw: dict[str, Any], config: Any, field: CountField, count: int) -> None:
-    """Write a number of experts where the file has it, under whatever name the family lets it have."""
+    """Write a number, of experts or neurons, where the file has it, under any name the family allows."""
     owner = raw
     for part in field.path[:-1]:
         config = getattr(config, part)

@@ -9,7 +9,7 @@ which tensors, along which axis, have one entry per expert.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -83,6 +83,28 @@ def probe(base: nn.Module, config: Any) -> Probe:
                 f"no field of the {config.model_type!r} config sets the number of experts of {stack}"
             )
     return Probe(fields, axes)
+
+
+def width_field(
+    base: nn.Module, config: Any, d_expert: int, parameters: Collection[str]
+) -> CountField | None:
+    """The config field that is the width of experts, where nothing else changes with it; None without one.
+
+    Args:
+        base: the model built from ``config``; only its shapes are read.
+        config: the config.
+        d_expert: the width.
+        parameters: of all experts.
+    """
+    before = {name: tensor.shape for name, tensor in named_tensors(base).items()}
+    for field in _fields_equal(config, d_expert, ()):
+        changed = _rebuild(type(base), config, field, 2 * d_expert)
+        if changed is None:
+            continue
+        now = {name: tensor.shape for name, tensor in named_tensors(changed).items()}
+        if {name for name in {*before, *now} if before.get(name) != now.get(name)} == set(parameters):
+            return field
+    return None
 
 
 def _expert_counts(model: nn.Module) -> dict[str, int]:

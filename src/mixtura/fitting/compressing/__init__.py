@@ -24,6 +24,8 @@ def compress(
     prune: str | None = None,
     merge: str | None = None,
     keep: float | None = None,
+    neurons: str | None = None,
+    keep_neurons: float | None = None,
     quantize: str | None = None,
     bits: float | None = None,
     rest_bits: int | None = None,
@@ -49,10 +51,12 @@ def compress(
         prune: a pruner, to drop experts.
         merge: a merger, to store groups of experts as one.
         keep: share of the experts of each layer that ``prune`` or ``merge`` is to leave.
+        neurons: a trimmer, to take neurons out of every expert; goes alone.
+        keep_neurons: share of every expert's neurons that ``neurons`` is to leave.
         quantize: a quantizer, for the experts that are left.
         bits: of a weight, for ``quantize``.
         rest_bits: 8 or 4, for matrices outside the routed experts: attention, embeddings, head and others.
-        settings: of the methods, by ``prune``, ``merge`` and ``quantize``.
+        settings: of the methods, by ``prune``, ``merge``, ``neurons`` and ``quantize``.
         servable: leave only numbers of experts that vLLM's fused routers take.
         text: calibration text and, where it is measured, held-out text: a file or directory; without it,
             text that comes with mixtura.
@@ -60,7 +64,8 @@ def compress(
         length: tokens of a sequence at most.
         measure: measure the loss on held-out text.
         seed: of the choice of text, and of methods that draw lots.
-        to_format: ``mixtura``, a directory that is ordinary wherever it can be, or ``gguf``.
+        to_format: ``mixtura``, a directory that is ordinary wherever it can be, ``gguf``, or
+            ``compressed-tensors``, of experts that the quantizer ``integers`` rounds.
         types: of a GGUF file's tensors; see `mixtura.export_gguf`.
         notify: told in a few words what is being done.
 
@@ -74,6 +79,8 @@ def compress(
             prune=prune,
             merge=merge,
             keep=keep,
+            neurons=neurons,
+            keep_neurons=keep_neurons,
             quantize=quantize,
             bits=bits,
             rest_bits=rest_bits,

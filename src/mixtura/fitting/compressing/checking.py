@@ -19,6 +19,7 @@ from mixtura.fitting.compressing.records import FORMATS, KIND_OF, Choices
 from mixtura.fitting.publishing import beside
 from mixtura.methods import create, header
 from mixtura.methods.quantizers import Quantizer
+from mixtura.methods.trimmers import Trimmer
 from mixtura.report import counted
 from mixtura.report.units import format_bytes
 
@@ -34,6 +35,7 @@ class Methods:
 
     pruner: Any
     merger: Any
+    trimmer: Trimmer | None
     quantizer: Quantizer | None
     quantizer_settings: dict[str, Any]
 
@@ -49,6 +51,7 @@ def make_methods(choices: Choices) -> Methods:
     Raises:
         UserError: choices that say nothing, contradict each other, or name what there is not.
     """
+    _check_neurons(choices)
     _check_choices(choices)
     made: dict[str, Any] = {}
     given: dict[str, dict[str, Any]] = {}
@@ -61,7 +64,35 @@ def make_methods(choices: Choices) -> Methods:
         if name is not None:
             drawn = {one.name: choices.seed for one in header(kind, name).settings if one.name == "seed"}
             made[choice] = create(kind, name, **{**drawn, **given[choice]})
-    return Methods(made.get("prune"), made.get("merge"), made.get("quantize"), given["quantize"])
+    return Methods(
+        made.get("prune"),
+        made.get("merge"),
+        made.get("neurons"),
+        made.get("quantize"),
+        given["quantize"],
+    )
+
+
+def _check_neurons(choices: Choices) -> None:
+    """Refuse what does not go with taking neurons out of experts."""
+    if choices.neurons is None:
+        if choices.keep_neurons is not None:
+            raise SettingError(
+                "--keep-neurons says how many neurons --neurons leaves; give --neurons METHOD as well"
+            )
+        return
+    if choices.keep_neurons is None or not 0 < choices.keep_neurons < 1:
+        raise SettingError(
+            f"--neurons needs --keep-neurons, the share of every expert's neurons that is to be left, above "
+            f"0 and below 1, got {choices.keep_neurons}"
+        )
+    others = [f"--{one}" for one in ("prune", "merge", "quantize") if choices.method(one) is not None]
+    others += ["--rest-bits"] if choices.rest_bits is not None else []
+    if others:
+        raise SettingError(
+            f"--neurons goes alone, and {' and '.join(others)} came with it; its result is an ordinary "
+            f"checkpoint, so compress that once more"
+        )
 
 
 def _check_choices(choices: Choices) -> None:
@@ -83,11 +114,12 @@ def _check_choices(choices: Choices) -> None:
         )
     if choices.quantize is None and choices.bits is not None:
         raise SettingError("--bits is for a quantizer; give --quantize METHOD as well")
-    if not reducers and choices.quantize is None and choices.rest_bits is None:
+    nothing = choices.quantize is None and choices.rest_bits is None and choices.neurons is None
+    if not reducers and nothing:
         raise SettingError(
             "there is nothing to do: give --prune METHOD --keep SHARE, --merge METHOD --keep SHARE, "
-            "--quantize METHOD --bits BITS, --rest-bits 8, or several of them; `mixtura methods` lists the "
-            "methods"
+            "--quantize METHOD --bits BITS, --rest-bits 8, or several of them, or --neurons METHOD "
+            "--keep-neurons SHARE; `mixtura methods` lists the methods"
         )
     if choices.rest_bits not in (None, 8, 4):
         raise SettingError(
@@ -122,6 +154,16 @@ def _check_format(choices: Choices) -> None:
         raise SettingError(
             "--merge keeps a row of the router for every expert, which no GGUF file can say; leave --format "
             "out, or use --prune"
+        )
+    if choices.to_format == "compressed-tensors" and choices.rest_bits is not None:
+        raise SettingError(
+            "--rest-bits stores weights in mixtura's own format, and --format compressed-tensors packs "
+            "routed experts alone; leave one of them out"
+        )
+    if choices.to_format == "compressed-tensors" and choices.merge is not None:
+        raise SettingError(
+            "--merge keeps a row of the router for every expert, which no ordinary checkpoint can say; leave "
+            "--format out, or use --prune"
         )
     if choices.types and choices.to_format != "gguf":
         raise SettingError("--type is for a GGUF file; give --format gguf as well")

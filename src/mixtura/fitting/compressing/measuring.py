@@ -53,7 +53,7 @@ class Measure:
                 scores, states[str(number)] = own_scores(streamed, text)
                 return scores
 
-            quality = self._scored(source, "the original on held-out text", of_part)
+            quality = self._scored(Streamed(source), "the original on held-out text", of_part)
 
             def save(aside: Path) -> None:
                 save_file(states, str(aside))
@@ -64,28 +64,30 @@ class Measure:
 
     def after(self, written: Path) -> Quality:
         """What was written, beside the source; `before` comes first."""
+        return self.streamed(lambda: Streamed(open_checkpoint(written)), "what was written, on held-out text")
+
+    def streamed(self, changed: Callable[[], Streamed], what: str) -> Quality:
+        """A model that is changed as it is read, beside the source; `before` comes first."""
         if _AFTER not in self._journal.notes():
             states = load_file(str(self._journal.path(_REFERENCE)))
 
             def of_part(streamed: Streamed, number: int, text: HeldOut) -> Scores:
                 return scores_beside(streamed, text, states[str(number)])
 
-            view = open_checkpoint(written)
-            quality = self._scored(view, "what was written, on held-out text", of_part)
+            quality = self._scored(changed(), what, of_part)
             self._journal.note(_AFTER, asdict(quality))
         return Quality(**self._journal.notes()[_AFTER])
 
     def _scored(
-        self, view: CheckpointView, what: str, of_part: Callable[[Streamed, int, HeldOut], Scores]
+        self, streamed: Streamed, what: str, of_part: Callable[[Streamed, int, HeldOut], Scores]
     ) -> Quality:
         self._notify(f"measuring {what}")
         started = time.monotonic()
-        streamed = Streamed(view)
         shapes = (text.input_ids.shape for text in self._held_out)
         batches = sum(
             len(list(streamed.batches(*shape, max_bytes=DEFAULT_WORKING_BYTES))) for shape in shapes
         )
-        progress = Progress(f"measuring {what}", batches * len(view.layers), self._notify)
+        progress = Progress(f"measuring {what}", batches * len(streamed.view.layers), self._notify)
         with watched(streamed, progress, None):
             scored = [(of_part(streamed, number, text), text) for number, text in enumerate(self._held_out)]
         return summarise(scored, time.monotonic() - started, self._seed)

@@ -6,22 +6,21 @@ that are done without reading their experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.skeleton import CheckpointView
-from mixtura.checkpoints.viewing.headers import TensorFiles, read_header
 from mixtura.data.tokens import TokenBatch
 from mixtura.fitting.clock import Progress
 from mixtura.fitting.compressing.rounding import LayerRounder, Shrunk
 from mixtura.fitting.journal import Journal
+from mixtura.fitting.outputs import KeptOutputs
 from mixtura.running.observing.attach import attached
+from mixtura.running.observing.importance import OUTPUTS
 from mixtura.running.observing.passing import Wanted, recording, trace_of
 from mixtura.running.observing.recorder import Cursor
 from mixtura.running.stream import Streamed
@@ -31,39 +30,7 @@ from mixtura.types.trace import Trace
 Notify = Callable[[str], None]
 
 _TRACE = "trace.safetensors"
-_OUTPUTS, _ROUNDED = "outputs", "rounded"
-
-
-@final
-class _Outputs:
-    """What the layers of one pass put out, in the journal."""
-
-    def __init__(self, journal: Journal, name: str) -> None:
-        self._journal = journal
-        self._name = name
-
-    def path(self, number: int, call: int) -> Path:
-        return self._journal.path(f"{self._name}-{number}-{call}.safetensors")
-
-    def read(self, number: int, call: int) -> dict[str, Tensor] | None:
-        """What was kept of a layer's call; None where it was not done."""
-        path = self.path(number, call)
-        if not path.is_file():
-            return None
-        files = TensorFiles(read_header(path))
-        return {name: files.read(name) for name in files.entries}
-
-    def keep(self, number: int, call: int, tensors: Mapping[str, Tensor]) -> None:
-        held = {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-        def save(aside: Path) -> None:
-            save_file(held, str(aside))
-
-        self._journal.write(self.path(number, call).name, save)
-
-    def forget(self) -> None:
-        for path in self._journal.directory.glob(f"{self._name}-*-*.safetensors"):
-            path.unlink()
+_ROUNDED = "rounded"
 
 
 def observed(
@@ -77,7 +44,7 @@ def observed(
         CheckpointError: weights or statistics become NaN or infinite.
     """
     path = journal.path(_TRACE)
-    outputs = _Outputs(journal, "observed")
+    outputs = KeptOutputs(journal, "observed")
     if not path.is_file():
         trace = _observe(view, tokens, wanted, outputs, notify)
         journal.write(_TRACE, trace.save)
@@ -86,7 +53,7 @@ def observed(
 
 
 def _observe(
-    view: CheckpointView, tokens: TokenBatch, wanted: Wanted, outputs: _Outputs, notify: Notify
+    view: CheckpointView, tokens: TokenBatch, wanted: Wanted, outputs: KeptOutputs, notify: Notify
 ) -> Trace:
     streamed, cursor = Streamed(view), Cursor()
     what = "observing the experts on calibration text"
@@ -102,13 +69,13 @@ def _observe(
         ) -> Tensor:
             recorder, known = recorders[number], outputs.read(number, call)
             if known is not None:
-                made = known.pop(_OUTPUTS)
+                made = known.pop(OUTPUTS)
                 recorder.start(hidden, index, weights)
                 recorder.restore(known)
             else:
                 made = forward(hidden, index, weights)
                 recorder.check_finite()
-                outputs.keep(number, call, {_OUTPUTS: made, **recorder.snapshot()})
+                outputs.keep(number, call, {OUTPUTS: made, **recorder.snapshot()})
             progress.advance()
             return made
 
@@ -130,7 +97,7 @@ def rounded(
     All of it comes from the journal if an earlier run has kept it.
     """
     kept = RoundedExperts(journal.path("rounded"))
-    outputs = _Outputs(journal, "rounding")
+    outputs = KeptOutputs(journal, "rounding")
     if _ROUNDED not in journal.notes():
         _round(view, shrunk, tokens, kept, outputs, notify)
         journal.note(_ROUNDED, {})
@@ -143,7 +110,7 @@ def _round(
     shrunk: Shrunk,
     tokens: TokenBatch,
     kept: RoundedExperts,
-    outputs: _Outputs,
+    outputs: KeptOutputs,
     notify: Notify,
 ) -> None:
     rounders: dict[int, LayerRounder] = {}
@@ -163,9 +130,9 @@ def _round(
         number: int, call: int, forward: Forward, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
         known = outputs.read(number, call)
-        made = forward(hidden, index, weights) if known is None else known[_OUTPUTS]
+        made = forward(hidden, index, weights) if known is None else known[OUTPUTS]
         if known is None:
-            outputs.keep(number, call, {_OUTPUTS: made})
+            outputs.keep(number, call, {OUTPUTS: made})
         progress.advance()
         return made
 

@@ -47,6 +47,8 @@ def _row(name: str, num_bytes: int, quality: Quality | None) -> list[str]:
 
 
 def _by_layer(made: Compressed) -> Iterator[str]:
+    if made.width is not None:
+        yield f"{made.width[1]} of {made.width[0]} neurons stay in every expert"
     rounding = {one.layer: one for one in made.rounding}
     for layer in sorted({*made.dropped, *made.merged, *rounding}):
         parts = []

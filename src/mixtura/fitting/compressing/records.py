@@ -9,10 +9,10 @@ from typing import Any, final
 
 from mixtura.fitting.records import Quality
 
-FORMATS = ("mixtura", "gguf")
-DEFAULT_TOKENS, DEFAULT_LENGTH = 16_384, 512
+FORMATS = ("mixtura", "gguf", "compressed-tensors")
+DEFAULT_TOKENS, DEFAULT_LENGTH, HELD_OUT_TOKENS = 16_384, 512, 8192
 # Which kind of methods each choice names.
-KIND_OF = {"prune": "pruners", "merge": "mergers", "quantize": "quantizers"}
+KIND_OF = {"prune": "pruners", "merge": "mergers", "neurons": "trimmers", "quantize": "quantizers"}
 
 
 @final
@@ -26,6 +26,8 @@ class Choices:
     prune: str | None = None
     merge: str | None = None
     keep: float | None = None
+    neurons: str | None = None
+    keep_neurons: float | None = None
     quantize: str | None = None
     bits: float | None = None
     rest_bits: int | None = None
@@ -34,7 +36,7 @@ class Choices:
     text: Path | None = None
     tokens: int = DEFAULT_TOKENS
     length: int = DEFAULT_LENGTH
-    held_out_tokens: int = 8192
+    held_out_tokens: int = HELD_OUT_TOKENS
     measure: bool = True
     seed: int = 0
     to_format: str = FORMATS[0]
@@ -69,6 +71,7 @@ class Compressed:
         model: what it was made from.
         out: where it is.
         dropped: experts dropped, by decoder layer.
+        width: neurons of every expert before and after, where some were taken out.
         merged: groups of experts that became one, by decoder layer.
         rounding: of every layer whose experts were rounded.
         seldom: by decoder layer, experts that stay and that fewer than ``few`` calibration tokens reached,
@@ -88,6 +91,7 @@ class Compressed:
     model: str
     out: Path
     dropped: Mapping[int, tuple[int, ...]]
+    width: tuple[int, int] | None
     merged: Mapping[int, tuple[tuple[int, ...], ...]]
     rounding: tuple[LayerRounding, ...]
     seldom: Mapping[int, Mapping[int, int]]
@@ -122,4 +126,6 @@ class Compressed:
         tuples = {name: tuple(values[name]) for name in ("commands", "notes")}
         rounding = tuple(LayerRounding(**one) for one in values["rounding"])
         out = Path(values["out"])
-        return Compressed(**{**values, **qualities, **by_layer, **tuples, "rounding": rounding, "out": out})
+        width = None if values["width"] is None else tuple(values["width"])
+        plain = {"rounding": rounding, "out": out, "width": width}
+        return Compressed(**{**values, **qualities, **by_layer, **tuples, **plain})

@@ -18,8 +18,7 @@ from mixtura.checkpoints.matrices import packable_matrices
 from mixtura.checkpoints.packed import is_packed
 from mixtura.checkpoints.rounded import RoundedExperts
 from mixtura.checkpoints.skeleton import CheckpointView, build, open_checkpoint
-from mixtura.checkpoints.tokenizer import load_tokenizer
-from mixtura.data.tokens import TokenBatch, num_embeddings_of
+from mixtura.data.tokens import TokenBatch
 from mixtura.errors import MixturaError, UnsupportedModelError
 from mixtura.fitting.compressing.checking import (
     Methods,
@@ -30,7 +29,10 @@ from mixtura.fitting.compressing.checking import (
     make_methods,
 )
 from mixtura.fitting.compressing.measuring import Measure
+from mixtura.fitting.compressing.neurons import check_neurons, kept_width, trim_plan
+from mixtura.fitting.compressing.ordinary import check_handed, hand_over
 from mixtura.fitting.compressing.passing import observed, rounded
+from mixtura.fitting.compressing.reading import read_texts
 from mixtura.fitting.compressing.records import KIND_OF, Choices, Compressed, LayerRounding
 from mixtura.fitting.compressing.rounding import Shrunk, roundings
 from mixtura.fitting.compressing.telling import (
@@ -52,15 +54,16 @@ from mixtura.fitting.publishing import (
 )
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.records import Quality
-from mixtura.fitting.texts import Texts, as_batch, load_texts
+from mixtura.fitting.texts import Texts, as_batch
 from mixtura.methods import header
+from mixtura.methods.trimmers import Trimmer
 from mixtura.running.gguf import GgufExport
 from mixtura.running.observing.passing import Wanted, packed
 from mixtura.types import VLLM_ROUTER_COUNTS, Budget, Plan, QuantizeMatrix
 
 Notify = Callable[[str], None]
 
-_MODEL, _RESULT, _CARD = "model", "compressed.json", "README.md"
+_MODEL, _HANDED, _RESULT, _CARD = "model", "handed", "compressed.json", "README.md"
 
 
 @final
@@ -83,6 +86,12 @@ class _Work:
         """Where the new checkpoint is written before it is published."""
         return self.journal.path(_MODEL)
 
+    @property
+    def result(self) -> Path:
+        """The checkpoint that is published."""
+        handed = self.choices.to_format == "compressed-tensors"
+        return self.journal.path(_HANDED) if handed else self.model
+
 
 def carry_out(choices: Choices, notify: Notify) -> Compressed:
     """Do what was chosen; see `mixtura.compress`.
@@ -98,10 +107,21 @@ def carry_out(choices: Choices, notify: Notify) -> Compressed:
     check_places(choices)
     view = open_checkpoint(choices.model)
     kept = check_keep(choices, view)
+    if methods.trimmer is not None:
+        check_neurons(choices, view, methods.trimmer)
     if choices.to_format == "gguf":
         # Making one finds what llama.cpp does not know, before hours of work.
         GgufExport(choices.model, choices.types)
-    texts = _texts(choices, view)
+    elif choices.to_format == "compressed-tensors":
+        check_handed(choices, methods, view)
+    texts = read_texts(
+        view,
+        choices.text,
+        tokens=choices.tokens,
+        seed=choices.seed,
+        length=choices.length,
+        held_out_tokens=choices.held_out_tokens,
+    )
     tokens = packed(as_batch(texts.calibration))
     check_text(view, tokens.num_tokens)
     check_room(choices, view, methods, kept, tokens.input_ids.numel())
@@ -114,22 +134,9 @@ def carry_out(choices: Choices, notify: Notify) -> Compressed:
     return made
 
 
-def _texts(choices: Choices, view: CheckpointView) -> Texts:
-    positions = getattr(view.config.get_text_config(), "max_position_embeddings", None) or choices.length
-    return load_texts(
-        choices.text,
-        load_tokenizer(view.path),
-        length=min(choices.length, positions),
-        calibration_tokens=choices.tokens,
-        held_out_tokens=choices.held_out_tokens,
-        seed=choices.seed,
-        num_embeddings=num_embeddings_of(view.config),
-    )
-
-
 def _settings(choices: Choices, texts: Texts) -> dict[str, Any]:
     """All that decides the bytes of the result: stopped work begun with other values is not continued."""
-    plain = ("keep", "bits", "rest_bits", "servable", "tokens", "length", "seed")
+    plain = ("keep", "keep_neurons", "bits", "rest_bits", "servable", "tokens", "length", "seed")
     named = {name: getattr(choices, name) for name in plain}
     return {
         **named,
@@ -155,6 +162,10 @@ def _made(work: _Work) -> Compressed:
             trace = observed(work.view, work.tokens, _wanted(work), work.journal, work.notify)
         plan = work.methods.reducer.plan(trace, _budget(work))
     few = {} if trace is None else few_by_trace(trace, plan)
+    if work.methods.trimmer is not None:
+        with timed(work.seconds, "observe"):
+            plan, loads = _trimmed(work, work.methods.trimmer)
+        few = few_of(loads)
     kept, rounding = None, tuple[LayerRounding, ...]()
     if work.methods.quantizer is not None:
         shrunk = Shrunk(plan, str(work.choices.quantize), work.methods.quantizer_settings)
@@ -170,11 +181,14 @@ def _made(work: _Work) -> Compressed:
     if work.choices.measure:
         with timed(work.seconds, "measure"):
             before, after = _measure(work, plan, kept)
-    ordinary = not is_packed(work.model)
+    if work.choices.to_format == "compressed-tensors":
+        num_bytes = _hand_over(work, after)
+    ordinary = not is_packed(work.result)
     return Compressed(
         model=work.choices.name,
         out=work.choices.out,
         dropped=plan.dropped(),
+        width=_width(work.view, plan),
         merged=merged_groups(plan),
         rounding=rounding,
         seldom=few,
@@ -190,6 +204,20 @@ def _made(work: _Work) -> Compressed:
         notes=notes_of(work.choices, work.view, plan),
         seconds=work.seconds,
     )
+
+
+def _trimmed(work: _Work, trimmer: Trimmer) -> tuple[Plan, dict[int, dict[int, int]]]:
+    """Neurons taken out of every expert, and how many tokens each saw."""
+    assert work.choices.keep_neurons is not None
+    width = kept_width(work.view, work.choices.keep_neurons)
+    return trim_plan(work.view, trimmer, width, work.tokens, work.journal, work.notify)
+
+
+def _width(view: CheckpointView, plan: Plan) -> tuple[int, int] | None:
+    """Neurons of an expert before and after a plan."""
+    gone = next(iter(plan.trimmed().values()), None)
+    before = view.layers[0].shape.d_expert
+    return None if gone is None else (before, before - len(gone))
 
 
 def _wanted(work: _Work) -> Wanted:
@@ -247,6 +275,13 @@ def _measure(work: _Work, plan: Plan, kept: RoundedExperts | None) -> tuple[Qual
     return before, after
 
 
+def _hand_over(work: _Work, quality: Quality | None) -> int:
+    """The checkpoint as transformers reads it, unless that has been done; bytes of its tensors."""
+    work.notify(f"writing {work.choices.out.name}")
+    names = {"source_name": work.choices.name, "name": work.choices.out.name}
+    return hand_over(work.model, work.result, **names, quality=quality)
+
+
 def _with_rest(work: _Work, plan: Plan) -> Plan:
     """The plan with what is outside the routed experts in fewer bits, where that is asked for."""
     if work.choices.rest_bits is None:
@@ -276,7 +311,7 @@ def _publish(work: _Work, made: Compressed) -> None:
     if work.choices.to_format == "gguf":
         _export(work)
         return
-    put_in_place(work.model, work.choices.out, _RESULT, made.to_dict())
+    put_in_place(work.result, work.choices.out, _RESULT, made.to_dict())
 
 
 def _export(work: _Work) -> None:

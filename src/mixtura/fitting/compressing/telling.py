@@ -77,5 +77,7 @@ def commands(choices: Choices, *, ordinary: bool) -> tuple[str, ...]:
     out = choices.out
     if choices.to_format == "gguf":
         return (f'llama-cli -m {out} -p "..."',)
+    if choices.to_format == "compressed-tensors":
+        return (f"transformers chat {out}", f"vllm serve {out}")
     ours = (f'mixtura generate {out} "..."',)
     return (*ours, f"vllm serve {out}", f"mixtura export {out} --out {out}.gguf") if ordinary else ours

@@ -105,6 +105,42 @@ def round_columns(weight: Float[Tensor, "R C"], compensation: Compensation, roun
         columns[later] += coarse[now, later].T @ left.to(torch.bfloat16)
 
 
+# Levels nearest to the numbers of a column, given the scale of each of its rows.
+Nearest = Callable[[Float[Tensor, " R"], Float[Tensor, " R"]], Float[Tensor, " R"]]
+
+
+def levels_with_feedback(
+    weight: Float[Tensor, "R C"],
+    moments: Float[Tensor, "C C"] | None,
+    scales: Float[Tensor, "R G"],
+    group: int,
+    nearest: Nearest,
+) -> Float[Tensor, "R C"]:
+    """A level for each weight, columns making up for the errors of those before.
+
+    Args:
+        weight: in float32.
+        moments: of the inputs; without any, columns do not make up for each other.
+        scales: of neighbouring columns, chosen before.
+        group: how many columns share a scale.
+        nearest: the levels there are.
+    """
+    chosen = torch.empty_like(weight)
+
+    def round_block(columns: Tensor, originals: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
+        left = torch.empty_like(columns)
+        for place, column in enumerate(columns):
+            scale = scales[:, numbers[place] // group]
+            level = nearest(column, scale)
+            chosen[:, numbers[place]] = level
+            left[place] = originals[place] - level * scale
+            columns[place + 1 :] += factor[place, place + 1 :, None] * left[place]
+        return left
+
+    round_columns(weight, Compensation.of(moments, weight.shape[1]), round_block)
+    return chosen
+
+
 def fitted_scales(
     weight: Float[Tensor, "R C"],
     levels: Float[Tensor, "R C"],

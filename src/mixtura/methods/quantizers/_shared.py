@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from mixtura.errors import UserError
 _WORD_DTYPES = {4: torch.int32, 2: torch.int64, 1: torch.complex128}
 # Weights that are encoded at once: their working memory stays in the processor's cache.
 CHUNK = 1 << 18
+WORD_BITS = 32
 
 
 def check_finite(weight: Float[Tensor, "R C"]) -> None:
@@ -76,6 +77,24 @@ def unpack(
     words = _words(bits, shift).to(packed.device)
     numbers = words.index_select(0, packed.reshape(-1).to(torch.int32)).view(torch.bfloat16)
     return numbers.view(packed.shape[0], -1)[:, :cols].to(dtype)
+
+
+def pack_words(codes: UInt8[Tensor, "R C"], bits: int) -> Int32[Tensor, "R W"]:
+    """Codes one after the other, from the lowest bit of the first word on; the last is filled with zeros."""
+    rows, cols = codes.shape
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    stream = (codes[..., None] >> shifts & 1).view(rows, cols * bits)
+    stream = F.pad(stream, (0, -stream.shape[1] % WORD_BITS)).view(rows, -1, 8)
+    packed = (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return packed.contiguous().view(torch.int32)
+
+
+def unpack_words(words: Int32[Tensor, "R W"], bits: int, cols: int) -> UInt8[Tensor, "R C"]:
+    """What `pack_words` was given."""
+    packed = words.contiguous().view(torch.uint8)
+    stream = (packed[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).view(len(words), -1)
+    parts = stream[:, : cols * bits].view(len(words), cols, bits)
+    return (parts << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
 def nested_planes(codes: UInt8[Tensor, "R C"], bits: int) -> dict[str, Tensor]:

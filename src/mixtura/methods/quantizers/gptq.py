@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.methods.quantizers import Encoded, Quantizer
-from mixtura.methods.quantizers._feedback import Compensation, fitted_scales, round_columns
+from mixtura.methods.quantizers._feedback import fitted_scales, levels_with_feedback
 from mixtura.methods.quantizers._levels import EvenLevels
 from mixtura.methods.quantizers._shared import check_finite, levels_of
 
@@ -75,19 +75,11 @@ class Gptq(Quantizer):
         if importance is not None and not bool(importance.any()):
             importance = moments = None
         scales = self._levels.scales(whole, importance).to(torch.bfloat16).float()
-        chosen = torch.empty_like(whole)
 
-        def round_block(columns: Tensor, originals: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
-            left = torch.empty_like(columns)
-            for place, column in enumerate(columns):
-                scale = scales[:, numbers[place] // group]
-                level = levels_of(column.clone()[:, None, None], scale[:, None], half).flatten()
-                chosen[:, numbers[place]] = level
-                left[place] = originals[place] - level * scale
-                columns[place + 1 :] += factor[place, place + 1 :, None] * left[place]
-            return left
+        def nearest(column: Tensor, scale: Tensor) -> Tensor:
+            return levels_of(column.clone()[:, None, None], scale[:, None], half).flatten()
 
-        round_columns(whole, Compensation.of(moments, cols), round_block)
+        chosen = levels_with_feedback(whole, moments, scales, group, nearest)
         scales = fitted_scales(whole, chosen, moments, scales, group)
         return self._levels.encoded(chosen.add_(half).to(torch.uint8), scales)
 

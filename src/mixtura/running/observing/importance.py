@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +18,23 @@ from mixtura.kernels import ExpertMath
 from mixtura.kernels.backend import math_of
 from mixtura.running.observing.attach import attached
 from mixtura.running.observing.recorder import Cursor
-from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
+from mixtura.running.stream import Streamed
+from mixtura.running.together import Forward, run_together
 
 Report = Callable[[int, int], None]
+OUTPUTS = "outputs"
+_ROWS, _SQUARES = "rows:", "squares:"
+
+
+@runtime_checkable
+class KeptLayers(Protocol):
+    """What the layers of a pass put out and found, kept while it goes on."""
+
+    def read(self, number: int, call: int) -> dict[str, Tensor] | None:
+        """What was kept of a layer's call; None where it was not done."""
+
+    def keep(self, number: int, call: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep it."""
 
 
 @final
@@ -49,18 +63,23 @@ def input_squares(
     Args:
         view: the checkpoint.
         tokens: calibration text.
-        report: called after each batch with how many are done and how many there are.
+        report: called after each layer with how many are done and how many there are.
     """
     return inputs_of(Streamed(view), tokens, report).squares
 
 
-def inputs_of(streamed: Streamed, tokens: TokenBatch, report: Report | None = None) -> Inputs:
+def inputs_of(
+    streamed: Streamed, tokens: TokenBatch, report: Report | None = None, kept: KeptLayers | None = None
+) -> Inputs:
     """What `input_squares` measures, with the number of rows that each matrix was given.
+
+    The model is read once, whatever the length of the text.
 
     Args:
         streamed: the model.
         tokens: calibration text.
-        report: called after each batch with how many are done and how many there are.
+        report: called after each layer with how many are done and how many there are.
+        kept: layers that stopped work has done are not run again, and those that are done now are kept.
     """
     view = streamed.view
     cursor, sums = Cursor(), _Sums()
@@ -68,20 +87,31 @@ def inputs_of(streamed: Streamed, tokens: TokenBatch, report: Report | None = No
         layer.name: _ExpertInputs(layer, math_of(streamed.model.get_submodule(layer.name)), sums)
         for layer in view.layers
     }
-    batches = list(streamed.batches(*tokens.input_ids.shape, max_bytes=DEFAULT_WORKING_BYTES))
+
+    def run_layer(
+        number: int, call: int, forward: Forward, hidden: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        known = None if kept is None else kept.read(number, call)
+        if known is not None:
+            made = known.pop(OUTPUTS)
+            sums.restore(known)
+        else:
+            made = forward(hidden, index, weights)
+            if kept is not None:
+                kept.keep(number, call, {OUTPUTS: made, **sums.of(f"{view.layers[number].name}.")})
+        if report is not None:
+            report(number + 1, len(view.layers))
+        return made
+
+    def at_the_end(states: Tensor) -> None:
+        sums.add("lm_head", states.flatten(0, 1)[cursor.valid])
+
     with ExitStack() as stack:
         for name, module in streamed.model.named_modules():
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_pre_hook(_watching(name, cursor, sums)).remove)
         stack.enter_context(attached(streamed.model, observers, cursor))
-        for number, rows in enumerate(batches):
-            mask = tokens.attention_mask[rows]
-            valid = mask.bool().reshape(-1)
-            cursor.move(valid, torch.zeros(valid.shape, dtype=torch.int64))
-            states = streamed.hidden(tokens.input_ids[rows], mask)
-            sums.add("lm_head", states.flatten(0, 1)[valid])
-            if report is not None:
-                report(number + 1, len(batches))
+        run_together(streamed, tokens, cursor, run_layer, on_states=at_the_end)
     found, counted = sums.means(), sums.rows()
     for layer in view.layers:
         for part in ("up", "down"):
@@ -116,6 +146,20 @@ class _Sums:
     def rows(self) -> dict[str, int]:
         """The numbers of rows."""
         return dict(self._rows)
+
+    def of(self, start: str) -> dict[str, Tensor]:
+        """All under names that begin so, for `restore`."""
+        found = {name: squares for name, squares in self._squares.items() if name.startswith(start)}
+        rows = {f"{_ROWS}{name}": torch.tensor([self._rows[name]]) for name in found}
+        return {**rows, **{f"{_SQUARES}{name}": squares.clone() for name, squares in found.items()}}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `of` gave in place of what there is."""
+        for name, value in tensors.items():
+            if name.startswith(_SQUARES):
+                self._squares[name.removeprefix(_SQUARES)] = value
+            else:
+                self._rows[name.removeprefix(_ROWS)] = int(value)
 
 
 def _watching(name: str, cursor: Cursor, sums: _Sums) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -41,6 +41,7 @@ from mixtura.fitting.forms.gguf.units import (
     sizes_of,
     units_of,
 )
+from mixtura.fitting.outputs import KeptOutputs
 from mixtura.fitting.records import Candidate, Observed, Prices, Quality, Request
 from mixtura.fitting.search import OutOfTimeError
 from mixtura.fitting.texts import Texts, as_batch
@@ -159,14 +160,16 @@ class GgufForm(Form):
         tools.notify("observing what every matrix is given")
 
         def told(done: int, total: int) -> None:
-            tools.notify(f"observing what every matrix is given: {done} of {total} parts of the text")
+            tools.notify(f"observing what every matrix is given: layer {done} of {total}")
 
-        inputs = inputs_of(self.original(), tokens, told)
+        kept = KeptOutputs(tools.journal, "inputs")
+        inputs = inputs_of(self.original(), tokens, told, kept)
 
         def save(aside: Path) -> None:
             save_file(kept_in(inputs.squares, inputs.rows), str(aside))
 
         tools.journal.write(_INPUTS, save)
+        kept.forget()
 
     @cached_property
     def _importance(self) -> tuple[dict[str, Tensor], dict[str, int]]:

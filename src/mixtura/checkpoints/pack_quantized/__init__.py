@@ -1,0 +1,1 @@
+"""Checkpoints in fewer bits that transformers and vLLM read: ``pack-quantized`` of compressed-tensors."""
