@@ -6,13 +6,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar, final, get_args, get_type_hints
 
 from mixtura.data.text import DOMAINS
+from mixtura.data.yaml_core import parse_yaml
 from mixtura.errors import SettingError, UnknownNameError, UserError, check_range, suggest
 from mixtura.methods.settings import fits, key_and_value
-from mixtura.train.stages import Stage, check_stages
-from mixtura.train.yaml_core import parse_yaml
+from mixtura.train.features import Teacher
+from mixtura.train.stages import Stage, check_stages, rehearsed
 
 Record = TypeVar("Record")
 
@@ -26,6 +28,8 @@ class DataConfig:
         domains: of the text that comes with Python ("code", "prose") and of made tasks ("tasks"), in
             equal parts unless there are stages.
         stages: a curriculum of the domains' shares and of the tasks; see `mixtura.train.stages.Stage`.
+        mixture: a data mixer, by name or with settings, that decides domains' shares as the training goes;
+            see `mixtura.train.mixing.Mixture`.
         text: a file or directory of one's own text in place of the domains.
         tokenizer: "specimen", or the directory of a tokenizer.
         sequence_length: tokens a sequence.
@@ -35,6 +39,7 @@ class DataConfig:
 
     domains: list[str] = field(default_factory=lambda: ["code", "prose", "tasks"])
     stages: list[Stage] = field(default_factory=list)
+    mixture: dict[str, Any] | str | None = None
     text: str | None = None
     tokenizer: str = "specimen"
     sequence_length: int = 256
@@ -48,6 +53,21 @@ class DataConfig:
         if not self.domains and self.text is None:
             raise SettingError(f"data needs domains or a text; the domains are {', '.join(DOMAINS)}")
         check_stages(self.stages)
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        from mixtura.train.mixing import Mixture
+
+        if self.mixture is None:
+            return
+        Mixture.read(self.mixture)
+        if self.stages:
+            raise SettingError("a mixture and stages both decide the domains' shares; leave one of them out")
+        if self.text is None and len({*self.domains}) < 2:
+            raise SettingError(
+                f"a mixture needs at least two domains, got {', '.join(self.domains)}; "
+                "name another in domains"
+            )
 
 
 @final
@@ -70,6 +90,9 @@ class StepConfig:
             the price of a forward pass; nothing changes with one part on one process.
         activation_checkpointing: whether layers are computed again instead of kept.
         bf16: whether to compute in bfloat16 where that is safe.
+        teacher: a model to learn from besides; see `mixtura.train.features.Teacher`.
+        skip_spikes: leave out steps whose loss is so many deviations above the mean of recent steps; null for
+            none.
         tensorboard: whether to write the metrics for TensorBoard, too, in ``DIRECTORY/tensorboard``.
     """
 
@@ -88,6 +111,8 @@ class StepConfig:
     exact_balance: bool = True
     activation_checkpointing: bool = False
     bf16: bool = False
+    teacher: Teacher | None = None
+    skip_spikes: float | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -97,6 +122,8 @@ class StepConfig:
             check_range("training", name, getattr(self, name), 0, self.num_steps)
         for name in ("learning_rate", "weight_decay", "clip_norm"):
             check_range("training", name, getattr(self, name), 0, 1e6)
+        if self.skip_spikes is not None:
+            check_range("training", "skip_spikes", self.skip_spikes, 1, 1e6)
         if len(self.betas) != 2 or not all(fits(beta, float) and 0 <= beta < 1 for beta in self.betas):
             raise SettingError(f"betas of training must be two numbers in [0, 1), got {self.betas!r}")
         if self.warmup_steps + self.decay_steps > self.num_steps:
@@ -121,6 +148,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_range("the configuration", "seed", self.seed, 0, 1 << 62)
+        rehearsed(self.data.stages, self.training.num_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, every default included."""
@@ -221,8 +249,9 @@ def record_of(cls: type[Record], values: Any, where: str) -> Record:
             raise UnknownNameError(f"key of {where}", str(key), known)
         wanted = hints[key]
         parts = get_args(wanted)
-        if is_dataclass(wanted):
-            read[key] = record_of(wanted, value, key)  # type: ignore[arg-type]
+        record = wanted if is_dataclass(wanted) else parts[0] if parts and NoneType in parts else None
+        if is_dataclass(record) and not (value is None and parts):
+            read[key] = record_of(record, value, key)  # type: ignore[arg-type]
         elif isinstance(value, list) and parts and is_dataclass(parts[0]):
             read[key] = [record_of(parts[0], one, key) for one in value]  # type: ignore[arg-type]
         elif fits(value, wanted):

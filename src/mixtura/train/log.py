@@ -20,6 +20,7 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, directory: Path) -> None:
         self._file = directory / METRICS
         self.layers: list[dict[str, Any]] = []
+        self.mixture: dict[str, Any] = {}
         self._began, self._before = time.monotonic(), 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,7 +43,8 @@ class MetricsCallback(TrainerCallback):
         plain = {k: round(float(v), 6) for k, v in logs.items() if "/" not in k}
         seconds = round(self._before + time.monotonic() - self._began, 1)
         routing = {"layers": self.layers} if self.layers else {}
-        line = {"step": state.global_step, "seconds": seconds} | plain | routing
+        mixture = {"mixture": self.mixture} if self.mixture else {}
+        line = {"step": state.global_step, "seconds": seconds} | plain | mixture | routing
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

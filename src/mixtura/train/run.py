@@ -16,10 +16,12 @@ import torch
 from mixtura.errors import CheckpointError, OutputError, UserError
 from mixtura.machine.releases import checkpointing_arguments
 from mixtura.train.config import TrainConfig, differences
+from mixtura.train.features import Teacher
+from mixtura.train.spread import TIMEOUT_S
 
 MODEL = "model"
 _CONFIG = "config.json"
-_TEXT = "text_sha256"
+_TEXT, _TEACHER = "text_sha256", "teacher_sha256"
 
 
 @final
@@ -44,14 +46,16 @@ class Trained:
         }
 
 
-def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Trained:
+def train(
+    config: TrainConfig, directory: Path, *, progress: bool = True, expert_parallel: int = 1
+) -> Trained:
     """Train in a directory, or go on with the training that is there, and write ``directory/model``.
 
     A training that was stopped, by whatever means, and goes on has the same weights in the end as one
-    that was not.
+    that was not. With ``expert_parallel`` experts lie on groups of so many processes.
 
     Raises:
-        UserError: accelerate is not installed, or the text or tokenizer is missing.
+        UserError: accelerate is not installed, the text or tokenizer is missing, or processes do not fit.
         CheckpointError: the directory holds a training of another configuration or text.
         OutputError: it holds something else, or cannot be written.
     """
@@ -65,28 +69,34 @@ def train(config: TrainConfig, directory: Path, *, progress: bool = True) -> Tra
     tokenizer = _tokenizer(config.data.tokenizer)
     model = MixturaForCausalLM(_model_config(config, tokenizer))
     streams = _streams(config, tokenizer)
-    values["text_sha256"] = digest(streams)
+    values[_TEXT] = digest(streams)
     steps = config.training
+    teacher = _teacher(steps.teacher, tokenizer, model)
+    if teacher is not None:
+        values[_TEACHER] = teacher.digest
     data = _sequences(config, streams, tokenizer)
-    _try(model, data)
+    _try(model, data[0] if config.data.mixture is None else data.held_out(0)[0])
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {directory}: {error.strerror}") from None
-    trainer = _trainer(config, model, directory, progress)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    mixing = None if config.data.mixture is None else data
+    trainer = _trainer(config, model, directory, progress, expert_parallel, teacher, mixing)
     with trainer.accelerator.main_process_first():
         begin(values, directory)
     trainer.train_dataset = data
     found = checkpoints(directory)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    state = trainer.whole_state()
     if trainer.is_world_process_zero():
-        _write_model(model, tokenizer, directory)
+        _write_model(model, tokenizer, directory, state)
     trainer.accelerator.wait_for_everyone()
     return Trained(
         model=directory / MODEL,
         num_steps=steps.num_steps,
         resumed_from=int(found[-1].name.rpartition("-")[2]) if found else 0,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         last=last_line(directory),
     )
 
@@ -119,6 +129,18 @@ def _sequences(config: TrainConfig, streams: Mapping[str, Any], tokenizer: Any) 
     per_step = steps.num_accumulated * steps.num_sequences * processes
     start_id = document_start(tokenizer) if data.documents_apart else None
     length, wanted = data.sequence_length, steps.num_steps * per_step
+    if data.mixture is not None:
+        from mixtura.train.mixing import MixedSequences, Mixture
+
+        return MixedSequences(
+            streams,
+            Mixture.read(data.mixture),
+            num_sequences=wanted,
+            per_step=per_step,
+            length=length,
+            start_id=start_id,
+            seed=config.seed,
+        )
     if not data.stages:
         return Sequences(streams, wanted, length, config.seed, start_id)
     return StagedSequences(
@@ -133,13 +155,13 @@ def _sequences(config: TrainConfig, streams: Mapping[str, Any], tokenizer: Any) 
     )
 
 
-def _try(model: Any, data: Any) -> None:
+def _try(model: Any, item: Any) -> None:
     """One forward pass, so that a router that lacks what it reads says so before anything is written."""
     from mixtura.modeling.decoder import frozen_noise
     from mixtura.train.text import collate
 
     with torch.no_grad(), frozen_noise():
-        model.train()(**collate([data[0]]))
+        model.train()(**collate([item]))
 
 
 def _tokenizer(name: str) -> Any:
@@ -183,6 +205,11 @@ def check_same(values: Mapping[str, Any], directory: Path) -> None:
     """Refuse to go on with another configuration or text: it would not be the same training."""
     before = known(directory)
     found = [] if before is None else differences({key: before.get(key) for key in values}, values)
+    if found == [_TEACHER]:
+        raise CheckpointError(
+            f"the training in {directory} began with a teacher of other weights; go on with that one or "
+            "train in another directory"
+        )
     if found == [_TEXT]:
         raise CheckpointError(
             f"the training in {directory} began with other text (was it changed, or is this another "
@@ -225,17 +252,60 @@ def begin(values: Mapping[str, Any], directory: Path) -> None:
         aside.replace(file)
 
 
-def _trainer(config: TrainConfig, model: Any, directory: Path, progress: bool) -> Any:
+def _teacher(settings: Teacher | None, tokenizer: Any, model: Any) -> Any:
+    """The teacher that a training asks for."""
+    if settings is None:
+        return None
+    from mixtura.train.teaching import load_teacher
 
+    return load_teacher(settings, tokenizer, model.config.vocab_size)
+
+
+def _trainer(
+    config: TrainConfig,
+    model: Any,
+    directory: Path,
+    progress: bool,
+    degree: int,
+    teacher: Any = None,
+    mixing: Any = None,
+) -> Any:
+    from mixtura.train.features import SpikeGuard
     from mixtura.train.log import MetricsCallback
     from mixtura.train.progress import show_progress
     from mixtura.train.trainer import MixturaTrainer
 
     steps, arguments = config.training, _arguments(config, directory)
     metrics = MetricsCallback(directory)
-    trainer = MixturaTrainer(metrics=metrics, exact_balance=steps.exact_balance, model=model, args=arguments)
+    taught = None
+    if teacher is not None and steps.teacher is not None:
+        taught = (steps.teacher, teacher.model.to(arguments.device))
+    trainer = MixturaTrainer(
+        metrics=metrics,
+        exact_balance=steps.exact_balance,
+        teacher=taught,
+        spikes=None if steps.skip_spikes is None else SpikeGuard(steps.skip_spikes),
+        parallel=_parallel(model, arguments, degree),
+        mixing=mixing,
+        model=model,
+        args=arguments,
+    )
     show_progress(trainer, directory, bar=progress, tensorboard=steps.tensorboard)
     return trainer
+
+
+def _parallel(model: Any, arguments: Any, degree: int) -> Any:
+    """The model's experts laid on the processes; None where each has them all."""
+    if degree == 1:
+        return None
+    from mixtura.running.parallel.entry import parallelize
+
+    # Asking for the device is what joins the processes.
+    if arguments.device.type != "cpu":
+        raise UserError("experts are laid on processes that compute on the CPU; leave --expert-parallel out")
+    if arguments.world_size == degree:
+        return parallelize(model)
+    return parallelize(model, placement="expert_data_parallel", settings={"degree": degree})
 
 
 def _arguments(config: TrainConfig, directory: Path) -> Any:
@@ -268,6 +338,7 @@ def _arguments(config: TrainConfig, directory: Path) -> Any:
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,
         ddp_broadcast_buffers=False,
+        ddp_timeout=TIMEOUT_S,
         ddp_backend="gloo" if several and not on_gpu else None,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
@@ -276,10 +347,10 @@ def _arguments(config: TrainConfig, directory: Path) -> Any:
     )
 
 
-def _write_model(model: Any, tokenizer: Any, directory: Path) -> None:
+def _write_model(model: Any, tokenizer: Any, directory: Path, state: Any = None) -> None:
     aside, target = directory / f"{MODEL}.part", directory / MODEL
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, state_dict=state)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, final
 
@@ -32,12 +32,15 @@ class Stage:
         until: the step before which it ends; null for the last stage.
         tasks: how often each kind of task is made for the domain "tasks"; all equally where empty.
         largest: the largest number in them.
+        rehearsal: how much of what earlier stages read is read again, as a fraction of it: so many sequences
+            of this stage have their domains, and the rest those of ``shares``.
     """
 
     shares: dict[str, float]
     until: int | None = None
     tasks: dict[str, int] = field(default_factory=dict)
     largest: int = LARGEST
+    rehearsal: float = 0.0
 
     def __post_init__(self) -> None:
         for name, share in self.shares.items():
@@ -49,6 +52,7 @@ class Stage:
                 raise UnknownNameError("task", name, TASKS)
             check_range("a stage", f"the weight of the task {name}", weight, 1, 1 << 20)
         check_range("a stage", "largest", self.largest, 9, 1 << 30)
+        check_range("a stage", "rehearsal", self.rehearsal, 0, 1)
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
@@ -60,6 +64,41 @@ def check_stages(stages: Sequence[Stage]) -> None:
             f"each stage but the last needs a later step in until than the one before, got {ends}; "
             "the last has none"
         )
+
+
+def rehearsed(stages: Sequence[Stage], num_steps: int) -> tuple[Stage, ...]:
+    """The stages with shares of all that they read, what is rehearsed among them.
+
+    >>> first, second = Stage(shares={"code": 1.0}, until=60), Stage(shares={"prose": 1.0}, rehearsal=0.25)
+    >>> rehearsed([first, second], 160)[1].shares
+    {'prose': 0.85, 'code': 0.15}
+
+    Raises:
+        SettingError: the first stage rehearses, or one has fewer steps than it is to rehearse.
+    """
+    made: list[Stage] = []
+    read: dict[str, float] = {}
+    start = 0
+    for stage in stages:
+        end = num_steps if stage.until is None else min(stage.until, num_steps)
+        length, again = end - start, stage.rehearsal * start
+        if stage.rehearsal and not start:
+            raise SettingError("the first stage has nothing to rehearse; leave its rehearsal out")
+        if again > length:
+            raise SettingError(
+                f"rehearsal {stage.rehearsal:g} of {start} earlier steps takes {again:g} steps, but its "
+                f"stage has {length}; lower it, or give the stage more steps"
+            )
+        part = again / length if again else 0.0
+        shares = {name: share * (1 - part) for name, share in stage.shares.items()}
+        for name, steps in read.items():
+            shares[name] = shares.get(name, 0.0) + part * steps / max(start, 1)
+        shares = {name: share for name, share in shares.items() if share or name in stage.shares}
+        made.append(replace(stage, shares=shares))
+        for name, share in shares.items():
+            read[name] = read.get(name, 0.0) + share * length
+        start = max(start, end)
+    return tuple(made)
 
 
 @final
@@ -101,7 +140,7 @@ class StagedSequences(Dataset[dict[str, Any]]):
             for name in stage.shares:
                 if name not in self.domains:
                     raise UnknownNameError("domain", name, self.domains)
-        self._stages, self._tokenizer = tuple(stages), tokenizer
+        self._stages, self._tokenizer = rehearsed(stages, num_sequences // per_step), tokenizer
         self._per_step, self._length, self._start_id, self._seed = per_step, length, start_id, seed
         self._places = _spread(self._stages, self.domains, num_sequences, per_step)
         # Of each sequence, how many of its domain came before: the window that it reads.
@@ -146,17 +185,24 @@ def stage_of(stages: Sequence[Stage], step: int) -> Stage:
     return next(stage for stage in stages if stage.until is None or step < stage.until)
 
 
+def places_of(shares: Sequence[float], start: int, end: int) -> NDArray[np.int64]:
+    """Which of several domains each of some sequences is of, spread evenly: places by sequences' numbers.
+
+    >>> places_of([0.5, 0.25, 0.25], 0, 8).tolist()
+    [1, 0, 2, 0, 0, 2, 0, 2]
+    """
+    points = (np.arange(start, max(start, end)) + 1) * _GOLDEN % 1.0
+    return np.searchsorted(np.cumsum(shares)[:-1], points, side="right").astype(np.int64)
+
+
 def _spread(
     stages: Sequence[Stage], domains: Sequence[str], num_sequences: int, per_step: int
 ) -> NDArray[np.int64]:
     """The domain of every sequence, as its place among the domains."""
-    numbers = np.arange(num_sequences)
-    points = (numbers + 1) * _GOLDEN % 1.0
     places = np.zeros(num_sequences, dtype=np.int64)
     start = 0
     for stage in stages:
         end = num_sequences if stage.until is None else min(stage.until * per_step, num_sequences)
-        edges = np.cumsum([stage.shares.get(name, 0.0) for name in domains])[:-1]
-        places[start:end] = np.searchsorted(edges, points[start:end], side="right")
+        places[start:end] = places_of([stage.shares.get(name, 0.0) for name in domains], start, end)
         start = max(start, end)
     return places

@@ -47,7 +47,9 @@ def test_a_loaded_model_is_the_one_that_was_saved_and_trains_the_same_parameters
     loaded = MixturaForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, loaded(ids).logits)
+        # Where weights lie in memory can change the last bit of a product.
+        torch.testing.assert_close(model(ids).logits, loaded(ids).logits, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert trained_names(model) == trained_names(loaded)
     before = {name: value.clone() for name, value in loaded.named_buffers()}
     optimizer = torch.optim.AdamW(loaded.parameters(), lr=0.01)

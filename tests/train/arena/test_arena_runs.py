@@ -126,6 +126,28 @@ def test_a_token_takes_as_much_arithmetic_with_all_of_them(kind: str) -> None:
         assert active(name) == pytest.approx(plain, rel=0.08), name
 
 
+def test_attentions_take_part_at_equal_projections() -> None:
+    found = {entry.name: entry for entry in entries("attentions", 100)}
+    width, head = Scale().hidden_size, Scale().head_dim
+
+    def per_token(name: str) -> float:
+        config = MixturaConfig(**(Scale().config | dict(found[name].model)), vocab_size=8)
+        settings = config.attentions[0].settings
+        if name == "sparse_heads":
+            ordinary = settings["num_dense"]
+            chosen = (config.num_attention_heads - ordinary) / settings["sparsity"]
+            return 4 * width * head * (ordinary + chosen)
+        if name == "selective_heads":
+            return 4 * width * head * settings["top_heads"]
+        return 2 * width * head * (config.num_attention_heads + config.num_key_value_heads)
+
+    assert {*names("attentions")} < {*found}
+    for name in names("attentions"):
+        assert per_token(name) == per_token(REFERENCE), name
+    assert found["sparse_heads"].tags
+    assert not found["sparse_heads"].leaks
+
+
 def test_loads_of_grids_are_those_of_rows_and_columns() -> None:
     found = {entry.name: entry for entry in entries("experts", 10)}
     small = Scale(hidden_size=16, num_attention_heads=1, num_hidden_layers=1, d_expert=12)

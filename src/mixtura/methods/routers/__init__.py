@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import UserError
+from mixtura.methods.settings import Ranged
 from mixtura.types import LayerShape, RouterInput, Routing
-
-N = TypeVar("N", int, float)
 
 KIND = {
     "base": "Router",
@@ -38,7 +37,7 @@ KIND = {
 }
 
 
-class Router(nn.Module, ABC):
+class Router(nn.Module, Ranged, ABC):
     """Decides which tokens go to which experts, and with what weight.
 
     Routing keeps nothing on the module: losses, the state for the next layer and the history for later
@@ -80,6 +79,12 @@ class Router(nn.Module, ABC):
         """What its balancers see as experts: all, or where they lie on a grid the rows, then the columns."""
         return (self.shape,)
 
+    @property
+    def num_chosen(self) -> int | None:
+        """To how many experts a token goes; None where a method does not say."""
+        found = getattr(self, "top_k", None)
+        return found if isinstance(found, int) else None
+
     @classmethod
     def settings_for(cls, top_k: int, shape: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
         """Settings, besides those given, by which a token has ``top_k`` experts, exactly or on average."""
@@ -101,15 +106,6 @@ class Router(nn.Module, ABC):
         """
         del second
         return first.new_zeros(())
-
-    def within(self, name: str, value: N, low: float, high: float) -> N:
-        """A setting's value, if it is in the range.
-
-        Raises:
-            SettingError: it is not.
-        """
-        check_range(type(self).__name__, name, value, low, high)
-        return value
 
     def handed(self, inputs: RouterInput, width: int, what: str = "logits") -> Tensor | None:
         """The state, ``width`` of ``what`` a token, that the router of the layer before handed on, if any.

@@ -92,6 +92,10 @@ class StableMoe(Router):
         self.light_weight = orthogonal(shape.num_experts, width, seed + 1)
         self.words = drawn(seed + 2, vocab_size, width, scale=width)
 
+    @property
+    def num_chosen(self) -> int:
+        return 1
+
     def forward(self, inputs: RouterInput) -> Routing:
         products = exact_logits(inputs.x, self.weight)
         light, history = self._light(inputs)

@@ -71,6 +71,10 @@ class Switch(Router):
         self.seed = seed
         self.weight = router_weight(shape, seed, scale=0.1)
 
+    @property
+    def num_chosen(self) -> int:
+        return 1
+
     def forward(self, inputs: RouterInput) -> Routing:
         x = exact(inputs.x)
         if inputs.training and self.jitter and inputs.generator is not None:

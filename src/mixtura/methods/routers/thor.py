@@ -79,6 +79,10 @@ class Thor(Router):
         self.inference_level = inference_level
         self.consistency_coefficient = consistency_coefficient
 
+    @property
+    def num_chosen(self) -> int:
+        return 1
+
     def forward(self, inputs: RouterInput) -> Routing:
         scores = exact(inputs.x).new_full((inputs.x.shape[0], self.shape.num_experts), 1.0)
         return Routing.from_choices(

@@ -12,10 +12,10 @@ from typing import Any, final
 
 from mixtura.errors import UnknownNameError
 from mixtura.methods import Header, header, names
-from mixtura.train.arena.layers import layer_of
+from mixtura.train.arena.layers import attention_of, layer_of
 from mixtura.train.arena.scale import Scale
 
-KINDS = ("routers", "balancers", "mixers", "experts", "forms")
+KINDS = ("routers", "balancers", "mixers", "experts", "forms", "attentions")
 REFERENCE = "top_k"
 BALANCER: Mapping[str, Any] = {"name": "switch_loss", "coefficient": 0.01}
 
@@ -111,6 +111,10 @@ def _moe(scale: Scale, layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _method(found: Header, num_steps: int, scale: Scale) -> Entry:
     """A method as it takes part."""
+    if found.kind == "attentions":
+        plain = {"router": {"name": REFERENCE, "top_k": scale.top_k}}
+        model = _moe(scale, plain) | attention_of(found.name, scale)
+        return Entry(found.name, model, tags=found.tags)
     if found.kind in ("experts", "forms"):
         return Entry(found.name, _moe(scale, layer_of(found.kind, found.name, scale)), tags=found.tags)
     key = f"{found.kind}/{found.name}"

@@ -9,6 +9,8 @@ from mixtura.train.arena.scale import Scale
 
 # Of the grid of experts that are made of two halves.
 _ROWS = 16
+# Of how many tokens a head chooses one.
+_SPARSITY = 4
 
 
 def _ungated(scale: Scale) -> int:
@@ -72,6 +74,45 @@ def _beside(name: str) -> Callable[[Scale], dict[str, Any]]:
     }
 
 
+def _heads(name: str, num_heads: int, **settings: Any) -> dict[str, Any]:
+    """An attention with as many heads, each with keys and values of its own."""
+    return {
+        "attention": {"name": name, **settings},
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_heads,
+    }
+
+
+def _projections(scale: Scale) -> float:
+    """What a token's projections cost in plain attention, in those of a head with keys of its own."""
+    return (scale.num_attention_heads + scale.num_key_value_heads) / 2
+
+
+def _sparse(scale: Scale) -> dict[str, Any]:
+    """One ordinary head, and for the rest of the arithmetic heads that choose a quarter of the tokens."""
+    num = max(1, round(_SPARSITY * (_projections(scale) - 1)))
+    return _heads("sparse_heads", 1 + num, num_dense=1, sparsity=_SPARSITY)
+
+
+def _selective(scale: Scale) -> dict[str, Any]:
+    """Twice the heads that a token is in."""
+    num = max(1, round(_projections(scale)))
+    return _heads("selective_heads", 2 * num, top_heads=num)
+
+
+# The fields of the model's configuration by attention.
+ATTENTIONS: Mapping[str, Callable[[Scale], Mapping[str, Any]]] = {
+    # Plain attention is every entry's; here every second layer sees the last quarter of a sequence alone.
+    "grouped_query": lambda scale: {
+        "attention": [
+            {"name": "grouped_query", "window": max(1, scale.sequence_length // 4)},
+            "grouped_query",
+        ]
+    },
+    "sparse_heads": _sparse,
+    "selective_heads": _selective,
+}
+
 LAYERS: Mapping[str, Callable[[Scale], Mapping[str, Any]]] = {
     "experts/ffn": lambda scale: {
         "experts": {"name": "ffn", "activation": "gelu", "gated": False},
@@ -97,6 +138,12 @@ LAYERS: Mapping[str, Callable[[Scale], Mapping[str, Any]]] = {
     "forms/then_dense": _beside("then_dense"),
     "forms/modulated": _modulated,
 }
+
+
+def attention_of(name: str, scale: Scale) -> dict[str, Any]:
+    """Fields of the configuration of a model with an attention; its defaults where it has no entry here."""
+    own = ATTENTIONS.get(name)
+    return {"attention": {"name": name}} if own is None else dict(own(scale))
 
 
 def layer_of(kind: str, name: str, scale: Scale) -> dict[str, Any]:

@@ -82,6 +82,10 @@ _NOTES = {
         "Sizes are such that a token takes as many multiplications as with a plain layer, routers aside; "
         "with several passes loads are those of each."
     ),
+    "attentions": (
+        "Projections of a token take as many multiplications as plain attention's, as far as whole heads "
+        "allow; products of queries and keys are fewer. Loads are those of experts, not of heads."
+    ),
     "routers": (
         "`mixer_gate` is not refitted here, since nothing tells the loss of a context under each expert: its "
         "gate stays as drawn."

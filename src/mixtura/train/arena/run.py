@@ -114,10 +114,11 @@ def _how(entry: Entry, scale: Scale) -> str:
     chosen = [one for key in ("router", "mixer") if (one := moe.pop(key, None)) is not None]
     if entry.baseline or not moe:
         return ""
+    others = {name: value for name, value in entry.model.items() if name != "moe"}
     plain = plain_layer(scale)
     told = {name: value for one in chosen for name, value in one.items() if name != "name"}
     told |= {name: value for name, value in moe.items() if plain.get(name) != value}
-    said = ", ".join(f"{name} {_said(value)}" for name, value in told.items())
+    said = ", ".join(f"{name} {_said(value)}" for name, value in (told | others).items())
     return f"- `{entry.name}`: {said or 'its own defaults'}"
 
 
@@ -125,7 +126,7 @@ def _said(value: Any) -> str:
     """A setting's value as read in a sentence."""
     if isinstance(value, list):
         return " and ".join(map(_said, value)) or "none"
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "name" in value:
         more = ", ".join(f"{name} {one}" for name, one in value.items() if name != "name")
         return f"`{value['name']}`" + (f" ({more})" if more else "")
     return str(value)
