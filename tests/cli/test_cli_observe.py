@@ -72,6 +72,8 @@ def test_json_is_one_object_and_nothing_else(model: Path, texts: Path) -> None:
         (["--report", "/nowhere/page.html"], "there is no directory /nowhere"),
         (["--save", "."], "is a directory"),
         (["--text", "/nowhere/text.txt"], "/nowhere/text.txt"),
+        (["--memory", "1GiB"], "--memory is for analyses that run the model again"),
+        (["--memory", "lots", "--analysis", "batch_leak"], "lots"),
     ],
 )
 def test_wrong_arguments_end_with_one_sentence(model: Path, arguments: list[str], message: str) -> None:
@@ -81,6 +83,17 @@ def test_wrong_arguments_end_with_one_sentence(model: Path, arguments: list[str]
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.slow
+def test_analyses_in_little_memory_say_what_they_say_in_much(model: Path, texts: Path) -> None:
+    asked = ["observe", str(model), "--text", str(texts), "--tokens", "300", "--length", "32", "--json"]
+    asked += ["--analysis", "expert_similarity,compute_oracle,batch_leak"]
+    plain, small = (run_mixtura(*asked, *more) for more in ((), ("--memory", "800MiB")))
+    assert plain.returncode == small.returncode == 0, plain.stderr + small.stderr
+    found = json.loads(small.stdout)
+    assert set(found["analyses"]) == {"expert_similarity", "compute_oracle", "batch_leak"}
+    assert found["analyses"] == json.loads(plain.stdout)["analyses"]
 
 
 def test_model_without_tokenizer_is_named(tmp_path: Path) -> None:

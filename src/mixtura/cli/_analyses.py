@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from mixtura.checkpoints.skeleton import CheckpointView
     from mixtura.data.tokens import TokenBatch
     from mixtura.methods.analyses import Analysis, Evidence, Report
+    from mixtura.running.tiers.opening import Wish
     from mixtura.types.trace import Trace
 
 Changes = Annotated[
@@ -65,29 +65,45 @@ def made(names: Sequence[str], changes: Sequence[str] | None) -> dict[str, Analy
     return {name: create("analyses", name, **settings) for name in names}
 
 
-def check_room(view: CheckpointView, names: Sequence[str], needs: Mapping[str, Sequence[str]]) -> None:
+def check_room(
+    view: CheckpointView, names: Sequence[str], needs: Mapping[str, Sequence[str]], memory: str | None
+) -> None:
     """Refuse analyses that run a model again which is larger than the memory that is free.
 
     Raises:
-        UserError: it is.
+        UserError: it is, or memory is given for what needs none.
     """
+    from mixtura.report.units import format_bytes, parse_bytes
+
     if "study" not in needs["needs"]:
+        if memory is not None:
+            raise UserError(
+                "--memory is for analyses that run the model again (needs:study in mixtura show NAME), and "
+                "none is asked for; observing alone reads the model layer by layer, so leave it out"
+            )
         return
-    from mixtura.report.units import format_bytes
+    if memory is not None:
+        parse_bytes(memory)
+        return
     from mixtura.running.memory.available import available_bytes
 
     free = available_bytes()
     if view.num_bytes > free:
         raise UserError(
             f"{', '.join(names)}: one of these runs the model again and needs it in memory, which takes "
-            f"{format_bytes(view.num_bytes)} of {format_bytes(free)} that are free; choose analyses of a "
-            "trace, or fit the model first"
+            f"{format_bytes(view.num_bytes)} of {format_bytes(free)} that are free; give --memory "
+            f"{format_bytes(int(0.8 * free)).replace(' ', '')} to have experts read from disk, or choose "
+            "analyses of a trace"
         )
 
 
 @contextmanager
 def evidence_of(
-    path: Path, trace: Trace, tokens: TokenBatch, needs: Mapping[str, Sequence[str]]
+    view: CheckpointView,
+    trace: Trace,
+    tokens: TokenBatch,
+    needs: Mapping[str, Sequence[str]],
+    memory: str | None,
 ) -> Iterator[Evidence]:
     """What was observed, and the model itself where an analysis runs it again."""
     from mixtura.methods.analyses import Evidence
@@ -99,9 +115,21 @@ def evidence_of(
     from mixtura.running.loading import load
     from mixtura.running.observing.studying import studying
 
-    tokenizer: Any = load_tokenizer(path)
-    with studying(load(path), tokens, tokenizer, steers=bool(needs["steers"])) as study:
+    tokenizer: Any = load_tokenizer(view.path)
+    model = load(view.path, memory=None if memory is None else _wish(view, tokens, memory))
+    with studying(model, tokens, tokenizer, steers=bool(needs["steers"])) as study:
         yield Evidence(traces=(trace,), study=study)
+
+
+def _wish(view: CheckpointView, tokens: TokenBatch, memory: str) -> Wish:
+    """Memory for a model that reads several rows of text in one pass, and for their logits."""
+    from mixtura.data.tokens import num_embeddings_of
+    from mixtura.methods.analyses import ROWS_AT_ONCE
+    from mixtura.running.tiers.opening import Wish
+
+    length = tokens.input_ids.shape[1]
+    logits = 4 * ROWS_AT_ONCE * length * (num_embeddings_of(view.config) or 0)
+    return Wish(memory=memory, context=length, more_bytes=logits)
 
 
 def print_reports(reports: Mapping[str, Report]) -> None:

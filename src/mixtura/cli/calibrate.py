@@ -7,8 +7,10 @@ from pathlib import Path
 
 import typer
 
+from mixtura.cli._generating import Memory
 from mixtura.cli._places import check_file
 from mixtura.cli._settings import parse_settings
+from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words, wish_of
 
 
 def calibrate(
@@ -22,6 +24,7 @@ def calibrate(
     ),
     num_texts: int = typer.Option(96, min=2, help="Texts to read at most."),
     changes: list[str] = typer.Option([], "--set", help="A setting of the decoder, such as top=2."),
+    memory: Memory = None,
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -32,6 +35,7 @@ def calibrate(
     Example: `mixtura calibrate modes ./OLMoE-1B-7B --out modes.safetensors`
     """
     check_file(out)
+    check_words(memory, DEFAULT_CACHE, NO_PREFETCH, None)
     from mixtura.methods import create
     from mixtura.running.decoders.calibrating import calibrate_on, samples_of
     from mixtura.running.decoders.probing import save_calibration
@@ -44,7 +48,10 @@ def calibrate(
     resolved = resolve_model(model, assume_yes=yes)
     tokenizer = load_tokenizer(resolved.path)
     samples = samples_of(text, tokenizer, num_texts)
-    found = calibrate_on(load(resolved.path), made, samples, tokenizer=tokenizer)
+    lengths = [len(tokenizer(question + answer)["input_ids"]) for question, answer, _ in samples]
+    # Question and answer apart may have a few tokens more than together.
+    wish = wish_of(memory, DEFAULT_CACHE, NO_PREFETCH, None, max(lengths, default=1) + 16)
+    found = calibrate_on(load(resolved.path, memory=wish), made, samples, tokenizer=tokenizer)
     save_calibration(found, out)
     if as_json:
         shapes = {name: list(tensor.shape) for name, tensor in found.tensors.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,16 @@ from mixtura.cli._analyses import Changes, check_room, evidence_of, made, print_
 from mixtura.cli._places import check_file
 from mixtura.methods import header
 
+Analyses = Annotated[
+    str, typer.Option(help="Analyses by name, with commas; `mixtura methods analyses` lists them.")
+]
+StudyMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory the process may take, such as 8GiB, where an analysis runs the model again: experts "
+        "beyond it are read from disk. Observing alone reads the model layer by layer."
+    ),
+]
 _SHOWN_SPECIALISTS = 10
 
 if TYPE_CHECKING:
@@ -36,12 +46,11 @@ def observe(
         help="A statistic to take of every choice, by name or .py file; may be repeated. "
         "`mixtura methods statistics` lists them.",
     ),
-    analysis: str = typer.Option(
-        "", help="Analyses by name, with commas; `mixtura methods analyses` lists them."
-    ),
+    analysis: Analyses = "",
     changes: Changes = None,
     save: Path | None = typer.Option(None, help="Write the trace to this file (safetensors)."),
     report: Path | None = typer.Option(None, help="Write a page with heat maps to this file (HTML)."),
+    memory: StudyMemory = None,
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
@@ -65,7 +74,7 @@ def observe(
 
     resolved = resolve_model(model, assume_yes=yes)
     view = open_checkpoint(resolved.path)
-    check_room(view, wanted, needs)
+    check_room(view, wanted, needs, memory)
     batch = read_text(view, text, max_tokens=tokens, max_length=length)
     trace = observe_checkpoint(
         view,
@@ -75,7 +84,7 @@ def observe(
         keep_logits=DEFAULT_LOGITS if "logits" in needs["needs"] else 0,
         progress=not as_json,
     )
-    with evidence_of(view.path, trace, batch, needs) as evidence:
+    with evidence_of(view, trace, batch, needs, memory) as evidence:
         reports = {name: one.measure(evidence) for name, one in analyses.items()}
     _tell(resolved.name, trace, reports, save=save, page=report, as_json=as_json)
 

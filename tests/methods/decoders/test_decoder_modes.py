@@ -9,8 +9,8 @@ import torch
 
 from mixtura.authoring.contracts._decoded import model, samples, tokenizer
 from mixtura.errors import CheckpointError, UserError
-from mixtura.methods.decoders._shared import largest_that_leaves
-from mixtura.methods.decoders.modes import Modes, divergence
+from mixtura.methods.decoders._shared import answer_divergence, largest_that_leaves
+from mixtura.methods.decoders.modes import Modes
 from mixtura.methods.decoders.scmoe import Scmoe
 from mixtura.running.decoders.calibrating import calibrate_on
 from mixtura.running.decoders.entry import decode
@@ -49,7 +49,7 @@ def test_divergence_by_hand() -> None:
     second = torch.tensor([[0.0, float(torch.tensor(3.0).log())], [9.0, 0.0]])
     # Halves against a quarter and three quarters; only the token before the answer counts.
     expected = 0.5 * torch.tensor(0.5 / 0.25).log() + 0.5 * torch.tensor(0.5 / 0.75).log()
-    assert divergence(1, first, second) == pytest.approx(float(expected))
+    assert answer_divergence(1, first, second) == pytest.approx(float(expected))
 
 
 def test_another_models_or_methods_calibration_is_refused(file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mixtura.authoring.contracts._decoded import model, tokenizer
 from mixtura.methods.decoders import Branch, Candidate, Probe, Prompt
 from mixtura.methods.decoders.rewiring import Rewiring, surest
 from mixtura.running.decoders.bundle import Cost
-from mixtura.running.decoders.entry import Wanted, decode, prepared
+from mixtura.running.decoders.entry import decode, prepared
 from mixtura.running.decoders.probing import ModelProbe
 from mixtura.types.steering import Steering
 
@@ -26,7 +26,7 @@ def loss(probe: Probe, text: list[int], vectors: dict[int, torch.Tensor]) -> flo
 def test_the_loss_of_the_text_falls_and_only_vectors_are_learnt() -> None:
     made, text = Rewiring(steps=5, rate=0.5), tokenizer().encode("abcabcabc", add_special_tokens=False)
     inside: Any = model()
-    with prepared(inside, Wanted(), [made]) as (runner,):
+    with prepared(inside, [made]) as (runner,):
         probe = ModelProbe(inside, runner.facts, runner.steerer, Cost())
         start = {layer.index: torch.zeros(8) for layer in runner.facts.layers}
         learnt = made._learnt(probe, text, start)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_plans import save_source
 from torch import Tensor
 
+from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.errors import CheckpointError
 from mixtura.methods.caches import Key
 from mixtura.methods.prefetchers import Prefetcher, Sight
 from mixtura.running.loading import load
+from mixtura.running.tiers.files import digest_of
+from mixtura.running.tiers.loads import Load
 from mixtura.running.tiers.opening import Wish, tiers_of
 from mixtura.running.tiers.reading import CHUNK_BYTES, LATER, Range, Reader
 
@@ -81,6 +86,84 @@ def test_a_file_that_ends_early_is_named(file: tuple[Path, bytes]) -> None:
     load = Reader(1).read([Range(path, SIZE - 10, room(20))])
     with pytest.raises(CheckpointError, match=f"ended at byte {SIZE}"):
         load.wait()
+
+
+def test_a_read_that_fails_is_named_and_others_go_on(file: tuple[Path, bytes], tmp_path: Path) -> None:
+    path, content = file
+    reader = Reader(2)
+    # A directory can be opened like a file, and not be read.
+    bad, target = reader.read([Range(tmp_path, 0, room(4))]), room(4)
+    with pytest.raises(CheckpointError, match="must stay where they are"):
+        bad.wait()
+    reader.read([Range(path, 7, target)]).wait()
+    assert target.numpy().tobytes() == content[7:11]
+
+
+def test_a_disk_that_does_not_answer_is_given_up(file: tuple[Path, bytes], tmp_path: Path) -> None:
+    path, content = file
+    pipe, target = tmp_path / "pipe", room(4)
+    # Opening a pipe waits for somebody to write to it, as a disk that hangs lets readers wait.
+    os.mkfifo(pipe)
+    reader = Reader(2, patience_s=0.2)
+    stalled = reader.read([Range(pipe, 0, room(4))])
+    with pytest.raises(CheckpointError, match=r"an expert of 4 bytes for 0\.2 s"):
+        stalled.wait()
+    # The other thread reads on.
+    reader.read([Range(path, 7, target)]).wait()
+    assert target.numpy().tobytes() == content[7:11]
+    with pipe.open("wb"):
+        pass
+
+
+def test_what_is_given_up_is_not_written(file: tuple[Path, bytes]) -> None:
+    load = Load(4)
+    load.begin(1)
+    with load.writing() as is_wanted:
+        assert is_wanted
+    load.give_up(CheckpointError("enough"))
+    with load.writing() as is_wanted:
+        assert not is_wanted
+    load.finish(None)
+    with pytest.raises(CheckpointError, match="enough"):
+        load.wait()
+
+
+def test_digests_tell_any_word_and_the_order_of_blocks() -> None:
+    values = np.random.default_rng(0).integers(0, 256, 5 * 4096 + 100, dtype=np.uint8)
+    before, seen = digest_of(values), set()
+    for place in (0, 4095, 4096, 12345, 5 * 4096, len(values) - 1):
+        other = values.copy()
+        other[place] ^= 1
+        seen.add(digest_of(other))
+    swapped = values.copy()
+    swapped[:4096], swapped[4096:8192] = values[4096:8192], values[:4096]
+    seen.add(digest_of(swapped))
+    assert len(seen) == 7
+    assert before not in seen
+
+
+def test_a_shard_that_changes_or_goes_while_the_model_runs(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", "qwen3_moe")
+    model, ids = load(source, memory=Wish(pool_slots=2)), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        shard = source / "model.safetensors"
+        entry = open_checkpoint(source).entries["model.layers.0.mlp.experts.0.down_proj.weight"]
+        with shard.open("r+b") as opened:
+            opened.seek(entry.offset + 5)
+            (value,) = opened.read(1)
+            opened.seek(entry.offset + 5)
+            opened.write(bytes([value ^ 1]))
+        with pytest.raises(CheckpointError, match="is not what it was"):
+            model(input_ids=ids)
+        with shard.open("r+b") as opened:
+            opened.seek(entry.offset + 5)
+            opened.write(bytes([value]))
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        # What was opened stays, whatever takes its place.
+        shard.unlink()
+        shard.write_bytes(b"another")
+        assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_a_shard_that_is_cut_while_the_model_runs(tmp_path: Path) -> None:

@@ -74,16 +74,21 @@ def verifier(prompt: str, texts: Sequence[str]) -> list[float]:
 
 def decoded(decoder: Decoder, method: Subject, prompts: Sequence[str], **options: Any) -> list[Decoded]:
     """Decode with all that a method may need."""
-    tags = method.header.tags
-    wanted: dict[str, Any] = {"max_new_tokens": 12}
+    wanted = {"max_new_tokens": 12, **needed_by(method), **options}
+    made: list[Decoded] = decode(model(), tokenizer(), list(prompts), decoder, **wanted)
+    return made
+
+
+def needed_by(method: Subject) -> dict[str, Any]:
+    """The arguments of `decode` without which a method does not run."""
+    tags, wanted = method.header.tags, dict[str, Any]()
     if "needs:verifier" in tags or "may_use:verifier" in tags:
         wanted["verifier"] = verifier
     if "needs:calibration" in tags:
         wanted["calibration"] = _calibration(method)
     if "needs:models" in tags:
         wanted["models"] = [model(1)]
-    made: list[Decoded] = decode(model(), tokenizer(), list(prompts), decoder, **(wanted | options))
-    return made
+    return wanted
 
 
 @cache

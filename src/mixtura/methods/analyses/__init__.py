@@ -44,6 +44,8 @@ KIND = {
         "label_dependent": "What it says depends a little on the numbers that experts happen to have.",
     },
 }
+# Rows of a pass at most where a method runs many ways of the same text: what a pass takes is reckoned by it.
+ROWS_AT_ONCE = 16
 
 Cell = float | int | str | None
 

@@ -7,10 +7,8 @@ from typing import final
 
 import torch
 
-from mixtura.methods.analyses import Evidence, Grid, Read, Study
+from mixtura.methods.analyses import ROWS_AT_ONCE, Evidence, Grid, Read, Study
 from mixtura.methods.analyses._masking import as_if_without
-
-_ROWS_AT_ONCE = 16
 
 
 @final
@@ -40,8 +38,8 @@ def edges_of(study: Study, evidence: Evidence, prefix: list[int], after: int, pl
                 cases.append((layer, expert, float(weights[place]), steering))
     able = [(layer.index, steering) for layer, _, _, steering in cases if steering is not None]
     made: list[Read] = []
-    for start in range(0, len(able), _ROWS_AT_ONCE):
-        part = [{index: steering} for index, steering in able[start : start + _ROWS_AT_ONCE]]
+    for start in range(0, len(able), ROWS_AT_ONCE):
+        part = [{index: steering} for index, steering in able[start : start + ROWS_AT_ONCE]]
         made += study.run([prefix] * len(part), steering=part, last_only=True)
     reads, found = iter(made), []
     for layer, expert, weight, steering in cases:

@@ -7,12 +7,11 @@ from itertools import product
 
 import torch
 
-from mixtura.methods.analyses import Study, Table
+from mixtura.methods.analyses import ROWS_AT_ONCE, Study, Table
 from mixtura.methods.analyses._shared import mean_of
 from mixtura.methods.decoders import LayerFacts
 from mixtura.types.steering import Steering
 
-_ROWS_AT_ONCE = 32
 # The number of experts in each layer.
 Path = tuple[int, ...]
 
@@ -56,8 +55,8 @@ def paths_of(
 
 def _losses(study: Study, prefix: Sequence[int], after: int, paths: Sequence[Path]) -> dict[Path, float]:
     found = {}
-    for start in range(0, len(paths), _ROWS_AT_ONCE):
-        part = paths[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(paths), ROWS_AT_ONCE):
+        part = paths[start : start + ROWS_AT_ONCE]
         ways = [_steering(study.layers, path) for path in part]
         reads = study.run([prefix] * len(part), steering=ways, last_only=True)
         for path, read in zip(part, reads, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mixtura.errors import check_range
-from mixtura.methods.analyses import Analysis, Evidence, Report, Study, Table
+from mixtura.methods.analyses import ROWS_AT_ONCE, Analysis, Evidence, Report, Study, Table
 from mixtura.methods.analyses._masking import by_layer, steering
 from mixtura.methods.analyses._shared import generator_of, mean_of, ratio
 from mixtura.types.steering import Steering
@@ -74,7 +74,8 @@ class ExpertMasking(Analysis):
             ids = passage.token_ids[: self.most_tokens]
             if len(ids) < 2:
                 continue
-            read = study.run([ids] * len(ways), steering=ways)
+            parts = [ways[at : at + ROWS_AT_ONCE] for at in range(0, len(ways), ROWS_AT_ONCE)]
+            read = [one for part in parts for one in study.run([ids] * len(part), steering=part)]
             target = torch.tensor(ids[1:])
             losses.setdefault(passage.domain, []).extend(
                 torch.stack(

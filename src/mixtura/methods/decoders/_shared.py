@@ -85,6 +85,12 @@ def largest_that_leaves(scores: Float[Tensor, " N"], part: float) -> float:
     return float(scores.sort().values[place])
 
 
+def answer_divergence(answer_from: int, original: Tensor, changed: Tensor) -> float:
+    """The mean Kullback-Leibler divergence of an answer's distributions from the original's, in nats."""
+    first, second = (logits[answer_from - 1 : -1].log_softmax(-1) for logits in (original, changed))
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
 def widths(shares: Sequence[float], total: int) -> list[int]:
     """Whole numbers that sum to the total, in falling order of the shares, each rounded up of what is left.
 
@@ -100,6 +106,16 @@ def widths(shares: Sequence[float], total: int) -> list[int]:
         found[place] = min(left, ceil(left * shares[place] / rest - 1e-9))
         left, rest = left - found[place], rest - shares[place]
     return found
+
+
+def continued(candidates: Sequence[Candidate], number: int, total: int) -> list[int]:
+    """The best by the verifier's last word; those of them that grow are there as often as makes a total."""
+    order = sorted(range(len(candidates)), key=lambda place: (-candidates[place].verdicts[-1], place))
+    kept = order[:number]
+    growing = [place for place in kept if not candidates[place].finished]
+    counts = widths([1.0] * len(growing), total - (len(kept) - len(growing)))
+    again = [place for place, count in zip(growing, counts, strict=True) for _ in range(count)]
+    return [place for place in kept if candidates[place].finished] + again
 
 
 def ngram_f(first: str, second: str, longest: int = 6) -> float:

@@ -13,6 +13,7 @@ from mixtura.methods.decoders._shared import (
     DRAWN_AT,
     answer_of,
     best_place,
+    continued,
     ends_line,
     most_voted,
     score_of,
@@ -100,12 +101,7 @@ class Des(Decoder):
         return len(candidate.step_ends) < self.steps and ends_line(candidate, self.mark or "\n")
 
     def choose(self, candidates: Sequence[Candidate]) -> Sequence[int]:
-        order = sorted(range(len(candidates)), key=lambda place: (-candidates[place].verdicts[-1], place))
-        kept = order[: max(1, self.rollouts // 4)]
-        growing = [place for place in kept if not candidates[place].finished]
-        counts = widths([1.0] * len(growing), self.rollouts - (len(kept) - len(growing)))
-        again = [place for place, count in zip(growing, counts, strict=True) for _ in range(count)]
-        return [place for place in kept if candidates[place].finished] + again
+        return continued(candidates, max(1, self.rollouts // 4), self.rollouts)
 
     def select(self, candidates: Sequence[Candidate]) -> int:
         if self.choice == "vote":

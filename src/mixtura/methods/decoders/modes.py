@@ -20,7 +20,7 @@ from mixtura.methods.decoders import (
     Sample,
     View,
 )
-from mixtura.methods.decoders._shared import largest_that_leaves
+from mixtura.methods.decoders._shared import answer_divergence, largest_that_leaves
 from mixtura.types.steering import Steering
 
 METHOD = {
@@ -99,7 +99,9 @@ class Modes(Decoder):
             nothing = {layer.index: Steering(scale=torch.zeros(layer.num_experts))}
             importance.append(
                 sum(
-                    divergence(one.answer_from, ran.logits, probe.run(one.token_ids, steering=nothing).logits)
+                    answer_divergence(
+                        one.answer_from, ran.logits, probe.run(one.token_ids, steering=nothing).logits
+                    )
                     for one, ran in zip(answered, plain, strict=True)
                 )
             )
@@ -116,7 +118,8 @@ class Modes(Decoder):
         steering = _steering(threshold, shares, facts)
         changed = [probe.run(one.token_ids, steering=steering).logits for one in answered]
         lost = [
-            divergence(o.answer_from, r.logits, c) for o, r, c in zip(answered, plain, changed, strict=True)
+            answer_divergence(o.answer_from, r.logits, c)
+            for o, r, c in zip(answered, plain, changed, strict=True)
         ]
         values = {
             "importance": shares,
@@ -125,12 +128,6 @@ class Modes(Decoder):
             "divergence": sum(lost) / len(lost),
         }
         return values, {}
-
-
-def divergence(answer_from: int, original: Tensor, changed: Tensor) -> float:
-    """The mean Kullback-Leibler divergence of an answer's distributions from the original's, in nats."""
-    first, second = (logits[answer_from - 1 : -1].log_softmax(-1) for logits in (original, changed))
-    return float((first.exp() * (first - second)).sum(-1).mean())
 
 
 def _steering(threshold: float, importance: Sequence[float], facts: ModelFacts) -> dict[int, Steering]:

@@ -16,7 +16,7 @@ from mixtura.errors import UserError
 from mixtura.methods.decoders import Calibration, Decoder, Sample
 from mixtura.running.decoders.bundle import Cost
 from mixtura.running.decoders.composing import tags_of
-from mixtura.running.decoders.entry import Wanted, prepared
+from mixtura.running.decoders.entry import prepared
 from mixtura.running.decoders.probing import ModelProbe
 
 
@@ -42,7 +42,6 @@ def calibrate_on(
         raise UserError(f"{type(decoder).__name__} needs no calibration; decode with it as it is")
     if not samples:
         raise UserError("there are no texts to calibrate on; give some")
-    wanted = Wanted(calibrations=("none yet",))
     embeddings = num_embeddings_of(model.config)
     encoded = []
     for question, answer, label in samples:
@@ -50,7 +49,7 @@ def calibrate_on(
         said = encode_text(answer, tokenizer, embeddings, begin=not question)
         if asked or said:
             encoded.append(Sample(token_ids=tuple(asked + said), answer_from=len(asked), label=label))
-    with prepared(model, wanted, [decoder]) as runners:
+    with prepared(model, [decoder]) as runners:
         runner = runners[0]
         probe = ModelProbe(runner.model, runner.facts, runner.steerer, Cost())
         values, tensors = decoder.calibrate(probe, encoded, runner.facts)

@@ -147,24 +147,20 @@ def decode(
         on_text=on_text,
     )
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    with prepared(model, wanted, decoders) as runners:
+    require_given(decoders, verifier=verifier, calibrated=bool(paths), num_more=len(wanted.models))
+    with prepared(model, decoders, wanted.models) as runners:
         made = _decoded(runners, tokenizer, prompts, decoders, wanted)
     return made[0] if isinstance(prompt, str) else made
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, wanted: Wanted, decoders: Sequence[Decoder]) -> Iterator[list[Runner]]:
+def prepared(
+    model: PreTrainedModel, decoders: Sequence[Decoder], models: Sequence[PreTrainedModel] = ()
+) -> Iterator[list[Runner]]:
     """Models to run, their routers with seats where a decoder steers; all is taken back afterwards."""
-    tags = tags_of(decoders)
-    require_given(
-        decoders,
-        verifier=wanted.verifier,
-        calibrated=bool(wanted.calibrations),
-        num_more=len(wanted.models),
-    )
+    steers = "steers" in tags_of(decoders)
     with ExitStack() as undo:
-        steers = "steers" in tags
-        runners = [undo.enter_context(_runner(one, steers=steers)) for one in (model, *wanted.models)]
+        runners = [undo.enter_context(_runner(one, steers=steers)) for one in (model, *models)]
         for other in runners[1:]:
             if other.facts.vocabulary != runners[0].facts.vocabulary:
                 raise UserError(
@@ -247,7 +243,7 @@ def _decoded(
         check_positions(model, len(one), wanted.max_new_tokens)
     clock = Clock(tokenizer, wanted.on_text if len(texts) == 1 and "several" not in tags else None)
     prompts = [
-        _prompt(text, tuple(one.tolist()), runners, tokenizer, decoders, wanted, cost)
+        prompt_of(text, tuple(one.tolist()), runners, tokenizer, decoders, wanted, cost)
         for text, one in zip(texts, ids, strict=True)
     ]
     stops = [StopStrings(model, tokenizer, len(one)) for one in ids]
@@ -300,7 +296,7 @@ def _by_generate(
     return made
 
 
-def _prompt(
+def prompt_of(
     text: str,
     token_ids: tuple[int, ...],
     runners: Sequence[Runner],
@@ -309,6 +305,7 @@ def _prompt(
     wanted: Wanted,
     cost: Cost,
 ) -> Prompt:
+    """What decoders begin from, for one text."""
     runner = runners[0]
     return Prompt(
         text=text,

@@ -21,8 +21,8 @@ from mixtura.running.tiers.slots import slot_bytes
 _ALIKE: Final = 0.1
 # Slots of each size without which nothing runs: one is multiplied while the next is read.
 _LEAST_SLOTS: Final = 2
-# Records of an expert's tensors, in Python and for the kernels.
-_RECORD_BYTES: Final = 6 << 10
+# Records of an expert's tensors, in Python and for the kernels, and digests of its pieces.
+_RECORD_BYTES: Final = 8 << 10
 
 
 @final

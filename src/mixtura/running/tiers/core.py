@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import final
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, final
 
 from torch import Tensor
 
 from mixtura.methods.caches import Call, Key
 from mixtura.running.tiers.ahead import Ahead
 from mixtura.running.tiers.lessons import Lesson
-from mixtura.running.tiers.reading import LATER, Load, Reader
+from mixtura.running.tiers.loads import Load
+from mixtura.running.tiers.reading import LATER, Reader
 from mixtura.running.tiers.recipes import Recipe
 from mixtura.running.tiers.slots import Slots
 from mixtura.running.tiers.statistics import Statistics
 
+# Experts that stand in for all others of their form while it is tried how a layer can run.
+_STAND_INS: Final = 2
 # Tells what a layer's router thinks of each expert, from the layer's tokens.
 Scores = Callable[[int, Tensor], tuple[float, ...] | None]
 
@@ -99,6 +103,27 @@ class Tiers:
             pool.cache.learn(lesson.counts)
         if self.ahead is not None:
             self.ahead.prefetcher.learn(lesson.pairs)
+
+    @contextmanager
+    def rehearsing(self, layer: int) -> Iterator[None]:
+        """Let a few of a layer's experts stand in for all others that lie in memory alike.
+
+        Trying how a layer can run needs experts, whichever they are: these few are read, not all that random
+        tokens choose.
+        """
+        own, recipe = self._owners[layer], self.recipes[layer]
+        alike: dict[object, list[int]] = {}
+        made = []
+        for expert in own:
+            few = alike.setdefault((self._pool_of[layer][expert], recipe.form(expert)), [])
+            if expert not in few and len(few) < _STAND_INS:
+                few.append(expert)
+            made.append(expert if expert in few else few[expert % len(few)])
+        self._owners[layer] = made
+        try:
+            yield
+        finally:
+            self._owners[layer] = own
 
     def forget_statistics(self) -> Statistics:
         """Count anew from now on; returns what was counted."""

@@ -49,8 +49,7 @@ class Wish:
         prefetch: name of the prefetcher, or ``none``.
         trace: a file that `mixtura observe` wrote, for methods with the tag ``reads:trace``.
         more_bytes: memory that the pool is to leave for whoever runs several texts at once: their caches
-        beside
-            the first one's, and what a step of several takes.
+            beside the first one's, and what a step of several takes.
         pool_slots: slots of each size, whatever the budget; for tests and measurements.
     """
 
@@ -113,7 +112,9 @@ def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers
         lesson = Lesson.of(Trace.load(Path(wish.trace)), [recipe.num_experts for recipe in recipes])
     else:
         lesson = Lesson({}, {})
-    tiers = _tiers(recipes, slots, wish, max(layer.top_k for layer in layers), _Gates(model, view))
+    reader = Reader()
+    reader.open(entry.file for entry in view.entries.values())
+    tiers = _tiers(recipes, slots, wish, max(layer.top_k for layer in layers), _Gates(model, view), reader)
     tiers.learn(lesson)
     for number, (layer, module) in enumerate(zip(layers, modules, strict=True)):
         module.mixtura_store = TieredStore(tiers, number, layer.shape.d_model)
@@ -140,7 +141,12 @@ def _counted(recipes: Sequence[Recipe], num_slots: int) -> tuple[SlotPlan, ...]:
 
 
 def _tiers(
-    recipes: Sequence[Recipe], slots: Sequence[SlotPlan], wish: Wish, top_k: int, gates: _Gates
+    recipes: Sequence[Recipe],
+    slots: Sequence[SlotPlan],
+    wish: Wish,
+    top_k: int,
+    gates: _Gates,
+    reader: Reader,
 ) -> Tiers:
     prefetcher: Prefetcher | None = None
     if wish.prefetch != NO_PREFETCH:
@@ -158,7 +164,7 @@ def _tiers(
     scores: Callable[[int, Tensor], tuple[float, ...] | None] | None = None
     if "reads:scores" in wish.cache_tags:
         scores = gates
-    return Tiers(recipes, pools, Reader(), ahead, scores)
+    return Tiers(recipes, pools, reader, ahead, scores)
 
 
 @final

@@ -3,17 +3,19 @@
 What a model reads again and again must not stay twice in memory: once where the experts lie, and once in the
 page cache, which control groups count as well. So files are opened for direct reads (``O_DIRECT``); where a
 file system has none, pages are given up after each read. Direct reads begin and end at whole blocks, so each
-thread has a buffer for them and copies what was asked for out of it; the copy takes a tenth of the time.
+thread has a buffer for them and copies what was asked for out of it; the copy takes a tenth of the time. It
+also keeps a read that comes after all from writing to memory that another expert has got meanwhile.
+
+What is read twice must be the same twice: the digest of each piece is kept from its first read on.
 """
 
 from __future__ import annotations
 
 import itertools
 import mmap
-import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from queue import PriorityQueue
 from typing import Any, Final, NamedTuple, final
@@ -22,9 +24,9 @@ import numpy as np
 from torch import Tensor
 
 from mixtura.errors import CheckpointError
+from mixtura.running.tiers.files import BLOCK_BYTES, DirectFile, digest_of
+from mixtura.running.tiers.loads import PATIENCE_S, Load
 
-# Reads begin and end at multiples of this many bytes.
-_BLOCK: Final = 4096
 # Bytes of one read: large enough for the disk, small enough that several threads share an expert.
 CHUNK_BYTES: Final = 2 << 20
 NUM_THREADS: Final = 4
@@ -41,64 +43,6 @@ class Range(NamedTuple):
     file: Path
     offset: int
     target: Tensor
-
-
-@final
-class Load:
-    """Ranges on their way to memory."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self.error: BaseException | None = None
-        self._left = 0
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-
-    @staticmethod
-    def failed() -> Load:
-        """A load that never came to be."""
-        load = Load(0)
-        load.error = CheckpointError("an expert was not read to its end")
-        load.begin(0)
-        return load
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing of it is still to be read."""
-        return self._done.is_set()
-
-    @property
-    def is_here(self) -> bool:
-        """Whether all of it is in memory."""
-        return self._done.is_set() and self.error is None
-
-    def wait(self) -> None:
-        """Return when all is there.
-
-        Raises:
-            CheckpointError: it could not be read.
-        """
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
-
-    def settle(self) -> None:
-        """Return when nothing more will be written to memory."""
-        self._done.wait()
-
-    def begin(self, num_parts: int) -> None:
-        """Expect so many calls of `finish`."""
-        self._left = num_parts
-        if not num_parts:
-            self._done.set()
-
-    def finish(self, error: BaseException | None) -> None:
-        """One part is there, or cannot be had."""
-        with self._lock:
-            self._left -= 1
-            self.error = self.error or error
-            if not self._left:
-                self._done.set()
 
 
 @final
@@ -124,10 +68,12 @@ class Reader:
 
     Args:
         num_threads: reads that are on their way together.
+        patience_s: seconds after which a read that is waited for is given up.
     """
 
-    def __init__(self, num_threads: int = NUM_THREADS) -> None:
+    def __init__(self, num_threads: int = NUM_THREADS, patience_s: float = PATIENCE_S) -> None:
         self._work = _Work(num_threads)
+        self._patience_s = patience_s
         self._threads = [
             threading.Thread(target=self._work.serve, name="mixtura-read", daemon=True)
             for _ in range(num_threads)
@@ -140,11 +86,23 @@ class Reader:
     @staticmethod
     def buffer_bytes(num_threads: int = NUM_THREADS) -> int:
         """Memory that the threads' buffers take."""
-        return num_threads * (CHUNK_BYTES + 2 * _BLOCK)
+        return num_threads * (CHUNK_BYTES + 2 * BLOCK_BYTES)
+
+    def open(self, files: Iterable[Path]) -> None:
+        """Open files now, so that one that takes the place of another later is not taken for it.
+
+        Raises:
+            CheckpointError: one cannot be opened.
+        """
+        for file in sorted({*files}):
+            try:
+                self._work.file(file)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
 
     def read(self, ranges: Sequence[Range], priority: int = NOW) -> Load:
         """Begin to read; ``LATER`` lets everything that is asked for ``NOW`` go first."""
-        load = Load(sum(one.target.numel() for one in ranges))
+        load = Load(sum(one.target.numel() for one in ranges), self._patience_s)
         chunks = _chunks(ranges, load)
         load.begin(len(chunks))
         self._put(chunks, priority)
@@ -172,18 +130,19 @@ class _Work:
         self._num_threads = num_threads
         self.jobs: PriorityQueue[tuple[int, int, _Chunk | None]] = PriorityQueue()
         self.numbers = itertools.count()
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, DirectFile] = {}
+        self._digests: dict[tuple[Path, int, int], int] = {}
         self._lock = threading.Lock()
 
     def serve(self) -> None:
         """Read one chunk after the other."""
-        buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * _BLOCK))
+        buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * BLOCK_BYTES))
         while True:
             _, _, chunk = self.jobs.get()
             if chunk is None:
                 self._leave()
                 return
-            if not chunk.claim():
+            if chunk.load.is_done or not chunk.claim():
                 continue
             error: BaseException | None = None
             try:
@@ -194,10 +153,10 @@ class _Work:
             del chunk
 
     def _read(self, chunk: _Chunk, buffer: memoryview) -> None:
-        first = chunk.start // _BLOCK * _BLOCK
-        last = -(-chunk.stop // _BLOCK) * _BLOCK
+        first = chunk.start // BLOCK_BYTES * BLOCK_BYTES
+        last = -(-chunk.stop // BLOCK_BYTES) * BLOCK_BYTES
         try:
-            count = self._file(chunk.file).read(buffer[: last - first], first)
+            count = self.file(chunk.file).read(buffer[: last - first], first)
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {chunk.file}: {error.strerror}; the model's files must stay where they are "
@@ -209,15 +168,34 @@ class _Work:
                 "changed while the model ran from it: load the model again"
             )
         source = np.frombuffer(buffer, dtype=np.uint8)
-        for offset, target in chunk.parts:
-            start = offset - first
-            target[:] = source[start : start + len(target)]
+        self._check(chunk, source[: last - first][:count], first)
+        with chunk.load.writing() as is_wanted:
+            for offset, target in chunk.parts if is_wanted else ():
+                start = offset - first
+                target[:] = source[start : start + len(target)]
 
-    def _file(self, file: Path) -> _File:
-        with self._lock:
-            if file not in self._files:
-                self._files[file] = _File(file)
-            return self._files[file]
+    def _check(self, chunk: _Chunk, read: np.ndarray[Any, np.dtype[np.uint8]], first: int) -> None:
+        """Compare a piece with what it was when it was read before."""
+        # What lies beyond the end of the file is not read the same way everywhere.
+        piece = chunk.file, first, chunk.stop
+        found = digest_of(read[: chunk.stop - first])
+        if self._digests.setdefault(piece, found) != found:
+            raise CheckpointError(
+                f"{chunk.file} is not what it was: bytes {first} to {chunk.stop} have changed since they "
+                "were first read; put the file back as it was, or load the model again"
+            )
+
+    def file(self, file: Path) -> DirectFile:
+        """A file, opened once."""
+        found = self._files.get(file)
+        if found is None:
+            # Opening can stall, which must not keep others from files that are open.
+            opened = DirectFile(file)
+            with self._lock:
+                found = self._files.setdefault(file, opened)
+            if found is not opened:
+                opened.close()
+        return found
 
     def _leave(self) -> None:
         """The last thread closes all files."""
@@ -230,62 +208,6 @@ class _Work:
 def _stop(work: _Work, num_threads: int) -> None:
     for _ in range(num_threads):
         work.jobs.put((_AT_LAST, next(work.numbers), None))
-
-
-@final
-class _File:
-    """One file, opened for direct reads where the system has them."""
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-        self._path = path
-        self._flags = flags
-        self._is_direct = hasattr(os, "O_DIRECT")
-        try:
-            self._descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0))
-        except OSError:
-            # tmpfs, for one, has no direct reads.
-            self._is_direct = False
-            self._descriptor = os.open(path, flags)
-        self._lock = threading.Lock()
-
-    def read(self, view: memoryview, offset: int) -> int:
-        """Fill ``view`` from an offset; returns how many bytes there were."""
-        done = 0
-        while done < len(view):
-            count = self._read_some(view[done:], offset + done)
-            done += count
-            # A direct read ends within a block at the end of the file only.
-            if not count or (self._is_direct and count % _BLOCK):
-                break
-        if not self._is_direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
-        return done
-
-    def _read_some(self, view: memoryview, offset: int) -> int:
-        try:
-            return self._positioned(view, offset)
-        except OSError:
-            if not self._is_direct:
-                raise
-        # Some file systems open a file for direct reads and then refuse them.
-        with self._lock:
-            if self._is_direct:
-                self._is_direct = False
-                self._descriptor = os.open(self._path, self._flags)
-        return self._positioned(view, offset)
-
-    def _positioned(self, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._descriptor, [view], offset)
-        # Threads would share the position of one descriptor.
-        with self._lock:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            return os.readv(self._descriptor, [view])
-
-    def close(self) -> None:
-        """Close it."""
-        os.close(self._descriptor)
 
 
 def _chunks(ranges: Sequence[Range], load: Load) -> list[_Chunk]:

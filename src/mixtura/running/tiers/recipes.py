@@ -61,6 +61,10 @@ class Recipe(ABC):
         """The expert whose bytes it has: itself, or the one it was merged with."""
         return expert
 
+    @abstractmethod
+    def form(self, expert: int) -> object:
+        """What experts share that lie in memory in the same way."""
+
     @property
     def owners(self) -> list[int]:
         """Experts with bytes of their own, ascending."""
@@ -122,6 +126,9 @@ class Plain(Recipe):
         up, down, *biases = made
         self.like = ExpertTensors(up, down, *(biases or (None, None)))
         self._is_direct = all(self._stored(name, 0) is not None for name in self._parts)
+
+    def form(self, expert: int) -> object:
+        return None
 
     def num_bytes(self, expert: int) -> int:
         return self._num_bytes
@@ -212,6 +219,11 @@ class Packed(Recipe):
     def owner(self, expert: int) -> int:
         return self._record.place(expert)
 
+    def form(self, expert: int) -> object:
+        assert self._record.experts is not None
+        record = self._record.experts[expert]
+        return f"{_form(record.up)} {_form(record.down)} {record.has_bias}"
+
     def num_bytes(self, expert: int) -> int:
         return self._sizes[expert]
 
@@ -245,8 +257,8 @@ class Packed(Recipe):
 
     def matrices(self, expert: int, memory: Tensor) -> ExpertMatrices | None:
         assert self._record.experts is not None
-        record, parts = self._record.experts[expert], self._parts[expert]
-        key = f"{_form(record.up)} {_form(record.down)} {record.has_bias}", memory.data_ptr()
+        parts = self._parts[expert]
+        key = str(self.form(expert)), memory.data_ptr()
         if key not in self._matrices:
             read = read_expert(self._record, expert, lambda name: parts[name].of(memory))
             self._matrices[key] = read.matrices()

@@ -9,8 +9,9 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from mixtura.errors import CheckpointError
 from mixtura.methods.caches import Cache, Key
-from mixtura.running.tiers.reading import Load
+from mixtura.running.tiers.loads import Load
 
 # Slots begin at pages, so that each is read to and given back by itself.
 PAGE_BYTES: Final = 4096
@@ -133,7 +134,7 @@ class Slots:
         slot = self._free.pop()
         load = self._loads[slot]
         if load is not None and not load.is_done:
-            # Somebody gave up what was to come here, and the disk did not.
-            load.settle()
+            # Whoever wanted what was to come here has failed; it must not come any more.
+            load.give_up(CheckpointError("nobody waits for it any more"))
         self._loads[slot] = None
         return slot

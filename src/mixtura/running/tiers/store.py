@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, final
 
 import torch
@@ -64,6 +65,10 @@ class TieredStore:
             rest = self._expected[self._expected.index(expert) :] if known else (expert,)
             self.tiers.bring(self.layer, rest, self._x, in_order=1)
         return self._recipe.tensors(expert, self.tiers.memory(self.layer, expert), dtype)
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Until it ends, a few experts stand in for all."""
+        return self.tiers.rehearsing(self.layer)
 
     def native_layer(self) -> NativeLayer | None:
         """The experts for the compiled kernels, which have them brought; None where they cannot read them."""

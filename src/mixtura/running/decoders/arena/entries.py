@@ -61,6 +61,14 @@ _ENTRIES = (
     _of("des, 8 rollouts (told)", "des", settings={"rollouts": 8}, told=True),
     _of("rebase, width 8 (told)", "rebase", settings={"width": 8}, told=True),
     _of("best of 8 (told)", "best_of_n", settings={"n": 8}, told=True),
+    _of(
+        "beam of 8 (told)",
+        "compute_optimal",
+        settings={"budget": 8, "policy": ["search"]},
+        told=True,
+        calibrated=True,
+    ),
+    _of("compute optimal, 8 (told)", "compute_optimal", settings={"budget": 8}, told=True, calibrated=True),
 )
 
 
