@@ -88,6 +88,7 @@ class Server:
     def _client(self, made: Round, lock: threading.Lock, place: int, num_tokens: int, seed: int) -> None:
         prompt = " ".join(str((seed * 7919 + place * 104729 + n * 31) % 1000) for n in range(16 + 4 * place))
         body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         start, first, count = time.perf_counter(), None, 0
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -97,9 +98,13 @@ class Server:
                 made.errors.append(answer.read().decode()[:200])
             return
         for line in answer:
-            if line.startswith(b"data: {"):
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[len(b"data: ") :])
+            if any(choice.get("text") for choice in event["choices"]):
                 first = first or time.perf_counter()
-                count += 1
+            # A piece of text may be of several tokens: the server's own count is what is taken.
+            count = (event.get("usage") or {}).get("completion_tokens", count)
         with lock:
             made.tokens += count
             made.first_ms.append(((first or start) - start) * 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,12 @@ import mixtura
 from mixtura.errors import CheckpointError, UserError
 from mixtura.running.generation import new_tokens
 from mixtura.running.tiers.opening import Wish
+from mixtura.serving.engine.caches import measured_cost
 from mixtura.serving.engine.loop import Engine, Limits, engine_of
+from mixtura.serving.engine.passing import Passes
+from mixtura.serving.engine.prefixes import Prefixes
 from mixtura.serving.engine.records import BusyError, ClosingError, Sampling, TooLongError
+from mixtura.serving.engine.rows import Row
 
 CONTEXT = 96
 ROOM = 4 << 20
@@ -111,6 +115,37 @@ def test_memory_is_set_apart_and_beginnings_make_room(path: Path) -> None:
         assert 0 < engine.prefixes.kept_bytes <= room
     finally:
         engine.close(0)
+
+
+def test_a_kept_beginning_is_gone_on_from_where_it_must_go_and_a_running_text_shares_less(
+    path: Path,
+) -> None:
+    model = mixtura.load(path)
+    passes, cost = Passes(model), measured_cost(model)
+    prefixes = Prefixes(model, cost, cost.of(100))
+
+    def admitted(prompt: list[int], running: Sequence[Row] = ()) -> Row:
+        row = Row(asked(prompt, 4), lambda piece: None, None, frozenset())
+        assert prefixes.admit(row, running)
+        while row.is_reading:
+            passes.read(row)
+        return row
+
+    first = list(range(3, 43))
+    prefixes.release(admitted(first))
+    running = admitted(first[:20] + [60] * 20)
+    assert (running.num_cached, prefixes.num_kept) == (20, 1)
+    # With what runs there is no room for both the beginning and the text that goes on from it.
+    row = admitted([*first, 7], [running])
+    assert (row.num_cached, prefixes.num_kept) == (40, 0)
+    row.ids.append(9)
+    (logits,) = passes.step([row])
+    with torch.no_grad():
+        expected = model(torch.tensor([[*first, 7, 9]])).logits[0, -1]
+    assert torch.allclose(logits, expected, atol=1e-4)
+    for one in (row, running):
+        prefixes.release(one)
+    assert prefixes.running_bytes == 0
 
 
 def test_a_cache_too_small_for_the_context_is_refused(path: Path) -> None:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,63 +23,11 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
+from served import CHAT, LARGE, QUESTION, Server, post_of, wait_for
 from serving_helpers import PATIENCE_S, SPECIMEN
 
 from mixtura.running.generation import generate
 from mixtura.serving.addresses import bound
-from mixtura.serving.api.app import build_app
-from mixtura.serving.api.service import Service, Settings
-from mixtura.serving.listening import serve_until_told
-from mixtura.serving.opening import Serving, open_model
-from mixtura.serving.watching import Watch
-
-QUESTION = "What is 17 + 28?"
-CHAT: dict[str, Any] = {
-    "messages": [{"role": "user", "content": QUESTION}],
-    "temperature": 0,
-    "max_tokens": 60,
-}
-LARGE = 1 << 16
-
-
-class Server:
-    """A server in a thread of this process, and what it answers."""
-
-    def __init__(self, path: Path, keys: tuple[str, ...] = (), context: int = 256, **serving: Any) -> None:
-        self.opened = open_model(path, Serving(context=context, running=4, waiting=8, **serving))
-        settings = Settings(name="tiny", default_tokens=16, most_body_bytes=LARGE)
-        service = Service(self.opened.engine, self.opened.tokenizer, settings)
-        watch = Watch(self.opened.engine, "tiny", self.opened.loads)
-        self.listening = bound("127.0.0.1", 0)
-        self.port = self.listening.getsockname()[1]
-        ready = threading.Event()
-        app = build_app(service, watch, keys=keys)
-        thread = threading.Thread(
-            target=serve_until_told, args=(app, self.listening, 1, ready.set), daemon=True
-        )
-        thread.start()
-        assert ready.wait(PATIENCE_S)
-
-    def ask(
-        self, path: str, body: Any = None, method: str | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, Any, dict[str, str]]:
-        """Status, body and headers of an answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        sent = {"Content-Type": "application/json", **(headers or {})}
-        connection.request(method or ("GET" if data is None else "POST"), path, data, sent)
-        answer = connection.getresponse()
-        text = answer.read().decode()
-        connection.close()
-        is_json = "json" in (answer.getheader("content-type") or "")
-        return answer.status, json.loads(text) if is_json else text, dict(answer.getheaders())
-
-    def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        status, text, _ = self.ask(path, {**body, "stream": True})
-        assert status == 200, text
-        lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
-        assert lines[-1] == "[DONE]"
-        return [json.loads(line) for line in lines[:-1]]
 
 
 @pytest.fixture(scope="module")
@@ -364,25 +311,18 @@ def test_a_shard_that_goes_while_serving_from_disk(tmp_path: Path) -> None:
         assert "model.safetensors" in answer["error"]["message"]
         events = server.ask("/v1/completions", {**request, "prompt": "zyx 9876543210", "stream": True})
         assert events[0] == 500
+        # All there again, but for one byte of each page.
+        damaged = bytearray(whole)
+        damaged[4000::4096] = bytes(value ^ 1 for value in damaged[4000::4096])
+        shard.write_bytes(damaged)
+        status, answer, _ = server.ask("/v1/completions", {**request, "prompt": "fedcba 0"})
+        assert status == 500
+        assert "is not what it was" in answer["error"]["message"]
         shard.write_bytes(whole)
         assert server.ask("/v1/completions", request)[1]["choices"] == before["choices"]
         assert server.ask("/ready")[0] == 200
     finally:
         server.opened.engine.close(0)
-
-
-def post_of(body: dict[str, Any]) -> bytes:
-    """A request as it goes over the wire."""
-    text = json.dumps(body)
-    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
-    return "\r\n".join([*lines, f"Content-Length: {len(text)}", "", text]).encode()
-
-
-def wait_for(what: Any) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -435,3 +375,63 @@ def test_what_cannot_be_served_is_said_in_a_sentence(arguments: tuple[str, ...],
     assert done.returncode in (2, 3)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_full_disk_for_its_log_ends_no_server(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path)
+    with bound("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mixtura", "serve", str(path), "--context", "64", "--port", str(port)]
+    with open("/dev/full", "w") as full:
+        made = subprocess.Popen(command, stdout=full, stderr=full, env={**os.environ, **ENVIRONMENT})
+    try:
+        wait_for(lambda: made.poll() is not None or asked_at(port, "abc") == 200)
+        assert made.poll() is None
+        made.send_signal(signal.SIGTERM)
+        assert made.wait(PATIENCE_S) == 0
+    finally:
+        made.kill()
+        made.wait()
+
+
+@pytest.mark.slow
+def test_told_to_end_under_load_it_answers_what_it_took(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path)
+    with process(str(path), "--context", "64", "--grace", "60", "--concurrency", "2") as (server, port):
+        body = {"max_tokens": 50, "n": 8, "stream": True, "temperature": 0, "logit_bias": {"2": -100}}
+        clients = []
+        for place in range(6):
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+            sent = json.dumps({**body, "prompt": f"abc {place}"})
+            client.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+            clients.append(client)
+        wait_for(lambda: num_taken(port) == 48)
+        server.send_signal(signal.SIGTERM)
+        answers = [client.getresponse() for client in clients]
+        assert all(answer.read().endswith(b"data: [DONE]\n\n") for answer in answers)
+        with pytest.raises(OSError, match="refused"):
+            asked_at(port, "late", quietly=False)
+        assert server.wait(PATIENCE_S) == 0
+
+
+def asked_at(port: int, prompt: str, *, quietly: bool = True) -> int | None:
+    """The status of an answer; None where nobody listens yet."""
+    try:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        body = json.dumps({"prompt": prompt, "max_tokens": 2})
+        client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        return client.getresponse().status
+    except OSError:
+        if not quietly:
+            raise
+        return None
+
+
+def num_taken(port: int) -> int:
+    """Texts that have ended, run or wait."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    client.request("GET", "/stats")
+    stats = json.loads(client.getresponse().read())
+    return int(stats["running"] + stats["waiting"] + sum(stats["finished"].values()))

@@ -108,6 +108,27 @@ def _guess(asked: Asked) -> list[Any]:
     return _recorded(asked, hold, markdown, as_csv)
 
 
+def _estimate(asked: Asked) -> list[Any]:
+    from datetime import date
+
+    import sklearn
+    import torch
+
+    from mixtura.machine.processor import processor_name
+    from mixtura.running.estimating.arena import as_csv, hold, markdown
+
+    if asked.tokens is not None or asked.model is not None:
+        raise SettingError("--tokens and --model are for models of text; estimators have data of their own")
+    table = hold(asked.names, asked.seeds, asked.runs, _notify)
+    versions = f"scikit-learn {sklearn.__version__}, PyTorch {torch.__version__}"
+    day = date.today().isoformat()
+    facts = (
+        f"{processor_name()}, {versions}, {day}. No times are measured, so a busy machine changes nothing."
+    )
+    _write(asked, markdown(table, asked.seeds, facts), as_csv(table))
+    return table
+
+
 def _recorded(
     asked: Asked, hold: Callable[..., Any], markdown: Callable[..., str], as_csv: Callable[..., str]
 ) -> list[Any]:
@@ -228,6 +249,13 @@ def _show_guessed(table: list[Any]) -> None:
     _show(["room", "name", "hit rate", "wasted a token", "late", "of the oracle's gain"], rows, left=(1,))
 
 
+def _show_estimated(table: list[Any]) -> None:
+    rows = [
+        [one.problem, one.name, f"{one.mean:.4f}", f"{one.difference:+.4f}", one.verdict] for one in table
+    ]
+    _show(["problem", "name", "score", "to the best baseline", "verdict"], rows, left=(0, 1, 4))
+
+
 def _show_aggregated(table: list[Any]) -> None:
     rows = [
         [
@@ -267,6 +295,7 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "mixers": _TRAINED,
     "experts": _TRAINED,
     "forms": _TRAINED,
+    "attentions": _TRAINED,
     "pruners": _SHRUNK,
     "mergers": _SHRUNK,
     "decoders": Arena(_answer, _show_answered),
@@ -274,6 +303,7 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "model_routers": Arena(_compose, _show_composed),
     "prefetchers": Arena(_guess, _show_guessed),
     "aggregators": Arena(_aggregate, _show_aggregated),
+    "estimators": Arena(_estimate, _show_estimated),
 }
 # Kinds whose arena is held on a table of answers.
 ON_TABLES: Final = ("model_routers", "aggregators")

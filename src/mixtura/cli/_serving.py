@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
@@ -10,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 import typer
 
 from mixtura.cli._tiers import wish_of
-from mixtura.errors import SettingError, UserError
+from mixtura.errors import MixturaWarning, SettingError, UserError
 
 if TYPE_CHECKING:
     from mixtura.serving.opening import Opened
@@ -27,7 +32,15 @@ CacheMemory = Annotated[
 ]
 Concurrency = Annotated[int, typer.Option(min=1, max=256, help="Requests that run together.")]
 
-_EXTRAS = {"serve": ("fastapi", "uvicorn", "prometheus_client")}
+Host = Annotated[str, typer.Option(help="Address to listen on; the default is for this machine only.")]
+Grace = Annotated[float, typer.Option(min=0.0, help="Seconds that answers have to finish after SIGTERM.")]
+Keys = Annotated[
+    Path | None,
+    typer.Option(help="A file of API keys, one a line; MIXTURA_API_KEYS in the environment has some, too."),
+]
+
+_SERVING = ("fastapi", "uvicorn", "prometheus_client")
+_EXTRAS = {"serve": _SERVING, "gateway": (*_SERVING, "aiohttp", "limits", "sqlalchemy", "yaml")}
 
 
 @final
@@ -47,6 +60,39 @@ class Served:
     bits: int | None = None
     adapter: Path | None = None
     merge: bool = True
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+
+
+def warn_of_strangers(host: str, how: str) -> None:
+    """Warn of a server without keys that others reach; ``how`` says where keys are given."""
+    warnings.warn(
+        f"anybody who reaches {host} can use this server: it has no API keys ({how})",
+        MixturaWarning,
+        stacklevel=2,
+    )
+
+
+def tell(line: str, *, err: bool = True) -> None:
+    """Say something; a log that cannot be written, as on a full disk, does not end a server."""
+    with contextlib.suppress(OSError):
+        typer.echo(line, err=err)
+
+
+def let_go_of_full_disks() -> None:
+    """Do not try once more, when the process ends, to write what could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def shown_address(listening: Any) -> str:
+    """Where a socket listens, as an address of HTTP."""
+    address, port = listening.getsockname()[:2]
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 def require_extra(extra: str) -> None:
@@ -63,6 +109,27 @@ def require_extra(extra: str) -> None:
         )
 
 
+def named_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
+    """The one adapter that is served, or those that requests choose, by name.
+
+    Raises:
+        SettingError: several are given, and not each with a name of its own.
+    """
+    named: dict[str, Path] = {}
+    for one in given:
+        name, sign, folder = one.partition("=")
+        if Path(one).is_dir() or not sign:
+            if len(given) > 1:
+                raise SettingError(
+                    f"of several adapters each needs a name that requests choose it by: --adapter NAME={one}"
+                )
+            return Path(one), {}
+        if not name or name in named:
+            raise SettingError(f"--adapter {one} needs a name of its own before the =")
+        named[name] = Path(folder)
+    return None, named
+
+
 def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str]:
     """A model with its engine, and its name.
 
@@ -72,7 +139,7 @@ def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str
     if served.adapter is not None and served.memory is not None:
         raise SettingError(
             "--adapter changes weights that --memory leaves on disk; write the model with the adapter in it "
-            "by `mixtura merge`, and give that"
+            "by `mixtura merge`, and give that, or let requests choose it by --adapter NAME=DIR"
         )
     # Before PyTorch is imported: it keeps the process small.
     from mixtura.running.memory.process import settle
@@ -81,9 +148,12 @@ def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str
     from mixtura.report.units import parse_bytes
 
     cache_bytes = None if served.cache_memory is None else parse_bytes(served.cache_memory)
+    from mixtura.running.adapters import adapter_config
     from mixtura.running.resolve import resolve_model
     from mixtura.serving.opening import Serving, open_model
 
+    for folder in served.adapters.values():
+        adapter_config(folder)
     resolved = resolve_model(model, assume_yes=yes)
     serving = Serving(
         memory=wish_of(served.memory, served.cache, served.prefetch, served.trace, 1),
@@ -93,6 +163,7 @@ def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str
         waiting=served.waiting,
         keeps_prefixes=served.keeps,
         bits=served.bits,
+        adapters=served.adapters,
     )
     adapter = served.adapter
 

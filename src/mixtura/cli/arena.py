@@ -44,7 +44,8 @@ def arena(
     quarter of a model's experts by every criterion, and measure what is left; of mergers the same, experts
     being averaged. Of caches: replay what a model chose on text, with room for some of its experts; of
     prefetchers the same, timed at stated rates of disk and memory. Of model_routers: learn from half of a
-    table of answers, and route the other half; of aggregators: replay cascades and votes on such a table.
+    table of answers, and route the other half; of aggregators: replay cascades and votes on such a table. Of
+    estimators: learn small problems beside plain models.
     Runs that are done are kept: the same command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`

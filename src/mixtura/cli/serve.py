@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mixtura.cli._generating import Adapter, Bits, Cache, Memory, Prefetch, TraceFile, Unmerged
+from mixtura.cli._generating import Bits, Cache, Memory, Prefetch, TraceFile, Unmerged
 from mixtura.cli._serving import (
     CacheMemory,
     Concurrency,
     Context,
+    Grace,
+    Host,
+    Keys,
     Served,
+    let_go_of_full_disks,
+    named_adapters,
     opened,
     require_extra,
+    shown_address,
+    tell,
+    warn_of_strangers,
 )
 from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words
-from mixtura.errors import MixturaWarning
+from mixtura.errors import SettingError
 
 if TYPE_CHECKING:
     from mixtura.serving.opening import Opened
@@ -28,7 +35,7 @@ def serve(
     model: str | None = typer.Argument(
         None, help="Directory or hub id; without it, the specimen.", show_default=False
     ),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on; the default is for this machine only."),
+    host: Host = "127.0.0.1",
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes one that is free."),
     memory: Memory = None,
     cache: Cache = DEFAULT_CACHE,
@@ -41,13 +48,13 @@ def serve(
     max_tokens: int = typer.Option(1024, min=1, help="Tokens of an answer where a request does not say."),
     max_body: str = typer.Option("4MiB", help="Largest body of a request."),
     name: str | None = typer.Option(None, help="What clients call the model; by default as it is given."),
-    keys_file: Path | None = typer.Option(
-        None, help="A file of API keys, one a line; MIXTURA_API_KEYS in the environment has some, too."
-    ),
+    keys_file: Keys = None,
     no_prefix_cache: bool = typer.Option(False, "--no-prefix-cache", help="Read every prompt anew."),
-    grace: float = typer.Option(30.0, min=0.0, help="Seconds that answers have to finish after SIGTERM."),
+    grace: Grace = 30.0,
     bits: Bits = None,
-    adapter: Adapter = None,
+    adapter: list[str] = typer.Option(
+        [], help="An adapter's directory; NAME=DIR, as often as you like, for requests to choose as model."
+    ),
     unmerged: Unmerged = False,
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
 ) -> None:
@@ -65,55 +72,55 @@ def serve(
     from mixtura.serving.addresses import bound, is_loopback, read_keys
 
     keys = read_keys(keys_file)
+    one, named = named_adapters(adapter)
     listening = bound(host, port)
     with listening:
         served = Served(
             memory=memory, cache=cache, prefetch=prefetch, trace=trace, context=context,
             cache_memory=cache_memory, running=concurrency, waiting=queue, keeps=not no_prefix_cache,
-            bits=bits, adapter=adapter, merge=not unmerged,
+            bits=bits, adapter=one, merge=not unmerged, adapters=named,
         )  # fmt: skip
         found, own_name = opened(model, served, yes=yes)
         is_local = is_loopback(host)
         if not is_local and not keys:
-            _warn_of_strangers(host)
-        _run(found, listening, name or own_name, keys, is_local, (max_tokens, most_body, grace))
+            warn_of_strangers(host, "MIXTURA_API_KEYS or --keys-file")
+        settings = (_told_apart(name or own_name, named), tuple(named), max_tokens, most_body)
+        _run(found, listening, settings, keys, is_local, grace)
 
 
-def _warn_of_strangers(host: str) -> None:
-    warnings.warn(
-        f"anybody who reaches {host} can use this server: it has no API keys (MIXTURA_API_KEYS or "
-        "--keys-file)",
-        MixturaWarning,
-        stacklevel=1,
-    )
+def _told_apart(name: str, adapters: Collection[str]) -> str:
+    if name in adapters:
+        raise SettingError(f"an adapter and the model are both called {name!r}; give the model a --name")
+    return name
 
 
 def _run(
     found: Opened,
     listening: Any,
-    name: str,
+    settings: tuple[str, tuple[str, ...], int, int],
     keys: tuple[str, ...],
     is_local: bool,
-    rest: tuple[int, int, float],
+    grace: float,
 ) -> None:
     from mixtura.serving.api.app import build_app
     from mixtura.serving.api.service import Service, Settings
     from mixtura.serving.listening import serve_until_told
     from mixtura.serving.watching import Watch
 
-    max_tokens, most_body, grace = rest
-    settings = Settings(name=name, default_tokens=max_tokens, most_body_bytes=most_body)
-    service = Service(found.engine, found.tokenizer, settings)
+    name, adapters, max_tokens, most_body = settings
+    service = Service(
+        found.engine,
+        found.tokenizer,
+        Settings(name=name, adapters=adapters, default_tokens=max_tokens, most_body_bytes=most_body),
+    )
     app = build_app(service, Watch(found.engine, name, found.loads), keys=keys, is_local=is_local)
-    address, port = listening.getsockname()[:2]
-    shown = f"[{address}]" if ":" in address else address
+    address = shown_address(listening)
     try:
-        serve_until_told(
-            app, listening, grace, lambda: _say(found, f"http://{shown}:{port}", name, bool(keys))
-        )
+        serve_until_told(app, listening, grace, lambda: _say(found, address, name, bool(keys)))
     finally:
-        typer.echo("ending", err=True)
+        tell("ending")
         found.engine.close(0)
+        let_go_of_full_disks()
 
 
 def _say(found: Opened, address: str, name: str, has_keys: bool) -> None:
@@ -122,13 +129,12 @@ def _say(found: Opened, address: str, name: str, has_keys: bool) -> None:
 
     engine = found.engine
     for line in tier_lines(engine.model)[:1]:
-        typer.echo(line, err=True)
+        tell(line)
     together = "together" if engine.passes.together else "in turns, as this family's caches want it"
-    typer.echo(
+    tell(
         f"up to {engine.limits.running} requests run {together}, {engine.limits.waiting} wait; "
         f"{engine.limits.context} tokens of context, {format_bytes(engine.prefixes.limit_bytes)} for keys "
-        "and values",
-        err=True,
+        "and values"
     )
     wants = ", with an API key" if has_keys else ""
-    typer.echo(f"serving {name} at {address}/v1{wants}; {address}/ shows what it does")
+    tell(f"serving {name} at {address}/v1{wants}; {address}/ shows what it does", err=False)

@@ -1,1 +1,1 @@
-"""A model served: requests together, the OpenAI-compatible API, metrics, a dashboard, a chat."""
+"""A model served, or a gateway before many: the OpenAI-compatible API, budgets, metrics, pages, a chat."""

@@ -16,8 +16,13 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def metrics_text(watch: Watch) -> bytes:
     """All metrics in Prometheus' text format."""
+    return exposition(_Metrics(watch))
+
+
+def exposition(collector: Any) -> bytes:
+    """What a collector has, in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Metrics(watch))
+    registry.register(collector)
     return generate_latest(registry)
 
 

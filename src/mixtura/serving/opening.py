@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -13,10 +13,12 @@ from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.errors import SettingError
 from mixtura.kernels.loads import count_loads
+from mixtura.running.adapters import adapter_bytes, with_adapter
 from mixtura.running.loading import is_own_model, load
 from mixtura.running.memory.accounting import account
 from mixtura.running.tiers.opening import DEFAULT_CONTEXT, Wish
 from mixtura.serving.engine.loop import DEFAULT_TEXTS, Engine, Limits, engine_of
+from mixtura.serving.engine.records import Adapters
 from mixtura.serving.engine.rows import PROMPT_LOGITS
 
 # What answering takes beside the model: libraries (33 MiB measured), requests, answers that wait to be read.
@@ -38,6 +40,7 @@ class Serving:
         waiting: requests that may wait.
         keeps_prefixes: whether beginnings are kept to not be read again.
         bits: as `mixtura.load` takes them.
+        adapters: directories of adapters by the names that requests choose them by.
     """
 
     memory: Wish | None = None
@@ -47,6 +50,7 @@ class Serving:
     waiting: int = 64
     keeps_prefixes: bool = True
     bits: int | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 @final
@@ -77,6 +81,7 @@ def open_model(
 
     Raises:
         SettingError: the context is longer than the model was made for.
+        UserError: the adapters cannot be on one model.
         UnmetError: there is not so much memory.
         BudgetError: the model cannot be served in so little; the message says the smallest that is enough.
         CheckpointError: the directory is missing, incomplete or damaged.
@@ -97,12 +102,28 @@ def open_model(
         loads = _counting(model, view)
     if adapt is not None:
         model = adapt(model)
+    chosen = _with_adapters(model, serving.adapters) if serving.adapters else None
+    if adapt is not None or chosen is not None:
+        from mixtura.adapting.selecting import require_servable
+
+        require_servable(model)
     limits = Limits(context=context, running=serving.running, waiting=serving.waiting)
-    engine = engine_of(model, tokenizer, limits, cache_bytes, keeps_prefixes=serving.keeps_prefixes)
+    keeps = serving.keeps_prefixes
+    engine = engine_of(model, tokenizer, limits, cache_bytes, keeps_prefixes=keeps, adapters=chosen)
     for _, counts in loads:
         # What trials of the model's paths counted.
         counts.zero_()
     return Opened(engine, tokenizer, loads)
+
+
+def _with_adapters(model: PreTrainedModel, adapters: Mapping[str, Path]) -> Adapters:
+    """Put adapters on a model, in it, and let passes choose of them."""
+    adapted: Any = model
+    for name, path in adapters.items():
+        adapted = with_adapter(adapted, path, name)
+    from mixtura.adapting.selecting import Selection
+
+    return Selection(adapted)
 
 
 def _context(config: Any, wanted: int | None) -> int:
@@ -128,6 +149,7 @@ def _divided(view: CheckpointView, serving: Serving, memory: Wish, context: int)
     # Several caches laid side by side where no compiled step reads them where they lie: one layer at a time.
     copies = 2 * caches // max(len(view.layers), 1)
     more = max(caches - one, 0) + copies + _LOGITS_COPIES * 4 * rows * vocabulary + _ANSWERING_BYTES
+    more += sum(adapter_bytes(path) for path in serving.adapters.values())
     return caches, replace(memory, context=context, more_bytes=more)
 
 

@@ -92,10 +92,11 @@ async def respond(make: Callable[[], Job], http: Request, *, stream: bool) -> Re
         return JSONResponse(await until_gone(http, job.whole()))
     # The first piece is waited for, so that a refusal still has a status of its own.
     events = job.events()
-    return streamed(_chained(await until_gone(http, anext(events)), events))
+    return streamed(chained(await until_gone(http, anext(events)), events))
 
 
-async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Events whose first was waited for already."""
     yield first
     async for one in rest:
         yield one

@@ -15,17 +15,9 @@ from mixtura.serving.api.guarding import App, Guard
 from mixtura.serving.api.refusals import ApiError, add_refusals
 from mixtura.serving.api.schemas import ChatRequest, CompletionRequest
 from mixtura.serving.api.service import Service
-from mixtura.serving.dashboard import page
+from mixtura.serving.dashboard import PAGE_HEADERS, page
 from mixtura.serving.metrics import METRICS_TYPE, metrics_text
 from mixtura.serving.watching import Watch
-
-# Nothing of other sites: the page has all that it needs.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def build_app(service: Service, watch: Watch, *, keys: Collection[str] = (), is_local: bool = True) -> App:
@@ -38,7 +30,7 @@ def build_app(service: Service, watch: Watch, *, keys: Collection[str] = (), is_
         is_local: it listens to this machine only.
     """
     app = FastAPI(title="mixtura", version=mixtura.__version__, docs_url=None, redoc_url=None)
-    add_refusals(app)
+    add_refusals(app, {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest})
     _add_answers(app, service)
     _add_state(app, service, watch)
     return Guard(app, keys, service.settings.most_body_bytes, is_local=is_local)
@@ -65,23 +57,26 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await answer_completion(service, body, request)
 
-    def described() -> dict[str, Any]:
+    own = service.settings.name
+
+    def described(name: str) -> dict[str, Any]:
         return {
-            "id": service.settings.name,
+            "id": name,
             "object": "model",
             "created": service.created,
             "owned_by": "mixtura",
+            "parent": None if name == own else own,
             "max_model_len": service.engine.limits.context,
         }
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [described()]})
+        names = (own, *service.settings.adapters)
+        return JSONResponse({"object": "list", "data": [described(name) for name in names]})
 
     @app.get("/v1/models/{name:path}", responses={404: refused[404]})
     async def model(name: str) -> Response:
-        service.check_model(name)
-        return JSONResponse(described())
+        return JSONResponse(described(service.named(name)))
 
 
 def _add_state(app: FastAPI, service: Service, watch: Watch) -> None:
@@ -105,4 +100,4 @@ def _add_state(app: FastAPI, service: Service, watch: Watch) -> None:
 
     @app.get("/", include_in_schema=False)
     async def dashboard() -> Response:
-        return HTMLResponse(page(), headers=_PAGE_HEADERS)
+        return HTMLResponse(page(), headers=PAGE_HEADERS)

@@ -39,9 +39,9 @@ class _Chat:
     """One request: its texts, and what it is told."""
 
     def __init__(self, service: Service, request: ChatRequest) -> None:
-        service.check_model(request.model)
         self._service = service
         self._request = request
+        self._name = service.named(request.model)
         self._words = Words(service.tokenizer)
         self._prompt = service.answering.prompt(request)
         self._asked = self._texts()
@@ -49,7 +49,7 @@ class _Chat:
         self._head = {
             "id": service.number("chatcmpl"),
             "created": int(time.time()),
-            "model": service.settings.name,
+            "model": self._name,
         }
 
     def _texts(self) -> list[Asked]:

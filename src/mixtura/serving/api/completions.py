@@ -38,9 +38,9 @@ class _Completion:
     """One request: its texts, and what it is told."""
 
     def __init__(self, service: Service, request: CompletionRequest) -> None:
-        service.check_model(request.model)
         self._service = service
         self._request = request
+        self._name = service.named(request.model)
         self._words = Words(service.tokenizer)
         _check(request)
         self._prompts = self._tokens()
@@ -50,7 +50,7 @@ class _Completion:
             "id": service.number("cmpl"),
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.settings.name,
+            "model": self._name,
         }
 
     def _tokens(self) -> list[tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 from fastapi import FastAPI, Request, Response
@@ -14,12 +14,13 @@ from pydantic_core import PydanticSerializationError
 from starlette.exceptions import HTTPException
 
 from mixtura.errors import CheckpointError, UserError, one_line, suggest
-from mixtura.serving.api.schemas import ChatRequest, CompletionRequest
 from mixtura.serving.engine.records import BusyError, ClosingError, TooLongError
 
 _KINDS: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
     404: "not_found_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
@@ -81,8 +82,8 @@ def refusal_of(error: Exception) -> ApiError:
     return ApiError("the server made a fault; its log has what it was", status=500, code="internal_error")
 
 
-def add_refusals(app: FastAPI) -> None:
-    """Let an app answer every error in the one form."""
+def add_refusals(app: FastAPI, bodies: Mapping[str, type[BaseModel]]) -> None:
+    """Let an app answer every error in the one form; ``bodies`` says by path what it takes."""
 
     async def ours(request: Request, error: Exception) -> Response:
         del request
@@ -104,8 +105,7 @@ def add_refusals(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        kind = ChatRequest if request.url.path.endswith("/chat/completions") else CompletionRequest
-        return _unfit(error.errors(), kind).response()
+        return _unfit(error.errors(), bodies.get(request.url.path)).response()
 
     async def deep(request: Request, error: Exception) -> Response:
         del request, error
@@ -120,7 +120,7 @@ def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
 
 
-def _unfit(errors: Sequence[Any], kind: type[BaseModel]) -> ApiError:
+def _unfit(errors: Sequence[Any], kind: type[BaseModel] | None) -> ApiError:
     """What is wrong with a body, field by field."""
     first = errors[0]
     if first["type"] == "json_invalid":
@@ -130,7 +130,8 @@ def _unfit(errors: Sequence[Any], kind: type[BaseModel]) -> ApiError:
     if unknown:
         names = [_path(one["loc"]) for one in unknown]
         last = str(unknown[0]["loc"][-1])
-        hint = suggest(last, kind.model_fields) if len(unknown[0]["loc"]) == 2 else "leave it out"
+        is_outer = kind is not None and len(unknown[0]["loc"]) == 2
+        hint = suggest(last, kind.model_fields) if kind is not None and is_outer else "leave it out"
         shown = ", ".join(map(repr, names[:_MOST_SHOWN]))
         return ApiError(
             one_line(f"this server does not know {shown}; {hint}"), param=names[0], code="unknown_parameter"

@@ -28,11 +28,13 @@ class Settings:
 
     Attributes:
         name: of the model, as clients call it.
+        adapters: names of models that are this one with an adapter.
         default_tokens: of an answer, where a request does not say how many.
         most_body_bytes: of a request.
     """
 
     name: str
+    adapters: tuple[str, ...] = ()
     default_tokens: int = 1024
     most_body_bytes: int = 4 << 20
 
@@ -56,19 +58,23 @@ class Service:
         """A name for the next answer."""
         return f"{kind}-{self.created}-{next(self._numbers)}"
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served here.
+    def named(self, name: str | None) -> str:
+        """The model that a request means.
 
         Raises:
-            ApiError: it is another one.
+            ApiError: it is none that is served here.
         """
-        if name is not None and name not in (self.settings.name, "default"):
+        if name is None or name == "default":
+            return self.settings.name
+        known = [self.settings.name, *self.settings.adapters]
+        if name not in known:
             raise ApiError(
-                f"this server has no model {name[:200]!r}; {suggest(name, [self.settings.name])}",
+                f"this server has no model {name[:200]!r}; {suggest(name, known)}",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
+        return name
 
     def encode(self, text: str, *, begin: bool) -> tuple[int, ...]:
         """Tokens of a prompt.
@@ -114,6 +120,7 @@ class Service:
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         guide = self._grammars.guide(request.response_format)
         group = object() if request.n > 1 else None
+        name = self.named(request.model)
         return [
             Asked(
                 prompt=prompt,
@@ -125,6 +132,7 @@ class Service:
                 reads_prompt=reads_prompt,
                 keeps_special=keeps_special,
                 group=group,
+                adapter=name if name in self.settings.adapters else None,
             )
             for place in range(request.n)
         ]

@@ -22,7 +22,14 @@ from mixtura.serving.engine.caches import measured_cost
 from mixtura.serving.engine.counting import Counts
 from mixtura.serving.engine.passing import Passes
 from mixtura.serving.engine.prefixes import Prefixes
-from mixtura.serving.engine.records import Asked, BusyError, ClosingError, OnPiece, TooLongError
+from mixtura.serving.engine.records import (
+    Adapters,
+    Asked,
+    BusyError,
+    ClosingError,
+    OnPiece,
+    TooLongError,
+)
 from mixtura.serving.engine.rows import Row
 
 # How long the engine sleeps when there is nothing to do; whoever brings work wakes it.
@@ -312,6 +319,7 @@ def engine_of(
     cache_bytes: int | None = None,
     *,
     keeps_prefixes: bool = True,
+    adapters: Adapters | None = None,
 ) -> Engine:
     """An engine that runs.
 
@@ -321,6 +329,7 @@ def engine_of(
         limits: what to take on.
         cache_bytes: for the caches of all texts; by default what four texts of the whole context take.
         keeps_prefixes: whether beginnings are kept to not be read again.
+        adapters: on the model, of which requests choose.
 
     Raises:
         UserError: the model cannot generate.
@@ -340,4 +349,4 @@ def engine_of(
             "that are free; give less, or a shorter context"
         )
     prefixes = Prefixes(model, cost, limit, keeps=keeps_prefixes)
-    return Engine(model, tokenizer, Passes(model), prefixes, limits)
+    return Engine(model, tokenizer, Passes(model, adapters), prefixes, limits)

@@ -21,6 +21,7 @@ from mixtura.running.generation import (
     spread_ids,
 )
 from mixtura.serving.engine.caches import shorten
+from mixtura.serving.engine.records import Adapters, Asked
 from mixtura.serving.engine.rows import PROMPT_LOGITS, Row
 
 # Texts that run together: what the compiled step takes.
@@ -41,15 +42,20 @@ class Passes:
 
     Args:
         model: a causal language model.
+        adapters: on it, of which texts choose.
 
     Attributes:
         together: whether steps of several texts are one pass.
+        mixes: whether texts with different adapters are.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
         self.model = model
+        self._adapters = adapters
         self.chunk_tokens = chunk_tokens(model)
-        self.together = self._try()
+        self.together = self._try((None,))
+        names = () if adapters is None else adapters.names
+        self.mixes = self.together and adapters is not None and adapters.mixes and self._try((None, *names))
 
     def read(self, row: Row) -> Float[Tensor, " V"] | None:
         """Read the next part of a row's prompt; returns the logits behind it once all is read.
@@ -87,11 +93,25 @@ class Passes:
         if not self.together:
             return [[row] for row in rows]
         fit = [row for row in rows if self._fit([row])]
-        groups = [fit[first : first + MOST_TOGETHER] for first in range(0, len(fit), MOST_TOGETHER)]
-        return groups + [[row] for row in rows if row not in fit]
+        made = [
+            own[first : first + MOST_TOGETHER]
+            for own in self._apart(fit)
+            for first in range(0, len(own), MOST_TOGETHER)
+        ]
+        return made + [[row] for row in rows if row not in fit]
+
+    def _apart(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows by their adapter, where these do not mix."""
+        if self.mixes:
+            return [[*rows]]
+        by_name: dict[str | None, list[Row]] = {}
+        for row in rows:
+            by_name.setdefault(row.asked.adapter, []).append(row)
+        return [*by_name.values()]
 
     def _pass(self, row: Row, ids: Int[Tensor, "1 T"], keep: int) -> Float[Tensor, "K V"]:
         cache = row.cache
+        self._choose([row])
         try:
             outputs = self._forward(ids, cache, keep)
         except Exception:
@@ -116,6 +136,7 @@ class Passes:
         ids = torch.tensor([[row.ids[-1]] for row in rows])
         cache = SideBySide([row.cache for row in rows])
         device = self.model.device
+        self._choose(rows)
         seen = {"attention_mask": cache.mask().to(device), "position_ids": cache.places().to(device)}
         try:
             outputs = self._forward(ids, cache, 1, **seen)
@@ -123,6 +144,10 @@ class Passes:
             self._take_back(rows)
             raise
         return list(outputs.logits[:, -1])
+
+    def _choose(self, rows: Sequence[Row]) -> None:
+        if self._adapters is not None:
+            self._adapters.choose([row.asked.adapter for row in rows])
 
     def _take_back(self, rows: Sequence[Row]) -> None:
         """After a pass that failed: caches as they were, or none where they cannot be."""
@@ -150,11 +175,11 @@ class Passes:
             isinstance(layer, ReservedLayer) or type(layer) is DynamicSlidingWindowLayer for layer in layers
         )
 
-    def _try(self) -> bool:
-        """Whether a step of several texts gives what each gives alone."""
+    def _try(self, adapters: Sequence[str | None]) -> bool:
+        """Whether a step of several texts, with these adapters in turn, gives what each gives alone."""
         if reserved_cache(self.model, 1) is None:
             return False
-        alone, together = self._tried_rows(), self._tried_rows()
+        alone, together = self._tried_rows(adapters), self._tried_rows(adapters)
         if not all(self._can_gather(row.cache) and self._fit([row]) for row in together):
             return False
         try:
@@ -165,13 +190,13 @@ class Passes:
         expected = [self._pass(row, torch.tensor([row.ids[-1:]]), 1)[-1] for row in alone]
         return all(_are_alike(one, other) for one, other in zip(found, expected, strict=True))
 
-    def _tried_rows(self) -> list[Row]:
-        from mixtura.serving.engine.records import Asked
-
+    def _tried_rows(self, adapters: Sequence[str | None]) -> list[Row]:
         rows = []
-        for length in _TRIED:
+        for place in range(max(len(_TRIED), len(adapters))):
+            length = _TRIED[place % len(_TRIED)]
             ids = spread_ids(self.model, length + 1).roll(length).tolist()
-            row = Row(Asked(prompt=tuple(ids), max_new_tokens=1), lambda piece: None, None, frozenset())
+            asked = Asked(prompt=tuple(ids), max_new_tokens=1, adapter=adapters[place % len(adapters)])
+            row = Row(asked, lambda piece: None, None, frozenset())
             row.cache = reserved_cache(self.model, length + 1)
             self._pass(row, torch.tensor([ids[:-1]]), 1)
             row.num_read = length

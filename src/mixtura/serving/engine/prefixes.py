@@ -20,8 +20,9 @@ LEAST_SHARED: Final = 16
 @final
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A text that was read: its tokens, and their keys and values."""
+    """A text that was read: its tokens, and their keys and values, which an adapter changes."""
 
+    adapter: str | None
     ids: np.ndarray[Any, np.dtype[np.int64]]
     cache: Any
     num_bytes: int
@@ -71,18 +72,20 @@ class Prefixes:
             return False
         entry, shared = self._best(row) if self._may_share(row) else (None, 0)
         other, more = self._best_running(row, running) if self._may_share(row) else (None, 0)
+        if other is not None and more > shared:
+            entry, shared = None, 0
         spares = self._spares(needed, entry)
-        self._make_room(needed, entry if spares or other is None else None)
+        self._make_room(needed, entry)
         self.running_bytes += needed
         row.reserved_bytes = needed
-        if other is not None and more > shared:
-            row.cache, row.num_read = beginning_of(self._model, other.cache, more, row.room), more
-        elif entry is not None and shared:
+        if entry is not None and shared:
             self._touch(entry)
             if not spares:
                 self._drop(entry)
             row.cache = beginning_of(self._model, entry.cache, shared, row.room, consume=not spares)
             row.num_read = shared
+        elif other is not None:
+            row.cache, row.num_read = beginning_of(self._model, other.cache, more, row.room), more
         if row.cache is None:
             row.cache, row.num_read = reserved_cache(self._model, row.room), 0
         row.num_cached = row.num_read
@@ -102,11 +105,12 @@ class Prefixes:
         if num_bytes > self.limit_bytes - self.running_bytes:
             return
         ids = np.array(row.ids[: row.num_read], dtype=np.int64)
-        for entry in [one for one in self._entries if one.is_whole <= whole and _begins(ids, one.ids)]:
+        own = [one for one in self._entries if one.adapter == row.asked.adapter]
+        for entry in [one for one in own if one.is_whole <= whole and _begins(ids, one.ids)]:
             self._drop(entry)
         self._make_room(num_bytes, None)
         trim(cache, row.num_read)
-        entry = Entry(ids, cache, num_bytes, whole)
+        entry = Entry(row.asked.adapter, ids, cache, num_bytes, whole)
         self._entries.append(entry)
         self._touch(entry)
 
@@ -128,6 +132,8 @@ class Prefixes:
         best: tuple[Entry | None, int] = None, 0
         ids = np.array(row.ids[: row.num_prompt - 1], dtype=np.int64)
         for entry in self._entries:
+            if entry.adapter != row.asked.adapter:
+                continue
             shared = _shared(ids, entry.ids)
             if not entry.is_whole and shared < len(entry.ids):
                 continue
@@ -139,6 +145,8 @@ class Prefixes:
         best: tuple[Row | None, int] = None, 0
         ids = np.array(row.ids[: row.num_prompt - 1], dtype=np.int64)
         for other in running:
+            if other.asked.adapter != row.asked.adapter:
+                continue
             shared = _shared(ids, np.array(other.ids[: other.num_read], dtype=np.int64))
             if shared >= LEAST_SHARED and shared > best[1] and holds_all(other.cache, other.num_read):
                 best = other, shared

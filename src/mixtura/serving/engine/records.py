@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
 
@@ -29,6 +29,18 @@ class TooLongError(UserError):
 
 class ClosingError(UserError):
     """The server is being shut down and takes no more requests."""
+
+
+@runtime_checkable
+class Adapters(Protocol):
+    """Several adapters on one model; see `mixtura.adapting.selecting`."""
+
+    names: tuple[str, ...]
+    mixes: bool
+
+    def choose(self, names: Sequence[str | None]) -> None:
+        """The adapter of each row of the passes to come, None for the model as it is."""
+        ...
 
 
 @runtime_checkable
@@ -86,6 +98,7 @@ class Asked:
         reads_prompt: report log-probabilities of the prompt's tokens, too.
         keeps_special: keep special tokens in the text, for parsers that look for them.
         group: requests of one group have the same prompt, which is read once.
+        adapter: the adapter that it runs with; None for the model as it is.
     """
 
     prompt: tuple[int, ...]
@@ -97,6 +110,7 @@ class Asked:
     reads_prompt: bool = False
     keeps_special: bool = False
     group: object = None
+    adapter: str | None = None
 
 
 class Likely(NamedTuple):
