@@ -14,19 +14,24 @@ CONSTRAINED := $(addprefix --constraint ,$(CONSTRAINTS))
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
 WORKERS ?= 2
+# Of a test with many parameters (families, methods, shapes), so many are in the quick set.
+FEW ?= 2
 # Runs tests with the Python of a folder, under the name that docs/versions.md has for what is installed there.
 pytest = $(1)/python $(if $(TESTED),tests/versions_table.py $(2),-m pytest) -n $(WORKERS) --dist $(DIST)
 # The order is that of tests/conftest.py, which begins with what takes longest.
 DIST ?= loadfile --no-loadscope-reorder
+
+# Tests start many processes; each would compile what it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-quick test-newest test-lowest mutations lint fix docs families bench sanitize aarch64 specimen clean always
 
 help:
 	@echo "make demo        set up, then fit the specimen to half its memory (a few minutes)"
 	@echo "make test        set up, then lint, type-check and run every test"
-	@echo "make test-quick  the tests that take under two minutes together"
-	@echo "make test-newest the same with the newest versions that pyproject.toml allows, in $(NEWEST)"
-	@echo "make test-lowest the same with the lowest versions that it allows, in $(LOWEST)"
+	@echo "make test-quick  of every test that is not slow, a few of its parameters: for between two changes"
+	@echo "make test-newest every test that is not slow with the newest versions allowed, in $(NEWEST)"
+	@echo "make test-lowest the same with the lowest versions that pyproject.toml allows, in $(LOWEST)"
 	@echo "make mutations   put faults into a copy of the code, one by one: tests must find each (minutes)"
 	@echo "make lint fix    check the style; mend what can be mended"
 	@echo "make docs        write the generated pages again"
@@ -66,7 +71,7 @@ test: lint
 	$(call pytest,$(BIN),constraints)
 
 test-quick: $(VENV)/.ready
-	$(call pytest,$(BIN),quick) -m "not slow"
+	$(call pytest,$(BIN),quick) -m "not slow" --few $(FEW)
 
 test-newest: $(NEWEST)/.ready
 	$(call pytest,$(NEWEST)/bin,newest) -m "not slow"

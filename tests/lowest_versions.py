@@ -39,10 +39,14 @@ def read_project() -> dict[str, Any]:
 
 
 def libraries(project: dict[str, Any]) -> list[str]:
-    """The requirements of mixtura itself: all but those of the extra `test`, each once."""
+    """The requirements of mixtura itself: all but those of the extra `test`, each once.
+
+    An extra that takes another one's in is of no package of its own.
+    """
     extras = project["optional-dependencies"]
     more = [one for name, ones in extras.items() if name != "test" for one in ones]
-    return list(dict.fromkeys([*project["dependencies"], *more]))
+    every = dict.fromkeys([*project["dependencies"], *more])
+    return [one for one in every if parsed(one)[0] != "mixtura"]
 
 
 def lowest(project: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -207,7 +208,8 @@ def run(copy: Path, tests: str, only: str) -> subprocess.CompletedProcess[str]:
     """Run quick tests of the copy on its own code."""
     (path,) = (copy / "tests").rglob(tests)
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-m", "not slow", "-k", only, str(path)]
-    environment = {"PYTHONPATH": str(copy / "src"), "PYTHONPYCACHEPREFIX": str(copy / "cache")}
+    # A file that changes and changes back within a second is not to be taken for what was compiled of it.
+    environment = {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         command,
         cwd=copy,
@@ -218,10 +220,16 @@ def run(copy: Path, tests: str, only: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@cache
+def run_unharmed(copy: Path, tests: str, only: str) -> subprocess.CompletedProcess[str]:
+    """Run quick tests of the copy without any fault, once for all faults that they are to notice."""
+    return run(copy, tests, only)
+
+
 def noticed(copy: Path, fault: Fault) -> str:
     """Why the fault was not noticed, or nothing: the tests pass without it and fail with it."""
     path = find(copy / "src", fault.old)
-    before = run(copy, fault.tests, fault.only)
+    before = run_unharmed(copy, fault.tests, fault.only)
     if before.returncode:
         return f"{fault.tests} fails without it, too:\n{before.stdout[-1500:]}{before.stderr[-500:]}"
     whole = path.read_text(encoding="utf-8")

@@ -21,9 +21,9 @@ DATA = ROOT / "docs/versions.json"
 PAGE = ROOT / "docs/versions.md"
 ENVIRONMENTS = {
     "constraints": "`make test`: every test, with the versions of constraints.txt",
-    "quick": "`make test-quick`: the quick tests, with the versions of constraints.txt",
-    "newest": "`make test-newest`: the quick tests, with the newest versions that pyproject.toml allows",
-    "lowest": "`make test-lowest`: the quick tests, with the lowest versions that pyproject.toml allows",
+    "quick": "`make test-quick`: a few tests of each sort, with the versions of constraints.txt",
+    "newest": "`make test-newest`: what is not slow, with the newest versions that pyproject.toml allows",
+    "lowest": "`make test-lowest`: what is not slow, with the lowest versions that pyproject.toml allows",
 }
 
 

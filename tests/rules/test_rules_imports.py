@@ -10,13 +10,13 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from sources import MODULES, name_of, nodes_of
 
 from mixtura.authoring.rooms import levels
 from mixtura.methods import METHODS_DIR, PACKAGE_DIR, kinds
 
 KINDS = {kind.name for kind in kinds()}
 LEVELS = levels()
-MODULES = sorted(PACKAGE_DIR.rglob("*.py"))
 MOST_ENTRIES = 20
 
 
@@ -28,7 +28,7 @@ def part_of(path: Path) -> str:
 def imports_of(path: Path) -> set[str]:
     """The modules of mixtura that a file imports, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -38,29 +38,34 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.startswith("mixtura.")}
 
 
-def name_of(path: Path) -> str:
+def module_of(path: Path) -> str:
     """The module that a file is."""
     parts = path.relative_to(PACKAGE_DIR).with_suffix("").parts
     return ".".join(("mixtura", *parts)).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))
-def test_imports_go_one_way(path: Path) -> None:
+def imported_upwards(path: Path) -> list[str]:
+    """What a file imports from rooms that are not below its own."""
     part = part_of(path)
     if part == "__init__":
-        assert not imports_of(path), "mixtura itself imports its parts when they are first used"
-        return
+        return [f"mixtura imports {name} at once, not when it is first used" for name in imports_of(path)]
     if part == "__main__":
-        return
-    assert part in LEVELS, f"{part} is a new room of mixtura: enter it in authoring/rooms.py"
-    for name in imports_of(path):
-        other = name.split(".")[1]
-        if other in LEVELS and other != part:
-            assert LEVELS[other] < LEVELS[part], f"{path.name} imports {name}, whose room is not below {part}"
+        return []
+    if part not in LEVELS:
+        return [f"{part} is a new room of mixtura: enter it in authoring/rooms.py"]
+    others = {name: name.split(".")[1] for name in imports_of(path)}
+    above = [
+        name for name, other in others.items() if other != part and LEVELS.get(other, -1) >= LEVELS[part]
+    ]
+    return [f"{name_of(path)} imports {name}, whose room is not below {part}" for name in above]
+
+
+def test_imports_go_one_way() -> None:
+    assert [found for path in MODULES for found in imported_upwards(path)] == []
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    files = {name_of(path): path for path in MODULES}
+    files = {module_of(path): path for path in MODULES}
     graph = {name: named(path, files.keys()) for name, path in files.items()}
     try:
         tuple(TopologicalSorter(graph).static_order())
@@ -71,7 +76,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def named(path: Path, modules: Set[str]) -> set[str]:
     """The modules that a file's imports name, each as far down as there is a file of that name."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -93,22 +98,29 @@ def test_tests_mirror_the_rooms() -> None:
         assert (PACKAGE_DIR / folder.relative_to(tests)).is_dir(), f"{folder} tests no folder of the package"
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_no_method_imports_another(kind: str) -> None:
-    for path in (METHODS_DIR / kind).glob("*.py"):
+def kind_and_file(name: str) -> tuple[str, str] | None:
+    """The kind and the file in its folder that an import names, if it does."""
+    parts = name.split(".")
+    return (parts[2], parts[3]) if parts[1] == "methods" and len(parts) > 3 and parts[2] in KINDS else None
+
+
+def test_no_method_imports_another() -> None:
+    found = []
+    for path in (path for kind in sorted(KINDS) for path in (METHODS_DIR / kind).glob("*.py")):
+        named_here = {name: kind_and_file(name) for name in imports_of(path)}
+        other = [name for name, place in named_here.items() if place and not place[1].startswith("_")]
+        found += [f"{name_of(path)} imports the method {name}" for name in other]
+    assert found == []
+
+
+def test_what_a_kind_shares_is_its_own() -> None:
+    found = []
+    for path in MODULES:
         for name in imports_of(path):
-            parts = name.split(".")
-            if parts[1] == "methods" and len(parts) > 3 and parts[2] in KINDS:
-                assert parts[3].startswith("_"), f"{path.name} imports the method {name}"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))
-def test_what_a_kind_shares_is_its_own(path: Path) -> None:
-    for name in imports_of(path):
-        parts = name.split(".")
-        if parts[1] == "methods" and len(parts) > 3 and parts[2] in KINDS and parts[3].startswith("_"):
-            owner = METHODS_DIR / parts[2]
-            assert path.parent == owner, f"{name} is for {parts[2]}: share it in a file beside the folder"
+            place = kind_and_file(name)
+            if place and place[1].startswith("_") and path.parent != METHODS_DIR / place[0]:
+                found.append(f"{name_of(path)} imports {name}: share it in a file beside the folder")
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from abc import ABC
 from pathlib import Path
 
 import pytest
+from sources import MODULES, name_of, nodes_of, tree_of
 
 from mixtura.authoring.contracts import checks
 from mixtura.authoring.contracts.common import missing_sections
@@ -18,7 +19,6 @@ from mixtura.methods import PACKAGE_DIR, Kind, base_class, header, kinds, own_na
 ROOT = PACKAGE_DIR.parents[1]
 KINDS = kinds()
 METHODS = [(kind, name) for kind in KINDS for name in own_names(kind.name)]
-MODULES = sorted(PACKAGE_DIR.rglob("*.py"))
 # Of these a class is made to be derived from further, or cannot be.
 OPEN_BASES = {"ABC", "Protocol", "NamedTuple", "TypedDict", "Enum", "StrEnum", "IntEnum"}
 # Paths of somebody's machine.
@@ -35,32 +35,48 @@ def test_a_kind_is_whole(kind: Kind) -> None:
         assert (check.__doc__ or "").splitlines()[0].endswith("."), f"{check.__name__} needs a sentence"
 
 
-@pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda value: getattr(value, "name", value))
-def test_a_method_is_whole(kind: Kind, name: str) -> None:
-    assert (ROOT / "docs/methods" / kind.name / f"{name}.md").is_file(), "python -m mixtura.authoring.docs"
+def missing_of(kind: Kind, name: str) -> list[str]:
+    """What belongs to a method and is not there."""
+    page = ROOT / "docs/methods" / kind.name / f"{name}.md"
     test = ROOT / "tests" / "methods" / kind.name / file_of_test(kind, name)
-    assert test.is_file(), f"its own test belongs in {test.relative_to(ROOT)}"
-    assert missing_sections(header(kind.name, name)) == []
+    files = [f"{path.relative_to(ROOT)} is missing" for path in (page, test) if not path.is_file()]
+    return files + [f"{kind.name}/{name}: {one}" for one in missing_sections(header(kind.name, name))]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))
-def test_a_class_is_abstract_or_final(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def test_methods_are_whole() -> None:
+    # Pages are written by: python -m mixtura.authoring.docs
+    assert [found for kind, name in METHODS for found in missing_of(kind, name)] == []
+
+
+def open_classes(path: Path) -> list[str]:
+    """The classes of a file that are neither abstract nor final."""
+    found = []
+    for node in nodes_of(path):
         if isinstance(node, ast.ClassDef):
             marks = {ast.unparse(mark).rpartition(".")[2] for mark in node.decorator_list}
             bases = {re.sub(r"\[.*", "", ast.unparse(base)).rpartition(".")[2] for base in node.bases}
-            open_or_error = bases & OPEN_BASES or node.name.endswith("Error")
-            assert "final" in marks or open_or_error, f"{node.name} is neither abstract nor final"
+            if not ("final" in marks or bases & OPEN_BASES or node.name.endswith("Error")):
+                found.append(f"{name_of(path)}: {node.name}")
+    return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE_DIR)))
-def test_a_module_says_what_it_is(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "a module starts with what it is for"
-    first = next((node for node in tree.body if isinstance(node, ast.ImportFrom)), None)
-    if len(tree.body) > 1:
-        assert first is not None
-        assert first.module == "__future__", "a module's first import is annotations from __future__"
+def test_classes_are_abstract_or_final() -> None:
+    assert [found for path in MODULES for found in open_classes(path)] == []
+
+
+def test_modules_say_what_they_are() -> None:
+    assert [name_of(path) for path in MODULES if not ast.get_docstring(tree_of(path))] == []
+
+
+def begins_with_annotations(path: Path) -> bool:
+    """Whether a module with anything in it first imports annotations from __future__."""
+    body = tree_of(path).body
+    first = next((node for node in body if isinstance(node, ast.ImportFrom)), None)
+    return len(body) <= 1 or (first is not None and first.module == "__future__")
+
+
+def test_modules_begin_with_annotations_from_the_future() -> None:
+    assert [name_of(path) for path in MODULES if not begins_with_annotations(path)] == []
 
 
 def test_no_file_names_a_path_of_a_machine() -> None:

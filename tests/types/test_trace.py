@@ -70,6 +70,13 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
         Trace.load(path)
 
 
+def test_a_directory_is_told_from_a_trace(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"is a directory, and a trace is a file; .*mixtura observe .* --save FILE"
+    ):
+        Trace.load(tmp_path)
+
+
 def test_the_made_up_trace_is_of_one_text() -> None:
     trace = sample_trace(num_layers=3, num_experts=8, top_k=2, num_tokens=100)
     for layer in trace.layers:

@@ -45,6 +45,8 @@ NO_PASSES = """    @property
         return 0
 
     def forward("""
+UNSAVED_SCALE = """self.register_buffer("unsaved", torch.full((1,), float(seed)), persistent=False)
+        self.seed, generator ="""
 FORGETS = "torch.full((shape.d_model,), float(id(self) % 97))"
 OWN_SIZE = """nn.Parameter(torch.ones(shape.d_model))
         self.wide = nn.Parameter(torch.ones(2, 2))"""
@@ -191,6 +193,64 @@ BROKEN = [
     ("forms", "check_state_dict_round_trip", "nn.Parameter(torch.ones(shape.d_model))", FORGETS),
     ("forms", "check_tags_are_known", '"tags": []', '"tags": ["odd"]'),
     ("forms", "check_rescale", "nn.Parameter(torch.ones(shape.d_model))", OWN_SIZE),
+    ("attentions", "check_tags_are_known", '"gives_weights"', '"gives_weight"'),
+    ("attentions", "check_output_is_whole", "gathered.flatten(2)), w", "gathered.flatten(2)) / 0, w"),
+    ("attentions", "check_gives_weights", '"tags": ["gives_weights"]', '"tags": []'),
+    (
+        "attentions",
+        "check_padding_changes_nothing",
+        "self.o_proj(gathered",
+        "inputs.x.mean() + self.o_proj(gathered",
+    ),
+    (
+        "attentions",
+        "check_few_tokens",
+        "self.o_proj(gathered",
+        "inputs.x.std(1, keepdim=True) + self.o_proj(gathered",
+    ),
+    (
+        "attentions",
+        "check_causal",
+        "self.o_proj(gathered",
+        "inputs.x.mean(1, True).mean() + self.o_proj(gathered",
+    ),
+    (
+        "attentions",
+        "check_tokens_see_each_other",
+        "self.o_proj(gathered",
+        "inputs.x + 0 * self.o_proj(gathered",
+    ),
+    (
+        "attentions",
+        "check_rows_are_independent",
+        "self.o_proj(gathered",
+        "inputs.x.mean(0) + self.o_proj(gathered",
+    ),
+    (
+        "attentions",
+        "check_decoding_equals_prefill",
+        "inputs.cos.unsqueeze(1)",
+        "inputs.cos[:1, :1].unsqueeze(1)",
+    ),
+    (
+        "attentions",
+        "check_gradient_reaches_every_parameter",
+        "gathered.flatten(2)",
+        "gathered.detach().flatten(2)",
+    ),
+    (
+        "attentions",
+        "check_gradient_matches_differences",
+        "self.o_proj(gathered",
+        "inputs.x - inputs.x.detach() + self.o_proj(gathered",
+    ),
+    (
+        "attentions",
+        "check_low_precision",
+        "self.o_proj(gathered.flatten(2)),",
+        "self.o_proj(gathered.flatten(2)).float(),",
+    ),
+    ("attentions", "check_state_dict_round_trip", "self.seed, generator =", UNSAVED_SCALE),
     (
         "balancers",
         "check_results_are_finite",
@@ -366,6 +426,22 @@ BROKEN = [
         "super().__init__(capacity)",
         "super().__init__(abs(capacity) + 1)",
     ),
+    ("estimators", "check_tags_are_known", '"tabular"]', '"tabulr"]'),
+    ("estimators", "check_predictions_are_whole", "num_outputs), routing", "num_outputs) / 0, routing"),
+    ("estimators", "check_routing_is_whole", "told(x, ", "told(x / 0, "),
+    ("estimators", "check_rows_are_independent", "experts, x, routing", "experts, x - x.mean(0), routing"),
+    (
+        "estimators",
+        "check_what_is_saved_is_loaded",
+        "nn.ModuleList(perceptron(d_in, owner.d_hidden, d_out)",
+        "list(perceptron(d_in, owner.d_hidden, d_out).double()",
+    ),
+    (
+        "estimators",
+        "check_learning_again_forgets",
+        "return _Network(d_in, d_out, self)",
+        'return vars(self).setdefault("kept", _Network(d_in, d_out, self))',
+    ),
     ("decoders", "check_neutral_settings_are_plain_decoding", "self.power * logits", "-self.power * logits"),
     (
         "decoders",
@@ -434,10 +510,35 @@ BROKEN = [
         '"rows", rows="none")',
     ),
     ("upcyclers", "check_survives_json", "Build(layer, expert, 0)", "Build(layer, expert, 0, ((0, 1),))"),
+    ("data_mixers", "check_shares_are_whole", "Stretch(weights,", "Stretch(2 * weights,"),
+    ("data_mixers", "check_the_state_is_all_it_remembers", "+ fell)", "+ fell + id(self) // 16 % 97)"),
+    ("data_mixers", "check_the_order_of_domains_does_not_matter", "softmax(0)", "cumsum(0).softmax(0)"),
+    ("data_mixers", "check_what_helps_most_is_read_most", '"tags": []', '"tags": ["online"]'),
+    ("data_mixers", "check_losses_only_where_told", '"tags": []', '"tags": ["schedule"]'),
+    ("trimmers", "check_one_number_per_neuron", "squares.float()", "squares.float()[:4]"),
+    ("trimmers", "check_places_do_not_matter", "squares.float()", "squares.float().cumsum(0)"),
+    ("trimmers", "check_neurons_that_never_fire_go_first", "squares.float()", "down.float().square().sum(0)"),
+    ("trimmers", "check_more_active_counts_no_less", "seen.squares.float()", "-seen.squares.float()"),
     ("statistics", "check_one_number_per_assignment", ".mean(-1)", ".mean(-1)[:1]"),
     ("statistics", "check_assignments_are_independent", ".mean(-1)", ".mean(-1).cumsum(0)"),
     ("statistics", "check_low_precision", "outputs.float().abs()", "outputs.square().square()"),
     ("statistics", "check_fields_are_known", '"title": "Mine"', '"title": "Mine", "tags": ["reads:rooted"]'),
+    ("exchanges", "check_hops_lead_there", '("all",)\n\n', '("all", "all")\n\n'),
+    ("exchanges", "check_nothing_is_lost", "lambda outputs: outputs", "lambda outputs: outputs + 1"),
+    ("exchanges", "check_nothing_is_lost", "Packed(rows,", "Packed(rows.double(),"),
+    ("exchanges", "check_equal_rows_are_exact", "lambda outputs: outputs", "lambda outputs: rows"),
+    ("exchanges", "check_gradients_flow", "Packed(rows,", "Packed(rows.detach(),"),
+    ("exchanges", "check_nothing_to_send", "Packed(rows,", "Packed(rows[: 99 + 1 // len(rows)],"),
+    ("placements", "check_every_expert_lies_somewhere", "range(layer.shape.num_experts)", "range(4)"),
+    ("placements", "check_tags_hold", '"equal_counts"', '"equal_count"'),
+    ("placements", "check_tags_hold", "((e % cluster.num_devices,)", "(tuple(range(cluster.num_devices))"),
+    ("placements", "check_counts_are_equal", "e % cluster.num_devices", "e % 5 % cluster.num_devices"),
+    (
+        "placements",
+        "check_nothing_seen",
+        "for layer in trace.layers:",
+        "for layer in trace.layers:\n            1 / int(layer.load.sum())",
+    ),
     (
         "statistics",
         "check_one_factor_per_choice",
@@ -490,6 +591,17 @@ def test_a_broken_promise_of_a_tag_is_found(tmp_path: Path, check: str, tag: str
     path.write_text(text.replace("token_independent", tag).replace(old, new))
     (outcome,) = run("router", str(path), only=[check])
     assert outcome.status == "fail"
+
+
+def test_an_online_data_mixer_that_moves_without_cause_is_found(tmp_path: Path) -> None:
+    (path,) = new_method("data_mixers", "mine", tmp_path)
+    claims = path.read_text().replace('"tags": []', '"tags": ["online"]')
+    found = []
+    for text in (claims, claims.replace("+ fell)", "+ fell + losses)")):
+        path.write_text(text)
+        (outcome,) = run("data_mixers", str(path), only=["check_equal_losses_change_nothing"])
+        found.append(outcome.status)
+    assert found == ["pass", "fail"]
 
 
 def test_every_kind_is_broken_here() -> None:
