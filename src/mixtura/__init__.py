@@ -5,7 +5,7 @@ them is first used.
 
 >>> import mixtura
 >>> mixtura.names("quantizers")
-('gptq', 'nested', 'round_to_nearest', 'trellis')
+('dual_grained', 'gptq', 'integers', 'nested', 'round_to_nearest', 'trellis')
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ _PUBLIC = {
     "MixturaForCausalLM": "mixtura.modeling.family",
     "export": "mixtura.modeling.family",
     "export_gguf": "mixtura.running.gguf",
+    "export_compressed_tensors": "mixtura.fitting.compressing.ordinary",
     "decode": "mixtura.running.decoders.entry",
     "fit": "mixtura.fitting",
     "compress": "mixtura.fitting.compressing",
     "upcycle": "mixtura.fitting.upcycling",
     "compose": "mixtura.fitting.upcycling",
     "condense": "mixtura.checkpoints.upcycling.back",
+    "parallelize": "mixtura.running.parallel.entry",
     "register_backend": "mixtura.kernels",
     "AdapterConfig": "mixtura.adapting",
     "export_lora": "mixtura.adapting.exporting",
@@ -60,6 +62,7 @@ _PUBLIC = {
     "record_routing": "mixtura.rerouting",
     "replay_routing": "mixtura.rerouting",
     "restore": "mixtura.rerouting",
+    "estimators": "mixtura.methods.estimators",
     "specimen": "mixtura.data.specimen",
 }
 

@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mixtura.errors import UserError
 from mixtura.kernels.activations import PARAMETERS, Activation, recognise
 from mixtura.kernels.compiled import is_recorded, why_not_native
 from mixtura.kernels.experts import ExpertMath, StackedExperts
 from mixtura.kernels.few import NativeLayer, layer_of, run_few
 from mixtura.kernels.loads import count, loads_of
-from mixtura.kernels.records import AssignmentObserver, ExpertStore
+from mixtura.kernels.records import AssignmentObserver, ExpertExchange, ExpertStore
 from mixtura.kernels.routed import run_routed
 from mixtura.types import Change, MatrixShape
 
@@ -44,7 +45,8 @@ def forward(
     A choice outside [0, E) is absent: it adds nothing and gets no gradient. Where the module has an
     attribute ``mixtura_store`` (an `ExpertStore`) the experts are read from it, else they are the
     module's own parameters; where it has ``mixtura_observer`` (an `AssignmentObserver`) that is told
-    what each expert does.
+    what each expert does; where it has ``mixtura_exchange`` (an `ExpertExchange`) that brings tokens
+    to wherever experts are.
     """
     return run_module(self, hidden_states, top_k_index, top_k_weights)
 
@@ -64,6 +66,11 @@ def run_module(
     loads = loads_of(module)
     if loads is not None:
         count(loads, top_k_index)
+    exchange: ExpertExchange | None = getattr(module, "mixtura_exchange", None)
+    if exchange is not None:
+        return _exchanged(
+            exchange, hidden_states, top_k_index, top_k_weights, alone=not (observer or changes)
+        )
     math = math_of(module)
     source = _parameters_of(module) if store is None else store
     needs_grad = torch.is_grad_enabled() and any(
@@ -73,8 +80,7 @@ def run_module(
         found = run_few(hidden_states, top_k_index, top_k_weights, source, math)
         if found is not None:
             return found
-    num_tokens, num_chosen = top_k_index.shape
-    token_ids = torch.arange(num_tokens * num_chosen, device=top_k_index.device) // num_chosen
+    token_ids = _tokens_of(top_k_index)
     if observer is not None:
         observer.start(hidden_states, top_k_index, top_k_weights)
     outputs = run_routed(
@@ -91,6 +97,28 @@ def run_module(
     if observer is not None:
         observer.finish()
     return outputs
+
+
+def _tokens_of(top_k_index: Int[Tensor, "T K"]) -> Int[Tensor, " N"]:
+    num_tokens, num_chosen = top_k_index.shape
+    return torch.arange(num_tokens * num_chosen, device=top_k_index.device) // num_chosen
+
+
+def _exchanged(
+    exchange: ExpertExchange,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    alone: bool,
+) -> Tensor:
+    if not alone:
+        raise UserError(
+            "experts that lie on several processes cannot be observed or have adapters; load the model on "
+            "one process for that"
+        )
+    tokens = _tokens_of(top_k_index)
+    return exchange(hidden_states, tokens, top_k_index.reshape(-1), top_k_weights.reshape(-1))
 
 
 def experts_layer(module: Any) -> NativeLayer | None:

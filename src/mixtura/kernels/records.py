@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -69,6 +70,39 @@ class LendingStore(ExpertStore, Protocol):
 
     def lend(self, expert: int, dtype: torch.dtype) -> ExpertTensors:
         """What `get` gives, as it is until the next expert is asked for."""
+        ...
+
+
+@runtime_checkable
+class RehearsingStore(Protocol):
+    """A store whose experts are slow to come, for which a few can stand in while a layer is tried."""
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Until it ends, experts may be others of their form: the same ones however they are asked for."""
+        ...
+
+
+def rehearsal(experts: object) -> AbstractContextManager[None]:
+    """Until it ends, an experts module is only tried: whatever reads slowly may read less."""
+    store = getattr(experts, "mixtura_store", None)
+    return store.rehearsing() if isinstance(store, RehearsingStore) else nullcontext()
+
+
+@runtime_checkable
+class ExpertExchange(Protocol):
+    """Runs experts of which this process may not hold all.
+
+    An experts module that has one as its attribute ``mixtura_exchange`` runs through it.
+    """
+
+    def __call__(
+        self,
+        x: Float[Tensor, "T D"],
+        token_ids: Int[Tensor, " N"],
+        expert_ids: Int[Tensor, " N"],
+        weights: Float[Tensor, " N"],
+    ) -> Float[Tensor, "T D"]:
+        """Each token's weighted sum of its experts' outputs; an expert outside [0, E) is absent."""
         ...
 
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from mixtura.kernels.compiled import NUMBERS, is_plain, native, rows_of
 from mixtura.kernels.declined import Declined
 from mixtura.kernels.matrices import dense_matrix
+from mixtura.kernels.records import rehearsal
 
 _NUM_TOKENS: Final = 16
 # Of the norm of the weights; and the share of tokens whose choices may differ where logits are nearly equal.
@@ -118,7 +119,8 @@ def _choices(
 
     handle = experts.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        functional_call(block, corrections, (hidden,))
+        with rehearsal(experts):
+            functional_call(block, corrections, (hidden,))
     finally:
         handle.remove()
     if len(seen) == 1 and seen[0][0].shape == seen[0][1].shape and seen[0][0].ndim == 2:

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from mixtura.kernels.backend import NAME
 from mixtura.kernels.declined import Declined
+from mixtura.kernels.records import rehearsal
 from mixtura.kernels.step_calls import Around, Tables, run_attention, run_mixture
 from mixtura.kernels.step_parts import AttentionShape, Part, attention_parts, dtype_of, mixture_part
 from mixtura.kernels.step_watch import Unchanged
@@ -166,7 +167,8 @@ def _choices(rotated: list[Part], mixture: Part | None) -> Iterator[tuple[Part |
 
 def _agrees_at_all(layer: Any, own: type[nn.Module], found: Found, x: Tensor, around: Around) -> bool:
     try:
-        return _agrees(layer, own, found, x, around)
+        with rehearsal(found.experts):
+            return _agrees(layer, own, found, x, around)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         # A layer that wants more than the usual arguments is not of the usual form.
         return False

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mixtura.errors import UserError
-from mixtura.kernels.adapted import changed_expert, tensors_of
+from mixtura.kernels.adapted import Added, changed_expert, tensors_of
 from mixtura.kernels.dispatch import Dispatch, sum_by_token
 from mixtura.kernels.experts import ExpertMath, run_experts
 from mixtura.kernels.matmul import linear
@@ -107,7 +107,7 @@ class _ChangedExperts(Function):
             token_ids = call.dispatch.rows[start:stop]
             inputs = x.index_select(0, token_ids)
             tensors = call.store.get(expert, x.dtype)
-            outputs[start:stop] = _run_changed(inputs, tensors, expert, changes, call.math)
+            outputs[start:stop] = _run_changed(inputs, token_ids, tensors, expert, changes, call.math)
             if call.observer is not None:
                 call.observer.expert(
                     expert, token_ids, weights[start:stop], inputs.detach(), outputs[start:stop]
@@ -128,7 +128,8 @@ class _ChangedExperts(Function):
             token_ids = dispatch.rows[start:stop]
             inputs = x.index_select(0, token_ids).requires_grad_()
             with torch.enable_grad():
-                outputs = _run_changed(inputs, store.get(expert, x.dtype), expert, changes, math)
+                tensors = store.get(expert, x.dtype)
+                outputs = _run_changed(inputs, token_ids, tensors, expert, changes, math)
             grad_outputs = grad.index_select(0, token_ids)
             grad_weights[start:stop] = dot_rows(grad_outputs, outputs.detach())
             weighted = (grad_outputs * weights[start:stop, None]).to(outputs.dtype)
@@ -157,21 +158,27 @@ def _with_tensors(change: Change, swapped: Mapping[int, Tensor]) -> Change:
 
 @full_precision()
 def _run_changed(
-    x: Tensor, tensors: ExpertTensors, expert: int, changes: Sequence[Change], math: ExpertMath
+    x: Tensor,
+    token_ids: Tensor,
+    tensors: ExpertTensors,
+    expert: int,
+    changes: Sequence[Change],
+    math: ExpertMath,
 ) -> Tensor:
     tensors, added = changed_expert(tensors, expert, changes)
-    hidden = math.activation(_sum(x, math.matrix(tensors.up), tensors.up_bias, added["up"]))
-    outputs = _sum(hidden, math.matrix(tensors.down), tensors.down_bias, added["down"])
+    hidden = math.activation(_sum(x, token_ids, math.matrix(tensors.up), tensors.up_bias, added["up"]))
+    outputs = _sum(hidden, token_ids, math.matrix(tensors.down), tensors.down_bias, added["down"])
     return outputs if math.post is None else math.post(outputs)
 
 
-def _sum(
-    x: Tensor, weight: Tensor, bias: Tensor | None, added: Sequence[tuple[Tensor, Tensor, float]]
-) -> Tensor:
+def _sum(x: Tensor, token_ids: Tensor, weight: Tensor, bias: Tensor | None, added: Sequence[Added]) -> Tensor:
     # Without gradients by the very kernel of experts that nothing is added to, so that zeros add nothing.
     made = F.linear(x, weight, bias) if torch.is_grad_enabled() else linear(x, weight, bias)
-    for a, b, scale in added:
-        made = made + (scale * F.linear(F.linear(x.to(a.dtype), a), b)).to(made.dtype)
+    for a, b, scale, tokens in added:
+        thin = F.linear(x.to(a.dtype), a)
+        if tokens is not None:
+            thin = thin * tokens.index_select(0, token_ids)[:, None]
+        made = made + (scale * F.linear(thin, b)).to(made.dtype)
     return made
 
 

@@ -49,6 +49,7 @@ def described(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n
     places = _positions(given.get("position_ids"), size)
     begun = _begun(given, padding, places, size)
     made.sequence_ids = begun.reshape(-1).cumsum(0) - 1
+    made.prompt = _prompt(given, made)
     if places is None:
         places = (padding.known.cumsum(-1) - 1).clamp(min=0)[:, -size.columns :]
         if _LENGTHS in given:
@@ -120,6 +121,24 @@ def _begun(
     if isinstance(numbers, Tensor) and numbers.shape[-1] == size.columns:
         begun[:, 1:] |= numbers.expand(size.rows, -1).diff(dim=-1) != 0
     return begun
+
+
+def _prompt(given: Mapping[str, Any], here: Pass) -> Bool[Tensor, " T"] | None:
+    """Which tokens come before all that the labels of their sequence ask for, the last of them included."""
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    known = shifted if isinstance(shifted, Tensor) else labels
+    ids = here.sequence_ids
+    if not isinstance(known, Tensor) or ids is None or here.shape is None or known.shape != here.shape:
+        return None
+    asked = known.ne(_IGNORED)
+    if not isinstance(shifted, Tensor):
+        # A token's label is what the one before it is to predict.
+        asked = torch.cat([asked[:, 1:], torch.zeros_like(asked[:, :1])], dim=1)
+    last = torch.cat([ids[1:] != ids[:-1], ids.new_ones(1, dtype=torch.bool)])
+    counted = (asked.reshape(-1) & ~last).long()
+    before = counted.cumsum(0) - counted
+    first = torch.cat([ids.new_ones(1, dtype=torch.bool), last[:-1]])
+    return before == torch.where(first, before, 0).cummax(0).values
 
 
 def num_labels(model: Any, given: Mapping[str, Any]) -> Int[Tensor, ""] | None:

@@ -47,6 +47,7 @@ class Pass:
         token_ids: vocabulary entries, where the model was given any.
         positions: each token's place in its sequence.
         sequence_ids: for each token the number of its sequence in the batch; several may be packed in a row.
+        prompt: tokens before the first that a sequence's labels ask for; None where there are no labels.
         past: tokens of each row that are in the cache already.
         cache: the cache that it goes on from or fills.
         training: whether the model is trained on it.
@@ -67,6 +68,7 @@ class Pass:
     token_ids: Int[Tensor, " T"] | None = None
     positions: Int[Tensor, " T"] | None = None
     sequence_ids: Int[Tensor, " T"] | None = None
+    prompt: Bool[Tensor, " T"] | None = None
     past: int = 0
     cache: Any = None
     training: bool = False
@@ -141,7 +143,7 @@ class Passes:
         """The pass that a router which runs now is in."""
         if self.active is not None:
             return self.active
-        if _goes_backward():
+        if goes_backward():
             return self._latest
         made = self._unknown(router)
         self.num_outside += made.training
@@ -157,12 +159,12 @@ class Passes:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if not _goes_backward() and args and isinstance(args[0], Tensor):
+        if not goes_backward() and args and isinstance(args[0], Tensor):
             self._of_input[args[0]] = self._unknown(layer) if self.active is None else self.active
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find(self, child: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.active is None and _goes_backward() and args and isinstance(args[0], Tensor):
+        if self.active is None and goes_backward() and args and isinstance(args[0], Tensor):
             self._latest = self._of_input.get(args[0]) or self._alias(args[0]) or self._latest
 
     def _alias(self, given: Tensor) -> Pass | None:
@@ -183,7 +185,7 @@ class Passes:
         return copied
 
 
-def _goes_backward() -> bool:
+def goes_backward() -> bool:
     """Whether this is computed during a backward pass, where layers are only ever computed again."""
     return torch._C._current_graph_task_id() != -1
 

@@ -27,13 +27,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, final
 
 from mixtura.errors import UserError, suggest
-from mixtura.types.adapters import Change, LowRank, MatrixShape, Own, Site
+from mixtura.types.adapters import Change, LowRank, MatrixShape, Own, Progress, Site
+from mixtura.types.attending import Attend, AttentionInput, AttentionShape
 from mixtura.types.experts import Matrices, Ran, Rows
 from mixtura.types.inputs import ExpertsHandle, LayerShape, RouterInput
 from mixtura.types.routing import BalancerInput, Routing
 
 __all__ = [
     "Action",
+    "Attend",
+    "AttentionInput",
+    "AttentionShape",
     "BalancerInput",
     "Budget",
     "Change",
@@ -46,6 +50,7 @@ __all__ = [
     "Merge",
     "Own",
     "Plan",
+    "Progress",
     "Quantize",
     "QuantizeMatrix",
     "Ran",
@@ -54,6 +59,7 @@ __all__ = [
     "Routing",
     "Rows",
     "Site",
+    "Trim",
     "VLLM_ROUTER_COUNTS",
 ]
 
@@ -141,6 +147,18 @@ class Drop(Action):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Trim(Action):
+    """Remove neurons of one expert of a decoder layer: rows of its first matrices, columns of its last."""
+
+    kind: ClassVar[str] = "trim"
+
+    layer: int
+    expert: int
+    neurons: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Quantize(Action):
     """Store one expert of a decoder layer with a quantizer. ``expert`` counts before any drop."""
 
@@ -211,6 +229,10 @@ class Plan:
             if isinstance(action, Drop):
                 gone.setdefault(action.layer, set()).update(action.experts)
         return {layer: tuple(sorted(experts)) for layer, experts in sorted(gone.items()) if experts}
+
+    def trimmed(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """The neurons removed of each (layer, expert) that loses some."""
+        return {(a.layer, a.expert): a.neurons for a in self.actions if isinstance(a, Trim)}
 
     def merged(self) -> dict[int, tuple[Merge, ...]]:
         """Groups of experts that become one, by layer; layers that have none are absent."""

@@ -7,7 +7,10 @@ from typing import Literal, final
 
 from mixtura.types.models import Message
 
-Outcome = Literal["ok", "refused", "rate", "auth", "quota", "timeout", "broken", "cancelled", "budget"]
+# Down: there was no connection, so that nothing was asked.
+Outcome = Literal[
+    "ok", "refused", "rate", "auth", "quota", "timeout", "broken", "down", "cancelled", "budget"
+]
 
 
 @final

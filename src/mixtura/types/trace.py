@@ -17,6 +17,7 @@ from torch import Tensor
 from mixtura.errors import UnknownNameError, UserError, suggest
 from mixtura.types import LayerShape
 
+_FOR_AN_ANALYSIS = " (mixtura observe MODEL --analysis NAME --save FILE keeps what the analysis reads)"
 _VERSION = "1"
 _TOKEN_IDS = "token_ids"
 # What may be kept of every expert beside its statistics, one row each.
@@ -150,7 +151,7 @@ class Trace:
         if choices is None or sum(self.sequence_lengths) != len(choices):
             raise UserError(
                 "this trace does not have every token's experts by sequence; observe again with "
-                "keep_choices=True"
+                f"keep_choices=True{_FOR_AN_ANALYSIS}"
             )
         found: tuple[Tensor, ...] = choices.split(list(self.sequence_lengths))
         return found
@@ -163,7 +164,8 @@ class Trace:
         """
         if self.token_ids is None or len(self.token_ids) != sum(self.num_tokens):
             raise UserError(
-                "this trace does not say which token each one is; observe again with keep_choices=True"
+                "this trace does not say which token each one is; observe again with "
+                f"keep_choices=True{_FOR_AN_ANALYSIS}"
             )
         return self.token_ids
 
@@ -176,8 +178,7 @@ class Trace:
         found = self.layer(index).logits
         if found is None:
             raise UserError(
-                "this trace has no logits of routers; observe again with keep_logits=4096, or for the "
-                "analysis that reads them"
+                f"this trace has no logits of routers; observe again with keep_logits=4096{_FOR_AN_ANALYSIS}"
             )
         return found
 
@@ -274,6 +275,11 @@ class Trace:
         Raises:
             UserError: no such file, or it is not a trace of this version.
         """
+        if path.is_dir():
+            raise UserError(
+                f"{path} is a directory, and a trace is a file; give one, or make it of a model with "
+                f"mixtura observe {path} --save FILE"
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}

@@ -32,6 +32,7 @@ from mixtura.authoring.contracts._core import (
 )
 from mixtura.authoring.contracts._samples import (
     relabelled,
+    sample_cluster,
     sample_dense_trace,
     sample_routing,
     sample_trace,
@@ -47,6 +48,7 @@ __all__ = [
     "relabelled",
     "require",
     "run",
+    "sample_cluster",
     "sample_dense_trace",
     "sample_routing",
     "sample_trace",

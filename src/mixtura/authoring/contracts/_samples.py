@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixtura.methods import names
 from mixtura.types import LayerShape, Routing
+from mixtura.types.placement import Cluster, Link
 from mixtura.types.trace import LayerTrace, Trace
 from mixtura.types.upcycling import DenseShape, DenseTrace, LayerInputs
 
@@ -110,6 +111,18 @@ def _layer(
         coactivation=_pairs(choices, choices, num_experts).fill_diagonal_(0),
         choices=choices,
         logits=logits,
+    )
+
+
+def sample_cluster(num_nodes: int = 2, devices_per_node: int = 2) -> Cluster:
+    """A made-up cluster whose nodes are connected ten times as slowly as the devices in them."""
+    return Cluster(
+        num_nodes=num_nodes,
+        devices_per_node=devices_per_node,
+        flops_per_s=1e12,
+        memory_num_bytes=1 << 30,
+        within=Link(latency_s=1e-5, bytes_per_s=1e10),
+        between=Link(latency_s=5e-5, bytes_per_s=1e9),
     )
 
 
