@@ -165,11 +165,11 @@ def fitted_scales(
         wanted = wide * weight
         left.diagonal(dim1=1, dim2=2).copy_(_by_group(wide * wide, group).sum(-1))
     else:
-        # Scales are kept in bfloat16, and the errors of these products average out.
-        half, coarse = moments.to(torch.bfloat16), levels.to(torch.bfloat16)
-        wanted = wide * (weight.to(torch.bfloat16) @ half)
+        # Not in bfloat16: where one input dwarfs the others, nearly all of a product is to cancel.
+        whole = moments.float()
+        wanted = wide * (weight @ whole)
         for number, first in enumerate(range(0, cols, group)):
-            part = coarse[:, first : first + group] @ half[first : first + group]
+            part = wide[:, first : first + group] @ whole[first : first + group]
             left[:, number] = _by_group(wide * part, group).sum(-1)
     right = _by_group(wanted, group).sum(-1)
     size = left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
