@@ -19,6 +19,15 @@ _DAMPING = 0.01
 _MOST_DAMPING = 10.0
 
 
+def check_moments(moments: Float[Tensor, "C C"] | None) -> None:
+    """Refuse moments that are no numbers."""
+    if moments is not None and not bool(torch.isfinite(moments.diagonal()).all()):
+        raise UserError(
+            "what a weight matrix is multiplied with on the calibration text holds NaN or infinity; give "
+            "text on which the model computes numbers, or look whether its checkpoint is damaged"
+        )
+
+
 # What each thread made last.
 _last = threading.local()
 
@@ -44,11 +53,7 @@ class Compensation(NamedTuple):
         Raises:
             UserError: they are no numbers.
         """
-        if moments is not None and not bool(torch.isfinite(moments.diagonal()).all()):
-            raise UserError(
-                "what a weight matrix is multiplied with on the calibration text holds NaN or infinity; give "
-                "text on which the model computes numbers, or look whether its checkpoint is damaged"
-            )
+        check_moments(moments)
         if moments is None or not bool((moments.diagonal() > 0).any()):
             return Compensation(torch.arange(cols), torch.eye(cols))
         # A matrix is rounded to several widths in turn, by the very same moments.
