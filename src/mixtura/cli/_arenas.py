@@ -87,6 +87,12 @@ def _shrink(asked: Asked) -> list[Any]:
     return [*hold(Contest(kind=asked.kind, model=asked.checkpoint(), **asked.shared()), _notify)]
 
 
+def _round(asked: Asked) -> list[Any]:
+    from mixtura.fitting.arena.rounding.run import Contest, hold
+
+    return [*hold(Contest(model=asked.checkpoint(), **asked.shared()), _notify)]
+
+
 def _answer(asked: Asked) -> list[Any]:
     from mixtura.running.decoders.arena.run import Contest, hold
 
@@ -203,6 +209,14 @@ def _show_shrunk(table: list[Any]) -> None:
     _show(["experts", "name", "KL", "to frequency", "verdict"], rows, left=(1, 4))
 
 
+def _show_rounded(table: list[Any]) -> None:
+    rows = [
+        [f"{one.rung:g}", one.name, one.settings, f"{one.bits:.3f}", f"{one.kl:.3g}", one.verdict]
+        for one in table
+    ]
+    _show(["at most", "name", "settings", "bits", "KL", "verdict"], rows, left=(1, 2, 5))
+
+
 def _show_answered(table: list[Any]) -> None:
     rows = [
         [one.name, f"{one.accuracy:.1%}", f"{one.gained}, {one.lost}", f"{one.tokens:.0f}", one.verdict]
@@ -298,6 +312,7 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "attentions": _TRAINED,
     "pruners": _SHRUNK,
     "mergers": _SHRUNK,
+    "quantizers": Arena(_round, _show_rounded),
     "decoders": Arena(_answer, _show_answered),
     "caches": Arena(_replay, _show_replayed),
     "model_routers": Arena(_compose, _show_composed),

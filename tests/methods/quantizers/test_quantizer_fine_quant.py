@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -110,4 +109,3 @@ def test_settings() -> None:
         FineQuant(ratio=0.5)
     with pytest.raises(SettingError, match="ratio"):
         FineQuant(ratio=float("nan"))
-    assert FineQuant(group_size=int(np.int64(32)), ratio=float(np.float32(1.25))).ratio == 1.25
