@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError, check_range
 from mixtura.methods.quantizers import Encoded, Quantizer
+from mixtura.methods.quantizers._granularity import mean_range, places
 from mixtura.methods.quantizers._shared import best_scales, check_finite, levels_of, pack, unpack
 
 METHOD = {
@@ -82,7 +83,7 @@ class FineQuant(Quantizer):
         halvings = self._halvings(whole)
         codes = torch.empty(rows, cols, dtype=torch.uint8)
         scales = torch.zeros(rows * -(-cols // min(self.group_size, cols)), dtype=torch.bfloat16)
-        places = _places(halvings, cols)
+        where = places(halvings, cols)
         for halving in halvings.unique().tolist():
             own = halvings == halving
             size = -(-cols // 2**halving)
@@ -90,7 +91,7 @@ class FineQuant(Quantizer):
             found = self._scales(x).to(torch.bfloat16)
             levels = levels_of(x, found.float(), self._half).add_(self._half)
             codes[own] = levels.to(torch.uint8).view(len(x), -1)[:, :cols]
-            scales[places[own][:, ::size].flatten()] = found.flatten()
+            scales[where[own][:, ::size].flatten()] = found.flatten()
         tensors = {"codes": pack(codes, self.bits), "halvings": halvings.to(torch.uint8), "scales": scales}
         return Encoded(tensors, {"rows": rows, "cols": cols})
 
@@ -99,7 +100,7 @@ class FineQuant(Quantizer):
         # In bfloat16 levels are exact and a product is rounded once; float16 cannot hold the scales.
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         levels = unpack(parts["codes"], self.bits, cols, exact, self._half)
-        scales = parts["scales"][_places(parts["halvings"].long(), cols)]
+        scales = parts["scales"][places(parts["halvings"].long(), cols)]
         return levels.mul_(scales.to(exact)).to(dtype)
 
     def num_bytes(self, rows: int, cols: int) -> int:
@@ -116,7 +117,7 @@ class FineQuant(Quantizer):
         sizes = [cols]
         while sizes[-1] > _SMALLEST:
             sizes.append(-(-cols // 2 ** len(sizes)))
-        ranges = torch.stack([_mean_range(weight, size) for size in sizes])
+        ranges = torch.stack([mean_range(weight, size) for size in sizes])
         # Where a row is zero from end to end, nothing shrinks.
         shrinks = torch.where(ranges[1:] > 0, ranges[:-1] / ranges[1:], 1.0).T.tolist()
         left = rows * (-(-cols // min(self.group_size, cols)) - 1)
@@ -143,19 +144,3 @@ class FineQuant(Quantizer):
             scales = torch.where(gain > gains, best, scales)
             gains = torch.maximum(gains, gain)
         return scales
-
-
-def _mean_range(weight: Float[Tensor, "R C"], size: int) -> Float[Tensor, " R"]:
-    """The largest weight of a group, mean over a row's groups by their weights."""
-    rows, cols = weight.shape
-    groups = F.pad(weight.abs(), (0, -cols % size)).view(rows, -1, size)
-    counts = torch.full((groups.shape[1],), float(size))
-    counts[-1] -= -cols % size
-    return groups.amax(-1) @ counts / cols
-
-
-def _places(halvings: Int[Tensor, " R"], cols: int) -> Int[Tensor, "R C"]:
-    """For each weight the place of its scale."""
-    sizes = -(-cols // 2**halvings)
-    counts = -(-cols // sizes)
-    return (counts.cumsum(0) - counts)[:, None] + torch.arange(cols) // sizes[:, None]
