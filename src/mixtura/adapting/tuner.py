@@ -214,7 +214,9 @@ def _join(model: nn.Module, adapter_name: str) -> None:
     by_name = {one.adapter(adapter_name).site.name: one.adapter(adapter_name) for one in own}
     for layer in own:
         adapter = layer.adapter(adapter_name)
-        layer.num_sites[adapter_name] = sum(type(other) is type(layer) for other in own)
+        layer.num_sites[adapter_name] = sum(
+            type(other) is type(layer) and not other.adapter(adapter_name).idle for other in own
+        )
         if adapter.site.peers:
             adapter.join(by_name[adapter.site.peers[0]])
 
