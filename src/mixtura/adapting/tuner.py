@@ -188,6 +188,11 @@ def _require_parameters(model: nn.Module, adapter_name: str, config: Any) -> Non
             f"the adapter {adapter_name} ({config.method}) names no expert of any layer that it is in, so "
             "that nothing would be learned; name some by experts, or leave it out for all"
         )
+    if own and all(adapter.idle for adapter in own):
+        raise UserError(
+            f"the adapter {adapter_name} ({config.method}) changes nothing where it is put: {own[0].idle}; "
+            "put it on others as well (target_modules, layers_to_transform)"
+        )
 
 
 def _embeddings_of(model: nn.Module) -> Tensor:

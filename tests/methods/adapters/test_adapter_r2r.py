@@ -12,6 +12,7 @@ from methods.adapters.adapter_sites import linear_site
 from peft import get_peft_model
 
 import mixtura
+from mixtura.errors import UserError
 
 
 def test_r2r_gives_a_query_one_lora_from_the_probed_layer_on() -> None:
@@ -52,3 +53,11 @@ def test_guidance_is_the_cross_entropy_with_the_task_however_many_layers_lie_bel
         made.logits[:, :-1].double().reshape(-1, 32), labels[:, 1:].reshape(-1)
     )
     assert float(made.loss) - float(shifted) == pytest.approx(0.7 * total, rel=1e-5)
+
+
+def test_layers_below_the_probe_alone_are_refused() -> None:
+    config = mixtura.AdapterConfig(method="r2r", settings={"probe": 1.0}, layers_to_transform=[0])
+    with pytest.raises(
+        UserError, match="what it changes begins in layer 1 of layers 0 to 1; put"
+    ):
+        get_peft_model(dense(), config)
