@@ -268,11 +268,15 @@ class ExpertsLayer(AdapterLayer):
         base = self.base_layer
         for_all = [change for change in changes if change.tokens is None]
         made: Tensor = functional_call(base, changed_parameters(base, for_all), args, kwargs)
-        for change in changes:
-            if change.tokens is not None:
-                others = [*for_all, *(one for one in changes if one.tokens is change.tokens)]
-                changed = functional_call(base, changed_parameters(base, others), args, kwargs)
-                made = torch.where(change.tokens[:, None], changed, made)
+        met = [change.tokens for change in changes if change.tokens is not None]
+        # Once for each set of changes that some token meets.
+        for kind in torch.stack(met).unique(dim=1).T if met else ():
+            if kind.any():
+                found = iter(kind.tolist())
+                own = [change for change in changes if change.tokens is None or next(found)]
+                changed = functional_call(base, changed_parameters(base, own), args, kwargs)
+                here = (torch.stack(met) == kind[:, None]).all(0)
+                made = torch.where(here[:, None], changed, made)
         return made
 
     def _with_merged(self, changes: list[Change]) -> list[Change]:
