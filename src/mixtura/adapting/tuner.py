@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mixtura.adapting.blocks import BlockLayer, is_block, require_plain
 from mixtura.adapting.config import AdapterConfig, AdapterType
-from mixtura.adapting.layers import ADAPTERS, AdapterLayer, ExpertsLayer, LinearLayer
+from mixtura.adapting.layers import ADAPTERS, AdapterLayer, ExpertsLayer
+from mixtura.adapting.linears import LinearLayer
 from mixtura.adapting.losses import LossBox
 from mixtura.adapting.sites import (
     base_digest,

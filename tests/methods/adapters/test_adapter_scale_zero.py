@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
+from adapting.adapted_models import dense, logits, stir
 from methods.adapters.adapter_inputs import X, stirred
 from methods.adapters.adapter_sites import linear_site
+from peft import get_peft_model
 
+import mixtura
 from mixtura.adapting.changing import add_to_rows, changed_weight
 from mixtura.methods import load_method
 from mixtura.types import Progress, RouterInput
@@ -52,3 +57,38 @@ def test_entering_a_stage_changes_nothing() -> None:
     after = made.change(RouterInput.of(X[:0]))
     base = torch.zeros(20, 16)
     assert torch.equal(changed_weight(base, before), changed_weight(base, after))
+
+
+def both(order: list[str]) -> Any:
+    """Stages of LoRAs and a plain LoRA beside them."""
+    config = mixtura.AdapterConfig(method="scale_zero", settings={"rank": 2, "reach": 0.9})
+    model = get_peft_model(dense(), config).double().eval()
+    model.add_adapter("plain", mixtura.AdapterConfig(method="lora", settings={"rank": 2}))
+    model = model.double()
+    stir(model, scale=0.6)
+    model.base_model.set_adapter(order)
+    return model
+
+
+@pytest.mark.parametrize("order", [["default", "plain"], ["plain", "default"]])
+def test_its_factor_is_of_the_base_alone_whatever_other_adapters_add(order: list[str]) -> None:
+    model = both(order)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    layer: Any = model.get_submodule(name)
+    own, plain = layer.mixtura_adapter["default"], layer.mixtura_adapter["plain"]
+    with torch.no_grad():
+        before = layer.base_layer.weight.clone()
+        wanted = (1 + 0.9 * own.theta[0].tanh()) * before
+        wanted += (1 + 0.9 * own.theta[1].tanh()) * 8.0 * own.b[0][0] @ own.a[0][0]
+        wanted += 8.0 * plain.b[0] @ plain.a[0]
+        x = torch.randn(5, 16, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), x @ wanted.T)
+        whole = logits(model)
+        for merged in ([order[0]], [order[1]], order):
+            model.merge_adapter(merged)
+            torch.testing.assert_close(layer(x), x @ wanted.T)
+            torch.testing.assert_close(logits(model), whole)
+            if merged == order:
+                torch.testing.assert_close(layer.base_layer.weight, wanted)
+            model.unmerge_adapter()
+            assert torch.equal(layer.base_layer.weight, before)
