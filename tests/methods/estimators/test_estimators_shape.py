@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import mixtura
+from mixtura.authoring.contracts import subject
+from mixtura.authoring.contracts.estimators import sample
 from mixtura.errors import CheckpointError, OutputError, SettingError, UserError
+from mixtura.methods import load_method, own_names
 
 X, Y = load_iris(return_X_y=True)
 WORDS = np.array(["setosa", "versicolor", "virginica"])[Y]
@@ -95,6 +99,48 @@ def test_what_cannot_be_learned_is_said_in_a_sentence(
     with pytest.raises(UserError, match=why) as refused:
         mixtura.estimators.UatrCmoe(epochs=1).fit(rows, targets)
     assert "\n" not in str(refused.value)
+
+
+def numpy_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All settings of an estimator as numpy's numbers, and the same as Python's."""
+    plain = mixtura.create("estimators", name).get_params()
+    plain |= {key: value for key, value in {"epochs": 1, "batch_size": 16}.items() if key in plain}
+    theirs: dict[str, Any] = {}
+    for key, value in plain.items():
+        kind = {int: np.int32, float: np.float32}.get(type(value))
+        theirs[key] = value if kind is None else kind(value)
+    return theirs, {key: getattr(one, "item", lambda one=one: one)() for key, one in theirs.items()}
+
+
+@pytest.mark.parametrize("name", own_names("estimators"))
+def test_numbers_of_numpy_are_settings_like_any_others(name: str, tmp_path: Path) -> None:
+    theirs, plain = numpy_settings(name)
+    cls = load_method("estimators", name)
+    given = sample(subject("estimators", name), 3)
+    wanted = cls(**plain).fit(**given).predict(given["X"])
+    for model in (cls().set_params(**theirs), mixtura.create("estimators", name, **theirs)):
+        made = model.fit(**given)
+        assert np.array_equal(made.predict(given["X"]), wanted)
+        made.save(tmp_path / "kept.safetensors")
+        again = cls.load(tmp_path / "kept.safetensors")
+        assert np.array_equal(again.predict(given["X"]), wanted)
+        assert again.get_params() == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"learning_rate": np.float32(-1)}, "learning_rate of UatrCmoe must be in"),
+        ({"epochs": np.float32(1)}, "epochs of UatrCmoe must be <class 'int'>"),
+        ({"epochs": np.bool_(True)}, "epochs of UatrCmoe must be <class 'int'>"),
+    ],
+)
+def test_settings_of_numpy_have_types_and_ranges_too(given: dict[str, Any], why: str) -> None:
+    # As a search sets them.
+    with pytest.raises(SettingError, match=why):
+        mixtura.estimators.UatrCmoe().set_params(**given).fit(X, Y)
+    with pytest.raises(SettingError, match=why.split(" <")[0]):
+        mixtura.create("estimators", "uatr_cmoe", **given)
 
 
 def test_without_scikit_learn_the_extra_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, final, get_type_hints
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from mixtura.errors import CheckpointError, OutputError, SettingError, UserError, check_range, one_line
 from mixtura.methods.estimators._training import seeded
-from mixtura.methods.settings import construct, fits
+from mixtura.methods.settings import as_plain, construct, fits
 from mixtura.types import Routing
 
 try:
@@ -70,14 +71,18 @@ class Estimator(BaseEstimator, ABC):
 
     @final
     def check_settings(self) -> None:
-        """Raise `SettingError` unless every setting is of its type and in its range."""
+        """Raise `SettingError` unless every setting is of its type and in its range.
+
+        Numbers of numpy, which searches set, become Python's.
+        """
         hints = get_type_hints(type(self).__init__)
         for name, value in self.get_params(deep=False).items():
             if not fits(value, hints[name]):
                 raise SettingError(f"{name} of {type(self).__name__} must be {hints[name]}, got {value!r}")
             bounds = {**RANGES, **self.ranges}.get(name)
-            if bounds is not None and isinstance(value, int | float):
-                check_range(type(self).__name__, name, value, *bounds)
+            if bounds is not None and isinstance(value, Real):
+                check_range(type(self).__name__, name, as_plain(value), *bounds)
+            setattr(self, name, as_plain(value))
 
     @final
     def rows(self, X: Any) -> np.ndarray:
@@ -171,7 +176,8 @@ class Estimator(BaseEstimator, ABC):
         facts: dict[str, Any] = {}
         for name, value in learned(self).items():
             _put_apart(self, name, value, tensors, facts)
-        words = {"format": _FORMAT, "name": self.method_name, "settings": self.get_params(), "facts": facts}
+        settings = as_plain(self.get_params())
+        words = {"format": _FORMAT, "name": self.method_name, "settings": settings, "facts": facts}
         kept = {name: one.contiguous().clone() for name, one in tensors.items()}
         try:
             save_file(kept, str(path), metadata={"mixtura": json.dumps(words)})
@@ -230,8 +236,8 @@ def _put_apart(
         tensors[name] = torch.from_numpy(value)
     elif isinstance(value, np.ndarray) and value.dtype.kind in "UO":
         facts[name] = {"array": value.tolist(), "dtype": str(value.dtype)}
-    elif isinstance(value, int | float | str | list | tuple | None):
-        facts[name] = value
+    elif isinstance(value, Real | str | list | tuple | None):
+        facts[name] = as_plain(value)
     else:
         raise UserError(
             f"{type(owner).__name__} learned models of another library ({type(value).__name__} in {name}), "

@@ -123,12 +123,12 @@ class DriftMoe(ClassifierMixin, Estimator):
         self.classes_ = classes
         shape = (self.num_experts, len(classes))
         self.counts_ = np.zeros(shape)
-        self.sums_, self.squares_ = (np.zeros((*shape, self.n_features_in_)) for _ in range(2))
+        self.means_, self.spreads_ = (np.zeros((*shape, self.n_features_in_)) for _ in range(2))
         self.seen_ = np.zeros((3, self.n_features_in_))
         self.rebuild()
 
     def _experts(self) -> NaiveBayes:
-        return NaiveBayes(self.counts_, self.sums_, self.squares_, Moments(self.seen_))
+        return NaiveBayes(self.counts_, self.means_, self.spreads_, Moments(self.seen_))
 
     def _logits(self, X: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
