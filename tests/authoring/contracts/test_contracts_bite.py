@@ -511,7 +511,7 @@ BROKEN = [
     ),
     ("upcyclers", "check_survives_json", "Build(layer, expert, 0)", "Build(layer, expert, 0, ((0, 1),))"),
     ("data_mixers", "check_shares_are_whole", "Stretch(weights,", "Stretch(2 * weights,"),
-    ("data_mixers", "check_the_state_is_all_it_remembers", "+ fell)", "+ fell + id(self) // 16 % 97)"),
+    ("data_mixers", "check_the_state_is_all_it_remembers", "+ fell)", "+ fell * (id(self) // 16 % 9973))"),
     ("data_mixers", "check_the_order_of_domains_does_not_matter", "softmax(0)", "cumsum(0).softmax(0)"),
     ("data_mixers", "check_what_helps_most_is_read_most", '"tags": []', '"tags": ["online"]'),
     ("data_mixers", "check_losses_only_where_told", '"tags": []', '"tags": ["schedule"]'),
