@@ -101,6 +101,49 @@ def test_what_cannot_be_learned_is_said_in_a_sentence(
     assert "\n" not in str(refused.value)
 
 
+NUMBERS = r"takes numbers, got .*; turn other values into numbers first"
+LENGTHS = "have several lengths; give as many numbers in every row"
+BAD_TARGETS: dict[str, tuple[Any, str]] = {
+    "ragged": ([[1.0, 0.0]] * 47 + [[1.0]], LENGTHS),
+    "words": (["yes", "no"] * 24, NUMBERS),
+    "mixed": ([1, "yes", None] * 16, NUMBERS),
+    "objects": (np.array([1, "yes", None] * 16, dtype=object), NUMBERS),
+    "records": ([{"yes": 1}] * 48, NUMBERS),
+    "columns": ([["yes", "no", "no"]] * 48, NUMBERS),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TARGETS)
+@pytest.mark.parametrize("name", [one for one in own_names("estimators") if one != "universal_portfolio"])
+def test_text_and_ragged_targets_are_refused_in_a_sentence(name: str, what: str) -> None:
+    method = subject("estimators", name)
+    given, (targets, why) = sample(method, 3), BAD_TARGETS[what]
+    plain = mixtura.create("estimators", name).get_params()
+    quick = {key: value for key, value in {"epochs": 1, "batch_size": 16}.items() if key in plain}
+    classifies = method.has("classifies") and not method.has("multi_task")
+    if classifies:
+        why = rf"{LENGTHS}|labels of \w+ are one class a row|Unknown label type|should be a 1d array"
+    learned = mixtura.create("estimators", name, **quick).fit(**given)
+    for use in ("fit", "partial_fit", "score"):
+        model = learned if use == "score" else mixtura.create("estimators", name, **quick)
+        if not hasattr(model, use) or (classifies and what == "words" and use != "score"):
+            continue
+        with pytest.raises(UserError, match=why) as refused:
+            getattr(model, use)(given["X"], targets)
+        assert "\n" not in str(refused.value)
+
+
+def test_what_is_beside_the_targets_is_refused_in_a_sentence_too() -> None:
+    with pytest.raises(UserError, match="several lengths"):
+        mixtura.estimators.DriftMoe().partial_fit(X, Y, classes=[[0, 1], [2]])
+    with pytest.raises(UserError, match="got rows of several lengths"):
+        mixtura.estimators.Mowst().fit(X, Y, edges=[[0, 1], [2]])
+    with pytest.raises(UserError, match="a series is one row of finite numbers"):
+        mixtura.estimators.windows(["a", "b"], past=1, future=1)
+    with pytest.raises(UserError, match="takes numbers"):
+        mixtura.estimators.UniversalPortfolio().fit(np.ones((3, 2))).score([["a", "b"]])
+
+
 def numpy_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """All settings of an estimator as numpy's numbers, and the same as Python's."""
     plain = mixtura.create("estimators", name).get_params()

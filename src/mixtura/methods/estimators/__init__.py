@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixtura.methods import class_name, load_method, names
-from mixtura.methods.estimators._base import Estimator
+from mixtura.methods.estimators._base import Classifier, Estimator, Regressor
 from mixtura.methods.estimators._networks import (
     Passed,
     dense_routing,
@@ -40,8 +40,9 @@ KIND = {
     },
 }
 __all__ = [
-    "KIND", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed", "dense_routing",
-    "everyone", "minimise", "perceptron", "routed", "router", "seeded", "told", "windows",
+    "KIND", "Classifier", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed",
+    "Regressor", "dense_routing", "everyone", "minimise", "perceptron", "routed", "router", "seeded", "told",
+    "windows",
 ]  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, final, get_type_hints
@@ -19,7 +20,8 @@ from mixtura.methods.settings import as_plain, construct, fits
 from mixtura.types import Routing
 
 try:
-    from sklearn.base import BaseEstimator
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.exceptions import NotFittedError
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as _error:
@@ -108,7 +110,8 @@ class Estimator(BaseEstimator, ABC):
                 f"{type(self).__name__} requires y to be passed, but the target y is None; give one a row"
             )
         rows, targets = self._checked({"X": X, "y": y, "dtype": np.float64, "ensure_min_samples": 2, **how})
-        return rows, targets
+        with self.in_words():
+            return rows, targets.astype(np.float64) if how.get("y_numeric") else targets
 
     @final
     def fresh_rows(self, X: Any, least: int = 2) -> np.ndarray:
@@ -130,7 +133,7 @@ class Estimator(BaseEstimator, ABC):
         try:
             check_classification_targets(y)
         except ValueError as error:
-            raise UserError(one_line(error)) from None
+            raise UserError(_sentence(error, type(self).__name__)) from None
         classes = np.unique(y)
         self.check_classes(classes)
         return classes
@@ -151,11 +154,27 @@ class Estimator(BaseEstimator, ABC):
                 "give rows of two or more"
             )
 
+    @final
+    @contextmanager
+    def in_words(self) -> Iterator[None]:
+        """Say what numpy or scikit-learn refuse as one sentence: `UserError`."""
+        try:
+            yield
+        except (UserError, NotFittedError):
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(_sentence(error, type(self).__name__)) from None
+
     def _checked(self, given: Mapping[str, Any]) -> Any:
         try:
             return validate_data(self, **given)
         except ValueError as error:
             raise UserError(_sentence(error, type(self).__name__)) from None
+        except TypeError:
+            if given.get("y_numeric"):
+                with self.in_words():
+                    np.asarray(given["y"], dtype=np.float64)
+            raise
 
     def rebuild(self) -> None:
         """Make the modules anew whose weights `load` then reads; by default there are none."""
@@ -219,8 +238,46 @@ def learned(estimator: Estimator) -> dict[str, Any]:
     return {n: v for n, v in vars(estimator).items() if n.endswith("_") and not n.startswith("_")}
 
 
-def _sentence(error: ValueError, name: str) -> str:
+class Classifier(ClassifierMixin, Estimator, ABC):
+    """An estimator of classes."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose class is right.
+
+        Raises:
+            UserError: labels are not one class a row, such as was learned.
+        """
+        with self.in_words():
+            return float(super().score(X, y, sample_weight))
+
+
+class Regressor(RegressorMixin, Estimator, ABC):
+    """An estimator of numbers."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of the targets' variance that is explained.
+
+        Raises:
+            UserError: targets are no numbers, or others than was learned.
+        """
+        with self.in_words():
+            return float(super().score(X, y, sample_weight))
+
+
+def _sentence(error: ValueError | TypeError, name: str) -> str:
     text = one_line(error)
+    if "inhomogeneous" in text or "setting an array element" in text:
+        return f"rows of X or y of {name} have several lengths; give as many numbers in every row"
+    if "could not convert" in text or "must be a string or a real number" in text:
+        found = text.rpartition(": ")[2] if "convert" in text else text.rpartition("not ")[2]
+        return (
+            f"{name} takes numbers, got {found}; turn other values into numbers first "
+            "(sklearn.preprocessing.OrdinalEncoder)"
+        )
+    if any(
+        words in text for words in ("legacy multi-label", "Mix of label", "a mix of", "'<' not supported")
+    ):
+        return f"labels of {name} are one class a row, of one type, as it learned them; got others ({text})"
     if "NaN" in text or "infinity" in text:
         first = text.split(". ")[0].rstrip(".")
         return f"{first}; {name} takes finite numbers: fill gaps (sklearn.impute) or leave those rows out"

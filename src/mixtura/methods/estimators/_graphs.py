@@ -22,7 +22,12 @@ def edges_of(given: Any, num_rows: int, owner: str) -> Edges:
     Raises:
         UserError: they are something else, or name rows that do not exist.
     """
-    edges = np.asarray(given)
+    try:
+        edges = np.asarray(given)
+    except ValueError:
+        raise UserError(
+            f"edges of {owner} are whole numbers of shape [2, m], got rows of several lengths"
+        ) from None
     if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype.kind not in "iu":
         raise UserError(
             f"edges of {owner} are whole numbers of shape [2, m], got {edges.dtype} of shape {edges.shape}"

@@ -8,10 +8,9 @@ from typing import Any, final
 import numpy as np
 import torch
 from jaxtyping import Float, Num
-from sklearn.base import ClassifierMixin, RegressorMixin
 from torch import Tensor, nn
 
-from mixtura.methods.estimators._base import Estimator
+from mixtura.methods.estimators._base import Classifier, Estimator, Regressor
 from mixtura.methods.estimators._networks import Passed
 from mixtura.methods.estimators._training import minimise, seeded
 from mixtura.types import Routing
@@ -105,7 +104,7 @@ class Network(Estimator, ABC):
         return self.run(X).routing
 
 
-class NetworkClassifier(ClassifierMixin, Network, ABC):
+class NetworkClassifier(Classifier, Network, ABC):
     """A classifier whose network puts out a logit a class."""
 
     @final
@@ -133,7 +132,7 @@ class NetworkClassifier(ClassifierMixin, Network, ABC):
         return self.most_probable(self.predict_proba(X))
 
 
-class NetworkRegressor(RegressorMixin, Network, ABC):
+class NetworkRegressor(Regressor, Network, ABC):
     """A regressor of one number or several a row, which its network puts out standardised."""
 
     def __sklearn_tags__(self) -> Any:

@@ -6,10 +6,9 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin
 
 from mixtura.errors import UserError
-from mixtura.methods.estimators import Estimator, dense_routing, perceptron, seeded
+from mixtura.methods.estimators import Classifier, dense_routing, perceptron, seeded
 from mixtura.methods.estimators._streams import Moments, NaiveBayes, step_down, wanted_experts
 from mixtura.types import Routing
 
@@ -21,7 +20,7 @@ METHOD = {
 
 
 @final
-class DriftMoe(ClassifierMixin, Estimator):
+class DriftMoe(Classifier):
     """Classify rows of a stream that drifts, by experts that specialise because a router chooses who learns.
 
     Online, incremental learning under concept drift; ``partial_fit`` in the order of time. Of each small
@@ -90,7 +89,9 @@ class DriftMoe(ClassifierMixin, Estimator):
         first = not hasattr(self, "counts_")
         X, y = self.lessons(X, y, reset=first, ensure_min_samples=1)
         if first:
-            self._begin(self.classes_of(y if classes is None else np.asarray(classes)))
+            with self.in_words():
+                named = y if classes is None else np.asarray(classes)
+            self._begin(self.classes_of(named))
         if not np.isin(y, self.classes_).all():
             strange = next(one for one in y.tolist() if one not in self.classes_)
             raise UserError(f"class {strange!r} was not among the classes that DriftMoe began with; fit anew")

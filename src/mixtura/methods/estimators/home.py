@@ -82,7 +82,8 @@ class Home(Network):
     def fit(self, X: Any, y: Any = None) -> Home:
         self.check_settings()
         X = self.fresh_rows(X)
-        labels = labels_of(y, len(X), "Home")
+        with self.in_words():
+            labels = labels_of(y, len(X), "Home")
         groups_of(self.task_groups, labels.shape[1])
         self.learn(X, torch.from_numpy(labels), labels.shape[1])
         return self
@@ -99,7 +100,9 @@ class Home(Network):
         """The area under the curve, the mean over tasks that have labels of both kinds."""
         from sklearn.metrics import roc_auc_score
 
-        said, labels = self.predict_proba(X), np.asarray(y, float)
+        said = self.predict_proba(X)
+        with self.in_words():
+            labels = np.asarray(y, float)
         areas = []
         for task in range(labels.shape[1]):
             known = ~np.isnan(labels[:, task])

@@ -6,11 +6,10 @@ from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.methods.estimators import Estimator, dense_routing, seeded
+from mixtura.methods.estimators import Classifier, dense_routing, seeded
 from mixtura.methods.estimators._graphs import WeakAndStrong, confidence, edges_of, nearest
 from mixtura.types import Routing
 
@@ -22,7 +21,7 @@ METHOD = {
 
 
 @final
-class Mowst(ClassifierMixin, Estimator):
+class Mowst(Classifier):
     """Classify nodes of a graph by a perceptron where it is sure, else by a graph network.
 
     Node classification, heterophily, noisy edges. The perceptron's confidence C is how far its softmax is
