@@ -44,10 +44,8 @@ def overlaps(
 
         return hook
 
-    handles = [
-        block.get_submodule("mlp").down_proj.register_forward_pre_hook(hook_of(layer))
-        for layer, block in enumerate(streamed.blocks)
-    ]
+    downs = [block.get_submodule("mlp.down_proj") for block in streamed.blocks]
+    handles = [down.register_forward_pre_hook(hook_of(layer)) for layer, down in enumerate(downs)]
     for rows in streamed.batches(*size, max_bytes=DEFAULT_WORKING_BYTES):
         place.update(rows=rows, valid=tokens.attention_mask[rows].bool())
         streamed.hidden(tokens.input_ids[rows], tokens.attention_mask[rows], max_bytes=_UNBOUNDED)

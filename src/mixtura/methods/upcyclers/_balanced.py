@@ -41,8 +41,8 @@ def balanced(distances: Float[Tensor, "N G"]) -> Int[Tensor, " N"]:
             more = costs[held] - costs[held, group][:, None]
             movers[group], prices[group] = held[more.argmin(0)], more.min(0)
     found = torch.zeros(number, dtype=torch.long)
-    for group, held in enumerate(members):
-        found[held] = group
+    for group, inside in enumerate(members):
+        found[inside] = group
     return found
 
 

@@ -124,9 +124,11 @@ def _marks(largest: Int[Tensor, "T J"], d_ffn: int) -> Float[Tensor, "F T"]:
     places = torch.stack([largest.reshape(-1).long(), tokens])
     size = (d_ffn, len(largest))
     made = torch.sparse_coo_tensor(places, torch.ones(len(tokens)), size, check_invariants=True)
-    return made.coalesce()
+    whole: Tensor = made.coalesce()
+    return whole
 
 
 def _distances(marks: Float[Tensor, "N T"], centres: Float[Tensor, "E T"]) -> Float[Tensor, "N E"]:
     """L1 distances of rows of zeros and ones to centres of numbers in [0, 1]."""
-    return centres.sum(1) + torch.sparse.mm(marks, 1 - 2 * centres.T)
+    found: Tensor = centres.sum(1) + torch.sparse.mm(marks, 1 - 2 * centres.T)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -88,7 +88,7 @@ class RouterUpcycling(Upcycler):
                 for expert in range(shape.num_experts)
             ]
             arrays.append(drawn_rows(shape.num_experts, dense.d_model, 1.0, shape.seed, layer))
-            cut = {"heads": heads, "width": width}
+            cut: dict[str, Any] = {"heads": heads, "width": width}
             actions.append(Fill(layer, "query", matrix="query", **cut))
             times = array_name(arrays[-1])
             actions.append(Fill(layer, "key", matrix="key", rows=array_name(keys), times=times, **cut))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -59,14 +60,14 @@ def small_dense(vocab_size: int, seed: int) -> Any:
 
 def sources(folder: Path, text: Text, seed: int, steps: Steps) -> tuple[Path, dict[str, Path]]:
     """The dense model and, by domain, what further training on that domain made of it; trained once."""
-    base = _kept(folder / "dense", lambda: _trained_dense(None, text.streams, text, seed, steps.dense, steps))
+    base = _kept(
+        folder / "dense", partial(_trained_dense, None, text.streams, text, seed, steps.dense, steps.rate)
+    )
     made = {}
     for number, (domain, stream) in enumerate(text.streams.items(), start=1):
+        own_seed, own = seed + 1000 * number, {domain: stream}
         made[domain] = _kept(
-            folder / domain,
-            lambda stream=stream, domain=domain, number=number: _trained_dense(  # type: ignore[misc]
-                base, {domain: stream}, text, seed + 1000 * number, steps.special, steps
-            ),
+            folder / domain, partial(_trained_dense, base, own, text, own_seed, steps.special, steps.rate)
         )
     return base, made
 
@@ -115,14 +116,14 @@ def held_out_loss(model: Any, text: Text) -> float:
 
 
 def _trained_dense(
-    start: Path | None, streams: Mapping[str, Stream], text: Text, seed: int, num_steps: int, steps: Steps
+    start: Path | None, streams: Mapping[str, Stream], text: Text, seed: int, num_steps: int, rate: float
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
     model: Any = (
         small_dense(text.vocab_size, seed) if start is None else AutoModelForCausalLM.from_pretrained(start)
     )
-    train(model, streams, seed, num_steps, steps.rate)
+    train(model, streams, seed, num_steps, rate)
     return model
 
 

@@ -136,13 +136,13 @@ class _Try:
             shutil.rmtree(left, ignore_errors=True)
         common: dict[str, Any] = {"method": name, "length": LENGTH, "measure": False, "seed": self.seed}
         if group_of(name) == ONE:
-            shape = {"experts": 4, "top_k": 2} | dict(_SHAPES.get(name, {}))
+            shape: dict[str, Any] = {"experts": 4, "top_k": 2} | dict(_SHAPES.get(name, {}))
             upcycle(self.base, out, tokens=_CALIBRATION_TOKENS, **shape, **common)
         else:
             prompts = prompts_of(self.specialists, self.seed, self.folder / "prompts.json")
-            given = {"prompts": prompts} if needs_prompts(name) else {}
-            number = {"experts": 12, "top_k": 4} if name == "innovator" else {"top_k": 2}
-            compose([*self.specialists.values()], out, **number, **given, **common)
+            given: dict[str, Any] = {"prompts": prompts} if needs_prompts(name) else {}
+            given |= {"experts": 12, "top_k": 4} if name == "innovator" else {"top_k": 2}
+            compose([*self.specialists.values()], out, **given, **common)
         model = load(out)
         shutil.rmtree(out)
         return model.requires_grad_(True)
