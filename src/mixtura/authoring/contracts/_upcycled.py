@@ -62,7 +62,7 @@ def output_of_layer(
         router = filled_router(recipe, layer, dense, len(experts), dense.gate.shape[0])
         routing = router.double()(RouterInput.of(x))
         weights = torch.zeros(len(x), len(experts), dtype=x.dtype)
-        weights[routing.token_ids, routing.expert_ids] = routing.weights.to(x.dtype)
+        weights[routing.token_ids, routing.expert_ids] = routing.weights.detach().to(x.dtype)
     else:
         logits = x @ router_rows(recipe, layer, x.shape[1], len(experts)).T
         best, chosen = logits.softmax(-1).topk(top_k)

@@ -21,7 +21,7 @@ but what trains matrices of the base in full size, which have 2e-4; no other was
 **loss** is that of held-out answers of the new kinds in nats a token, **others** that of the other kinds,
 which shows what is forgotten. The difference is to *{reference}* (`target_parameters`), seed by seed:
 **better** or **worse** where it is beyond its 95 % interval, which one seed has not. Time is the processor's,
-on a machine that others used.
+on a machine that others used. Nothing is corrected for comparing many at once, and two seeds are few.
 
 Of {judged} adapters {better} are better than *{reference}*, {worse} are worse, and {same} are not separated
 from it.
