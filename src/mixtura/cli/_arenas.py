@@ -135,6 +135,49 @@ def _estimate(asked: Asked) -> list[Any]:
     return table
 
 
+def _tune(asked: Asked) -> list[Any]:
+    from mixtura.train.arena.paired import as_csv
+    from mixtura.train.tuning.arena.page import markdown, picture
+    from mixtura.train.tuning.arena.run import COLUMNS, TOKENS_PER_STEP, hold
+
+    if asked.model is not None:
+        raise SettingError("the arena of adapters tunes the specimen; leave --model out")
+    steps = max(2, (asked.tokens or _TUNED_TOKENS) // TOKENS_PER_STEP)
+    table, absent = hold(asked.names, asked.seeds, steps, asked.runs, _notify)
+    _write(asked, markdown(table, absent, asked.seeds, steps, _facts()), as_csv(table, COLUMNS))
+    (asked.out / f"{asked.kind}.svg").write_text(picture(table), encoding="utf-8")
+    return table
+
+
+def _upcycle(asked: Asked) -> list[Any]:
+    from mixtura.fitting.upcycling.arena.models import TOKENS_PER_STEP, Steps
+    from mixtura.fitting.upcycling.arena.page import markdown, picture
+    from mixtura.fitting.upcycling.arena.run import COLUMNS, Contest, hold
+    from mixtura.train.arena.paired import as_csv
+
+    if asked.model is not None:
+        raise SettingError("the arena of upcyclers trains its dense models; leave --model out")
+    steps = Steps()
+    if asked.tokens is not None:
+        steps = Steps(further=max(3, asked.tokens // TOKENS_PER_STEP))
+    contest = Contest(only=asked.names, num_seeds=asked.seeds, steps=steps, runs=asked.runs)
+    table = hold(contest, _notify)
+    _write(asked, markdown(table, asked.seeds, steps, _facts()), as_csv(table, COLUMNS))
+    (asked.out / f"{asked.kind}.svg").write_text(picture(table), encoding="utf-8")
+    return table
+
+
+def _facts() -> str:
+    """On what it was measured, and when."""
+    from datetime import date
+
+    import torch
+
+    from mixtura.machine.processor import processor_name
+
+    return f"{processor_name()}, PyTorch {torch.__version__}, {date.today().isoformat()}."
+
+
 def _recorded(
     asked: Asked, hold: Callable[..., Any], markdown: Callable[..., str], as_csv: Callable[..., str]
 ) -> list[Any]:
@@ -270,6 +313,14 @@ def _show_estimated(table: list[Any]) -> None:
     _show(["problem", "name", "score", "to the best baseline", "verdict"], rows, left=(0, 1, 4))
 
 
+def _show_paired(table: list[Any]) -> None:
+    rows = [
+        [one.group, one.name, f"{one.mean('loss'):.4f}", f"{one.difference:+.4f}", one.verdict]
+        for one in table
+    ]
+    _show(["of", "name", "held-out loss", "to the reference", "verdict"], rows, left=(0, 1, 4))
+
+
 def _show_aggregated(table: list[Any]) -> None:
     rows = [
         [
@@ -293,6 +344,7 @@ def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> Non
 
 _REPLAYED_TOKENS: Final = 2048
 _PLANTED_PROMPTS: Final = 600
+_TUNED_TOKENS: Final = 8192
 # What an arena of whole models is held on.
 Table = Annotated[
     Path | None,
@@ -319,6 +371,8 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "prefetchers": Arena(_guess, _show_guessed),
     "aggregators": Arena(_aggregate, _show_aggregated),
     "estimators": Arena(_estimate, _show_estimated),
+    "adapters": Arena(_tune, _show_paired),
+    "upcyclers": Arena(_upcycle, _show_paired),
 }
 # Kinds whose arena is held on a table of answers.
 ON_TABLES: Final = ("model_routers", "aggregators")

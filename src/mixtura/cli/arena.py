@@ -46,7 +46,8 @@ def arena(
     replay what a model chose on text, with room for some of its experts; of prefetchers the same, timed
     at stated rates of disk and memory. Of model_routers: learn from half of a table of answers, and route
     the other half; of aggregators: replay cascades and votes on such a table. Of estimators: learn small
-    problems beside plain models.
+    problems beside plain models. Of adapters: tune the specimen on tasks that it fails, all at one size;
+    of upcyclers: make MoE models of small dense ones, and train all on.
     Runs that are done are kept: the same command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`
