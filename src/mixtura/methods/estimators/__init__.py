@@ -37,6 +37,7 @@ KIND = {
         "multi_task": "targets are a column a task, NaN where a task has no label",
         "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",
         "reads:edges": "reads the edges of a graph between rows",
+        "reads:groups": "is told each row's domain, task or language (`groups=`)",
     },
 }
 __all__ = [
