@@ -47,6 +47,12 @@ def sample(method: Subject, seed: int) -> dict[str, np.ndarray]:
         return {"X": X, "y": np.digitize(score, np.quantile(score, [0.33, 0.66]))}
     if method.has("invests"):
         return {"X": np.exp(0.05 * X)}
+    if method.has("embeds"):
+        half = _NUM_ROWS // 2
+        paired = np.concatenate([X[:half], X[:half] + 0.3 * X[half:]])
+        return {"X": paired, "y": np.roll(np.arange(_NUM_ROWS), half)}
+    if method.has("evolves"):
+        return {"X": X, "y": X + 0.1 * np.tanh(X[:, ::-1])}
     return {"X": X, "y": score}
 
 
@@ -61,7 +67,7 @@ def check_tags_are_known(method: Subject) -> None:
     known = kind("estimators")
     for tag in method.header.tags:
         require(known.explain(tag) is not None, f"the kind has no tag {tag!r}")
-    needed = {"streams": "partial_fit", "generates": "sample", "classifies": "predict_proba"}
+    needed = {"streams": "partial_fit", "generates": "sample", "classifies": "predict_proba", "embeds": "transform"}
     for tag, name in needed.items():
         if method.has(tag):
             require(hasattr(method.cls, name), f"the tag {tag!r} promises {name}, which the class lacks")

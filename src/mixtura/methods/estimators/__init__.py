@@ -31,6 +31,8 @@ KIND = {
         "classifies": "`predict` says classes, `predict_proba` their probabilities",
         "regresses": "`predict` says numbers",
         "forecasts": "rows are the past of a series, oldest first, and targets what came next",
+        "embeds": "`transform` gives vectors; targets are the number of the row that each belongs with",
+        "evolves": "rows are states of systems, and targets the states one step later",
         "generates": "`sample` draws what may come",
         "streams": "`partial_fit` learns more without forgetting what was learned",
         "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",

@@ -50,8 +50,8 @@ class MmDrex(Network):
     Differences from the paper:
         Windows of returns in place of candlestick charts and texts, a perceptron in place of a model of
         vision and language, and rules in place of four language models that are trained too; regimes are
-        labelled by rules, too. The second phase follows the gradient of the batch's Sharpe ratio itself, as weights are
-        continuous; the paper trains by reinforcement. No short positions.
+        labelled by rules, too. The second phase follows the gradient of the batch's Sharpe ratio itself, as
+        weights are continuous; the paper trains by reinforcement. No short positions.
 
     Reference:
         MM-DREX: Multimodal-Driven Dynamic Routing of LLM Experts for Financial Trading (Chen and others,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mixtura.methods.estimators import Passed, routed, router, told
 from mixtura.methods.estimators._domains import GroupedRegressor, parted
+from mixtura.methods.estimators._networks import SwiGlu
 
 METHOD = {
     "paper": 34,
@@ -27,8 +28,8 @@ class ScaleZero(GroupedRegressor):
     World models, multi-task planning, reinforcement learning. A row is an observation and an action, filled
     up with zeros to the widest task; targets are how the observation changes and the reward, likewise;
     ``groups`` name the task. A shared encoder, layers in which a router sends each row to one of several
-    SwiGLU experts beside a shared one, and a linear head a task. `gradient_cosines` tells how far tasks pull the encoder in
-    different directions, which is what experts are to lessen.
+    SwiGLU experts beside a shared one, and a linear head a task. `gradient_cosines` tells how far tasks pull
+    the encoder in different directions, which is what experts are to lessen.
 
     Shapes:
         ``X [n, d]``, ``y [n]`` or ``[n, K]``, ``groups [n]``; ``route`` is that of the last layer.
@@ -102,18 +103,6 @@ class ScaleZero(GroupedRegressor):
 
 
 @final
-class _SwiGlu(nn.Module):
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(d_model, 2 * d_model, bias=False) for _ in range(2))
-        self.down = nn.Linear(2 * d_model, d_model, bias=False)
-
-    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        made: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
-        return made
-
-
-@final
 class _Network(nn.Module):
     def __init__(self, d_in: int, d_out: int, num_tasks: int, owner: ScaleZero) -> None:
         super().__init__()
@@ -125,15 +114,16 @@ class _Network(nn.Module):
             for layer in range(num)
         )
         self.experts = nn.ModuleList(
-            nn.ModuleList(_SwiGlu(wide) for _ in range(owner.num_experts)) for _ in range(num)
+            nn.ModuleList(SwiGlu(wide, 2 * wide) for _ in range(owner.num_experts)) for _ in range(num)
         )
-        self.shared = nn.ModuleList(_SwiGlu(wide) for _ in range(num))
+        self.shared = nn.ModuleList(SwiGlu(wide, 2 * wide) for _ in range(num))
         self.heads = nn.ModuleList(nn.Linear(wide, d_out) for _ in range(num_tasks))
 
     def forward(self, x: Float[Tensor, "T D"]) -> Passed:
         rows, tasks = parted(x)
         h = self.encoder(rows)
-        for norm, gate, experts, shared in zip(self.norms, self.gates, self.experts, self.shared):  # noqa: B905
+        layers = zip(self.norms[:-1], self.gates, self.experts, self.shared, strict=True)
+        for norm, gate, experts, shared in layers:
             seen = norm(h)
             routing = gate(told(seen, self.training))
             h = h + routed(experts, seen, routing, seen.shape[1]) + shared(seen)
