@@ -67,7 +67,8 @@ def check_tags_are_known(method: Subject) -> None:
     known = kind("estimators")
     for tag in method.header.tags:
         require(known.explain(tag) is not None, f"the kind has no tag {tag!r}")
-    needed = {"streams": "partial_fit", "generates": "sample", "classifies": "predict_proba", "embeds": "transform"}
+    needed = {"streams": "partial_fit", "generates": "sample", "classifies": "predict_proba"}
+    needed["embeds"] = "transform"
     for tag, name in needed.items():
         if method.has(tag):
             require(hasattr(method.cls, name), f"the tag {tag!r} promises {name}, which the class lacks")

@@ -40,7 +40,8 @@ def predicted(
     rows = rows - rows.mean(0)
     gram = rows.T @ rows + penalty * torch.eye(rows.shape[1], dtype=torch.float64)
     learned = torch.linalg.solve(gram, rows.T @ (falls - falls.mean()))
-    return _features(new) @ learned[:-1]
+    found: Tensor = _features(new) @ learned[:-1]
+    return found
 
 
 def _features(weights: Float[Tensor, "N G"]) -> Float[Tensor, "N H"]:

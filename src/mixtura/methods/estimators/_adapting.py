@@ -19,7 +19,7 @@ def stepped(
     module: nn.Module, x: Float[Tensor, "T D"], wanted: Float[Tensor, "T F"], step: float
 ) -> Callable[[Tensor], Tensor]:
     """A module after one step down the squared error to what is wanted, through which gradients go."""
-    before = dict(module.named_parameters())
+    before: dict[str, Tensor] = dict(module.named_parameters())
     loss = F.mse_loss(functional_call(module, before, (x,)), wanted)
     slopes = torch.autograd.grad(loss, tuple(before.values()), create_graph=True)
     after = {name: one - step * slope for (name, one), slope in zip(before.items(), slopes, strict=True)}

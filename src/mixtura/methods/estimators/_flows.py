@@ -32,6 +32,8 @@ def rotated(x: Float[Tensor, "n h s d"], places: Int[Tensor, "s 2"]) -> Float[Te
 class SparseLayer(nn.Module):
     """Fine-grained experts chosen by sigmoid scores, beside a shared one; balanced without a loss."""
 
+    bias: Tensor
+
     def __init__(self, owner: Any, seed: int) -> None:
         super().__init__()
         wide, num = owner.d_model, owner.num_experts
@@ -124,6 +126,9 @@ class Flow(nn.Module):
 @final
 class Explaining(nn.Module):
     """How far a flow errs on the way to rows under each class, as logits."""
+
+    noise: Tensor
+    times: Tensor
 
     def __init__(self, flow: Flow, d_in: int, num_classes: int, owner: Any) -> None:
         super().__init__()

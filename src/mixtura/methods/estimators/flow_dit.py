@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class FlowDit(NetworkClassifier):
 
     def sample(self, num: int = 16, y: Any = None, *, steps: int = 20, seed: int = 0) -> np.ndarray:
         """New rows, of the class ``y`` or of any; the way from noise is cut into so many steps."""
-        labels = torch.full((num,), len(self.classes_))
+        labels, net = torch.full((num,), len(self.classes_)), cast(Explaining, self.module_)
         if y is not None:
             if y not in self.classes_.tolist():
                 raise UserError(f"there is no class {y!r}; the classes are {self.classes_.tolist()}")
@@ -109,7 +109,7 @@ class FlowDit(NetworkClassifier):
             z = torch.randn(num, self.n_features_in_, dtype=torch.float64)
             for step in range(steps):
                 time = torch.full((num,), step / steps, dtype=torch.float64)
-                z = z + self.module_.flow(z, time, labels)[0] / steps
+                z = z + net.flow(z, time, labels)[0] / steps
         made: np.ndarray = z.numpy() * self.scale_ + self.mean_
         return made
 

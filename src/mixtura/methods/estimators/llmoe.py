@@ -108,8 +108,8 @@ class Llmoe(GroupedRegressor):
     def build(self, d_in: int, d_out: int) -> nn.Module:
         return _Network(d_in, d_out, self.d_hidden)
 
-    def prepare(self, module: nn.Module, x: Tensor, target: Tensor) -> None:
-        module.num_rows.copy_(torch.bincount(parted(x)[1], minlength=2))  # type: ignore[operator,union-attr]
+    def prepare(self, module: Any, x: Tensor, target: Tensor) -> None:
+        module.num_rows.copy_(torch.bincount(parted(x)[1], minlength=2))
 
     def loss(self, passed: Passed, target: Float[Tensor, "T O"], progress: float) -> Float[Tensor, ""]:
         return F.mse_loss(passed.output, target)
@@ -117,6 +117,8 @@ class Llmoe(GroupedRegressor):
 
 @final
 class _Network(nn.Module):
+    num_rows: Tensor
+
     def __init__(self, d_in: int, d_out: int, width: int) -> None:
         super().__init__()
         self.experts = nn.ModuleList(perceptron(d_in, width, width, d_out) for _ in OUTLOOKS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import numpy as np
 import torch
@@ -90,22 +90,27 @@ class MetaDmoe(GroupedClassifier):
         X = self.rows(X)
         shares = self.output(X).softmax(-1).numpy()
         if groups is None:
-            return shares  # type: ignore[no-any-return]
+            return shares
         labels, x = self._labels(groups, len(X)), self.standardised(X)
+        net = cast(Student, self.module_)
         with seeded(self.random_state):
             for label in np.unique(labels):
                 mine = torch.from_numpy(labels == label)
-                student = self._adapted(self.module_, x[mine][: self.support], None)
-                said = self.module_.head(student(x[mine])).softmax(-1)
+                student = self._adapted(net, x[mine][: self.support], None)
+                said = net.head(student(x[mine])).softmax(-1)
                 shares[labels == label] = said.detach().numpy()
-        return shares  # type: ignore[no-any-return]
+        return shares
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         return Student(d_in, d_out, self.d_hidden, len(self.groups_))
 
     def prepare(self, module: Any, x: Tensor, target: Tensor) -> None:
         rows, domains = parted(x)
-        how = {"epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
+        how: dict[str, Any] = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+        }
         for number, expert in enumerate(module.experts):
             own = torch.nonzero(domains == number)[:, 0]
             head = module.expert_heads[number]

@@ -104,11 +104,16 @@ class MmDrex(Network):
         if progress < self.supervised:
             return F.cross_entropy(passed.routing.logits, labels[0, :, 0].long())  # type: ignore[index]
         earned = (weights * positions).sum(1) * target
-        return -earned.mean() / (earned.std(correction=0) + 1e-9)
+        ratio: Tensor = earned.mean() / (earned.std(correction=0) + 1e-9)
+        return -ratio
 
 
 @final
 class _Network(nn.Module):
+    mean: Tensor
+    scale: Tensor
+    usual: Tensor
+
     def __init__(self, owner: MmDrex) -> None:
         super().__init__()
         width = owner.d_hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class ScaleZero(GroupedRegressor):
         for task in range(len(self.groups_)):
             rows = torch.from_numpy(numbers == task)
             loss = F.mse_loss(self.module_(x[rows]).output, wanted[rows])
-            parts = torch.autograd.grad(loss, tuple(self.module_.encoder.parameters()))
+            parts = torch.autograd.grad(loss, tuple(cast(_Network, self.module_).encoder.parameters()))
             found.append(torch.cat([part.flatten() for part in parts]))
         units = F.normalize(torch.stack(found), dim=1)
         return (units @ units.T).numpy()
@@ -126,7 +126,7 @@ class _Network(nn.Module):
         for norm, gate, experts, shared in layers:
             seen = norm(h)
             routing = gate(told(seen, self.training))
-            h = h + routed(experts, seen, routing, seen.shape[1]) + shared(seen)
+            h = h + routed(cast(nn.ModuleList, experts), seen, routing, seen.shape[1]) + shared(seen)
         said = torch.stack([head(self.norms[-1](h)) for head in self.heads], dim=1)
         own = said.gather(1, tasks.clamp(min=0)[:, None, None].expand(-1, 1, said.shape[2]))[:, 0]
         output = torch.where((tasks < 0)[:, None], said.mean(1), own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class SystemFamily(Grouped):
         require_states(X, y)
         if name in self.groups_.tolist():
             raise UserError(f"there is an environment {name!r} already; give the new one another name")
-        x, wanted, net = self.standardised(X), self.standardised(y), self.module_
+        x, wanted, net = self.standardised(X), self.standardised(y), cast(Family, self.module_)
         with seeded(self.random_state):
             new = net.fitted_context(x, wanted, self)
         labels = np.array([*self.groups_.tolist(), name])
