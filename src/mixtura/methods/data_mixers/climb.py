@@ -86,8 +86,7 @@ class Climb(DataMixer):
             )
 
     def start(self, domains: Domains) -> State:
-        size = len(domains.names)
-        num = sum(self._trials(size))
+        size, num = len(domains.names), sum(self._trials(len(domains.names)))
         empty = torch.zeros(num, dtype=torch.float64)
         tried = torch.zeros(num, size, dtype=torch.float64)
         done = torch.zeros((), dtype=torch.int64)
@@ -101,8 +100,7 @@ class Climb(DataMixer):
             held["falls"][done - 1] = held["before"][done - 1] - loss
         if done > sum(counts):
             return state, Stretch(state["best"], domains.every)
-        held["done"] = held["done"] + 1
-        order = _by_name(domains)
+        held["done"], order = held["done"] + 1, _by_name(domains)
         ends = [sum(counts[: number + 1]) for number in range(len(counts))]
         if done == 0 or done in ends:
             ranked = self._ranked(held, done, order)

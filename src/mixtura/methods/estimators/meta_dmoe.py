@@ -88,11 +88,10 @@ class MetaDmoe(GroupedClassifier):
     def predict_proba(self, X: Any, groups: Any = None) -> np.ndarray:
         """The probability of every class, after a step on each group's first ``support`` rows."""
         X = self.rows(X)
-        shares = self.output(X).softmax(-1).numpy()
+        shares: np.ndarray = self.output(X).softmax(-1).numpy()
         if groups is None:
             return shares
-        labels, x = self._labels(groups, len(X)), self.standardised(X)
-        net = cast(Student, self.module_)
+        labels, x, net = self._labels(groups, len(X)), self.standardised(X), cast(Student, self.module_)
         with seeded(self.random_state):
             for label in np.unique(labels):
                 mine = torch.from_numpy(labels == label)
@@ -112,8 +111,7 @@ class MetaDmoe(GroupedClassifier):
             "learning_rate": self.learning_rate,
         }
         for number, expert in enumerate(module.experts):
-            own = torch.nonzero(domains == number)[:, 0]
-            head = module.expert_heads[number]
+            own, head = torch.nonzero(domains == number)[:, 0], module.expert_heads[number]
 
             def loss(
                 batch: Tensor, _: float, own: Tensor = own, expert: Any = expert, head: Any = head
@@ -121,15 +119,14 @@ class MetaDmoe(GroupedClassifier):
                 return F.cross_entropy(head(expert(rows[own[batch]])), target[own[batch]])
 
             minimise([*expert.parameters(), *head.parameters()], loss, len(own), **how)
-        frozen([module.experts, module.expert_heads])
         taught = [*module.aggregator.parameters(), *module.aggregator_head.parameters()]
 
         def aggregate(batch: Tensor, _: float) -> Tensor:
-            wanted, _shares = module.told(rows[batch], domains[batch])
-            return F.cross_entropy(module.aggregator_head(wanted), target[batch])
+            said = module.aggregator_head(module.told(rows[batch], domains[batch])[0])
+            return F.cross_entropy(said, target[batch])
 
         minimise(taught, aggregate, len(rows), **how)
-        frozen([module.aggregator_head])
+        frozen([module.experts, module.expert_heads, module.aggregator_head])
 
     def batch_loss(self, module: Any, x: Tensor, target: Tensor, progress: float) -> Float[Tensor, ""]:
         rows, domains = parted(x)
@@ -147,5 +144,4 @@ class MetaDmoe(GroupedClassifier):
 
     def _adapted(self, module: Any, x: Tensor, left_out: Tensor | None) -> Any:
         """The student after one step towards what the aggregator says of these rows."""
-        wanted, _ = module.told(x, left_out)
-        return stepped(module.student, x, wanted, self.step)
+        return stepped(module.student, x, module.told(x, left_out)[0], self.step)

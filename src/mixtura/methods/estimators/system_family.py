@@ -115,8 +115,7 @@ class SystemFamily(Grouped):
         with seeded(self.random_state):
             new = net.fitted_context(x, wanted, self)
         labels = np.array([*self.groups_.tolist(), name])
-        order = np.argsort(labels)
-        self.groups_ = labels[order]
+        order, self.groups_ = np.argsort(labels), np.sort(labels)
         net.contexts = nn.Parameter(torch.cat([net.contexts.detach(), new[None]])[order])
         return self
 
@@ -130,7 +129,6 @@ class SystemFamily(Grouped):
         if self._batches % self.refit_every == 0:
             module.refit(*self._lessons, self.random_state + self._batches)
         self._batches += 1
-        # Contexts and experts in turns of as many batches as lie between two gates.
         of_contexts = (self._batches // self.refit_every) % 2 == 1
         loss: Tensor = module.in_turns(x, self._as_states(target), of_contexts)
         return loss
