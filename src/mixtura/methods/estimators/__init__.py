@@ -31,12 +31,15 @@ KIND = {
         "classifies": "`predict` says classes, `predict_proba` their probabilities",
         "regresses": "`predict` says numbers",
         "forecasts": "rows are the past of a series, oldest first, and targets what came next",
+        "embeds": "`transform` gives vectors; targets are the number of the row that each belongs with",
+        "evolves": "rows are states of systems, and targets the states one step later",
         "generates": "`sample` draws what may come",
         "streams": "`partial_fit` learns more without forgetting what was learned",
         "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",
         "multi_task": "targets are a column a task, NaN where a task has no label",
         "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",
         "reads:edges": "reads the edges of a graph between rows",
+        "reads:groups": "is told each row's domain, task or language (`groups=`)",
     },
 }
 __all__ = [
