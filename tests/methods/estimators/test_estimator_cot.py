@@ -30,6 +30,11 @@ def pictures(seed: int, num: int = 400) -> tuple[np.ndarray, np.ndarray]:
     return made.reshape(num, -1), np.stack([words[0][y[:, 0]], words[1][y[:, 1]]], axis=1)
 
 
+def left_out(y: np.ndarray) -> np.ndarray:
+    """Whether a pair is one of two that are not learned."""
+    return (y == ["faint", "lies"]).all(1) | (y == ["noisy", "stands"]).all(1)
+
+
 def test_a_guided_map_by_loops() -> None:
     torch.manual_seed(0)
     guide = Guided(3, 4).double()
@@ -102,15 +107,16 @@ def test_words_of_pairs_are_in_the_order_of_outputs() -> None:
 
 def test_pairs_that_were_never_learned_are_said(tmp_path: Path) -> None:
     X, y = pictures(0)
-    unseen = ((y == ["faint", "lies"]) | (y == ["noisy", "stands"])).all(1)
+    unseen = left_out(y)
     new_x, new_y = pictures(1)
-    new = ((new_y == ["faint", "lies"]) | (new_y == ["noisy", "stands"])).all(1)
+    new = left_out(new_y)
     model = Cot(grid=[6, 6], epochs=30).fit(X[~unseen], y[~unseen])
     assert model.score(new_x[~new], new_y[~new]) > 0.85
     # Chance is one of nine.
-    assert model.set_params(unseen=0.2).score(new_x[new], new_y[new]) > 0.5
+    assert model.score(new_x[new], new_y[new]) > 0.35
+    assert model.set_params(unseen=1.0).score(new_x[new], new_y[new]) > 0.4
     before = model.set_params(unseen=-2.0).predict(new_x)
-    assert not ((before == ["faint", "lies"]) | (before == ["noisy", "stands"])).all(1).any()
+    assert not left_out(before).any()
     model.save(tmp_path / "kept")
     again = Cot.load(tmp_path / "kept")
     assert np.array_equal(again.predict(new_x), before)

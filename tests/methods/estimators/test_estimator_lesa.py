@@ -96,6 +96,9 @@ def test_learned_bends_are_better_than_the_line_and_the_last_value() -> None:
 
 def test_short_rows_and_settings() -> None:
     assert Lesa(reads=20, epochs=1).fit(X, Y[:, 0]).predict(X).shape == (len(X),)
-    assert Lesa(epochs=1).fit(X[:, :1].astype(np.float32), Y.astype(np.float32)).predict(X[:, :1]).shape == Y.shape
+    assert (
+        Lesa(epochs=1).fit(X[:, :1].astype(np.float32), Y.astype(np.float32)).predict(X[:, :1]).shape
+        == Y.shape
+    )
     with pytest.raises(SettingError, match="reads of Lesa must be in"):
         Lesa(reads=0).fit(X, Y)

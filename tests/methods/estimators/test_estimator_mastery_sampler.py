@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from mixtura.methods.estimators.mastery_sampler import MasterySampler
 
 
 def students(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mastery of nine skills by three groups of 900, 60 and 40, each with a rule of its own for its strategy."""
+    """Mastery of nine skills by groups of 900, 60 and 40, each with a rule for its strategy."""
     generator = np.random.default_rng(seed)
     group = np.repeat([0, 1, 2], [900, 60, 40])
     X = 0.5 * generator.random((1000, 9)) + np.kron(np.eye(3), np.ones(3))[group]
@@ -32,7 +33,7 @@ def test_walks_go_along_weights() -> None:
     assert {column for walk in found for column in walk if walk[0] != 2} == {0, 1}
     # Hardly ever back to where it came from: columns of a row take turns.
     onward = walks(np.ones((30, 2)), 50, 2, 1e6, 1.0, np.random.default_rng(0))
-    assert all(a != b for walk in onward for a, b in zip(walk[:-1], walk[1:], strict=True))
+    assert all(a != b for walk in onward for a, b in pairwise(walk))
     stuck = walks(np.ones((30, 2)), 50, 2, 1e-6, 1.0, np.random.default_rng(0))
     assert all(len(set(walk)) == 1 for walk in stuck)
 
@@ -86,7 +87,7 @@ def test_all_together_is_one_cluster(tmp_path: Path) -> None:
 
 
 def test_what_learns_an_even_draw_is_fairer_to_the_worst_group() -> None:
-    X, y, group = students(1)
+    X, y, _ = students(1)
     new_x, new_y, new_group = students(2)
     worst = {"even": [], "random": []}
     for seed in range(5):

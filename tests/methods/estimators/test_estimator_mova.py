@@ -19,11 +19,9 @@ X, Y = load_iris(return_X_y=True)
 
 def test_views_by_formula() -> None:
     x = torch.randn(5, dtype=torch.float64)
-    expected = [
-        math.sqrt((1 if k == 0 else 2) / 5) * sum(float(x[n]) * math.cos(math.pi / 5 * (n + 0.5) * k) for n in range(5))
-        for k in range(5)
-    ]  # fmt: skip
-    assert (cosines(5) @ x).tolist() == pytest.approx(expected)
+    for k, found in enumerate((cosines(5) @ x).tolist()):
+        waves = [float(x[n]) * math.cos(math.pi / 5 * (n + 0.5) * k) for n in range(5)]
+        assert found == pytest.approx(math.sqrt((1 if k == 0 else 2) / 5) * sum(waves))
     steps = (slopes(5) @ x).tolist()
     assert steps == pytest.approx([float(x[0]), *(x[1:] - x[:-1]).tolist()])
     found, known = components(torch.from_numpy(X)), PCA().fit(X).components_

@@ -35,7 +35,7 @@ KIND = {
         "streams": "`partial_fit` learns more without forgetting what was learned",
         "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",
         "clusters": "`predict` says groups of rows that were found, and `fit_resample` draws rows of each",
-        "composes": "targets are an attribute and an object, and `predict` says pairs that were never learned too",
+        "composes": "targets are an attribute and an object, and `predict` says pairs never learned, too",
         "multi_task": "targets are a column a task, NaN where a task has no label",
         "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",
         "reads:edges": "reads the edges of a graph between rows",

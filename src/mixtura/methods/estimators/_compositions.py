@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final, final
 
 import torch
@@ -20,9 +21,7 @@ def likeness(a: Float[Tensor, "n W"], b: Float[Tensor, "m W"]) -> Float[Tensor, 
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-def partners(
-    target: Int[Tensor, "n 2"], frequency: Float[Tensor, " A"]
-) -> Int[Tensor, " n"]:
+def partners(target: Int[Tensor, "n 2"], frequency: Float[Tensor, " A"]) -> Int[Tensor, " n"]:
     """For each row another with the same object, drawn so that rare attributes come as often as others.
 
     A row whose object no other row has is its own partner.
@@ -49,7 +48,8 @@ class Guided(nn.Module):
         chosen = self.channels(torch.cat([thing, f.mean((2, 3))], dim=1)).sigmoid()
         g = f * chosen[:, :, None, None]
         mean = thing.mean(1)[:, None, None].expand_as(g[:, 0])
-        return f + g * self.places(torch.stack([mean, g.mean(1)], dim=1)).sigmoid()
+        raised: Tensor = f + g * self.places(torch.stack([mean, g.mean(1)], dim=1)).sigmoid()
+        return raised
 
 
 @final
@@ -59,8 +59,7 @@ class Composer(nn.Module):
     def __init__(self, grid: tuple[int, int], num_attributes: int, num_objects: int, width: int) -> None:
         super().__init__()
         self.grid, channels = grid, (1, width, width, width, width)
-        pairs = zip(channels[:-1], channels[1:], strict=True)
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels))
         self.thing = nn.Linear(width, width)
         self.guides = nn.ModuleList(Guided(width, width) for _ in range(3))
         self.manner = nn.Linear(3 * width, width)

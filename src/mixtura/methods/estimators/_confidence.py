@@ -35,9 +35,7 @@ def monotone(confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"])
     return np.stack([fitted.X_thresholds_, fitted.y_thresholds_])
 
 
-def restated(
-    shares: Float[np.ndarray, "n C"], curve: Float[np.ndarray, "2 K"]
-) -> Float[np.ndarray, "n C"]:
+def restated(shares: Float[np.ndarray, "n C"], curve: Float[np.ndarray, "2 K"]) -> Float[np.ndarray, "n C"]:
     """Probabilities whose highest goes by the curve; the others share the rest as before.
 
     The likeliest stays so: the curve is not followed below where the second would overtake it.

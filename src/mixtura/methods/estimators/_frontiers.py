@@ -37,8 +37,7 @@ def undominated(objectives: Float[np.ndarray, "n M"]) -> Bool[np.ndarray, " n"]:
     """Whether no other row is at least as small everywhere and smaller somewhere."""
     no_worse = (objectives[:, None] <= objectives[None]).all(-1)
     better = (objectives[:, None] < objectives[None]).any(-1)
-    kept: np.ndarray = ~(no_worse & better).any(0)
-    return kept
+    return np.logical_not((no_worse & better).any(0))
 
 
 def choose(

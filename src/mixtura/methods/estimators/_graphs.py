@@ -70,7 +70,7 @@ def surroundings(x: Float[Tensor, "n D"], edges: Int[Tensor, "2 m"]) -> Float[Te
 def likeness(rows: Float[Tensor, "E D"]) -> Float[Tensor, ""]:
     """The mean squared cosine between two rows; 0 where all are at right angles, or one is alone."""
     unit = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    others = (unit @ unit.T).square().sum() - len(rows)
+    others: Tensor = (unit @ unit.T).square().sum() - len(rows)
     return others / max(len(rows) * (len(rows) - 1), 1)
 
 
@@ -80,6 +80,8 @@ class NodeClassifier(ClassifierMixin, Estimator, ABC):
     A method says what the network is (`build`), how it learns (`learn`) and what it says of nodes
     (`shares`), and has the settings ``num_neighbours`` and ``random_state``.
     """
+
+    module_: Any
 
     @abstractmethod
     def build(self, d_in: int, num_classes: int) -> nn.Module:

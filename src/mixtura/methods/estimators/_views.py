@@ -19,7 +19,8 @@ def cosines(num: int) -> Float[Tensor, "D D"]:
     at, frequency = torch.arange(num, dtype=torch.float64) + 0.5, torch.arange(num, dtype=torch.float64)
     made = torch.cos(math.pi / num * frequency[:, None] * at) * (2 / num) ** 0.5
     made[0] /= 2**0.5
-    return made
+    basis: Tensor = made
+    return basis
 
 
 def components(x: Float[Tensor, "n D"]) -> Float[Tensor, "D D"]:
@@ -27,17 +28,20 @@ def components(x: Float[Tensor, "n D"]) -> Float[Tensor, "D D"]:
     _, found = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))
     rows = found.T.flip(0)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return rows * largest.sign()
+    signed: Tensor = rows * largest.sign()
+    return signed
 
 
 def slopes(num: int) -> Float[Tensor, "D D"]:
     """The difference of each value from the one before it; the first is itself."""
-    return torch.eye(num, dtype=torch.float64) - torch.eye(num, dtype=torch.float64).roll(1, 0).tril(-1)
+    plain = torch.eye(num, dtype=torch.float64)
+    return plain - plain.roll(1, 0).tril(-1)
 
 
 def pieces(x: Float[Tensor, "n D"], size: int) -> Float[Tensor, "n P S"]:
     """Rows in pieces of a size, the last filled up with zeros."""
-    return F.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    cut: Tensor = F.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    return cut
 
 
 @final
@@ -50,15 +54,16 @@ class CrossBlock(nn.Module):
     def __init__(self, width: int, num_views: int, d_question: int, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
-        self.gate = nn.Sequential(nn.Linear(d_question + width, width), nn.GELU(), nn.Linear(width, num_views))
+        self.gate = nn.Sequential(
+            nn.Linear(d_question + width, width), nn.GELU(), nn.Linear(width, num_views)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_views + 2))
         self.others = nn.ModuleList(nn.LayerNorm(width) for _ in range(num_views))
         self.crosses = nn.ModuleList(_attention(width) for _ in range(num_views))
         self.attention = _attention(width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
-        for last in (self.gate[-1], self.down):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for weight in (*self.gate[-1].parameters(), *self.down.parameters()):
+            nn.init.zeros_(weight)
 
     def route(
         self, x: Float[Tensor, "n P W"], question: Float[Tensor, "n Q"], named: Bool[Tensor, "n E"]

@@ -68,9 +68,10 @@ def vectors(
         wrong = (own[centre] * other[drawn]).sum(-1)
         return (F.softplus(-right) + F.softplus(wrong)).mean()
 
-    steps = {"epochs": epochs, "batch_size": 256, "learning_rate": learning_rate}
-    minimise([own, other], lost, len(table), **steps)
-    return own.detach().numpy()
+    parts = [own, other]
+    minimise(parts, lost, len(table), epochs=epochs, batch_size=256, learning_rate=learning_rate)
+    found: np.ndarray = own.detach().numpy()
+    return found
 
 
 def dp_means(rows: Float[np.ndarray, "n W"], wide: float, rounds: int = 50) -> Int[np.ndarray, " n"]:
@@ -81,7 +82,8 @@ def dp_means(rows: Float[np.ndarray, "n W"], wide: float, rounds: int = 50) -> I
         before = label.copy()
         for place, row in enumerate(rows):
             apart = ((centres - row) ** 2).sum(1)
-            if apart.min() > wide**2:
+            # The furthest of all may be as far as is allowed, to the last bit.
+            if apart.min() > wide**2 * (1 + 1e-9):
                 centres = np.concatenate([centres, row[None]])
                 label[place] = len(centres) - 1
             else:

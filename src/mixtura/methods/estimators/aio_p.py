@@ -150,6 +150,7 @@ class AioP(RegressorMixin, Network):
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
             )
+        module.requires_grad_()
 
 
 def _missed(said: Float[Tensor, "T K"], wanted: Float[Tensor, "T K"]) -> Float[Tensor, ""]:

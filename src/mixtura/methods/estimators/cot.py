@@ -36,8 +36,8 @@ class Cot(Network):
         ``predict [n, 2]``, ``predict_proba [n, A, O]``. ``route`` weighs object, attribute and both evenly.
 
     Raises:
-        SettingError: ``grid`` is not two numbers whose product is the width of rows, ``unseen`` is not in [-2,
-            2], ``mixing`` in [0, 1e3], or a size, rate or ``random_state`` out of range.
+        SettingError: ``grid`` is not two numbers whose product is the width of rows, ``unseen`` is not in
+            [-2, 2], ``mixing`` in [0, 1e3], or a size, rate or ``random_state`` out of range.
         UserError: a number is missing, ``y`` has not two columns, or one of them one class alone.
 
     Example:
@@ -52,7 +52,8 @@ class Cot(Network):
         Four layers of convolutions in place of a vision transformer, words learned from the start in place of
         word vectors, two linear layers without batch norm to compose them. Pairs that are mixed do not stand
         against their mixture, as they do in the released code. One share of mixing a minibatch, as there.
-        Every pair may be said (the open world); ``unseen`` is added to cosines of pairs that were not learned.
+        Every pair may be said (the open world); ``unseen`` is added to the sum of pairs that were not learned:
+        measures of the paper try all such numbers and take the best, 0.3 is our choice.
 
     Reference:
         Hierarchical Visual Primitive Experts for Compositional Zero-Shot Learning (paper 188);
@@ -67,7 +68,7 @@ class Cot(Network):
         grid: list[int] | None = None,
         d_hidden: int = 16,
         mixing: float = 1.0,
-        unseen: float = 0.0,
+        unseen: float = 0.3,
         epochs: int = 30,
         batch_size: int = 32,
         learning_rate: float = 0.005,
@@ -97,7 +98,8 @@ class Cot(Network):
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of every attribute with every object, of the sums of cosines."""
         shares = (self.output(X) / TEMPERATURE).softmax(-1)
-        return shares.unflatten(1, (len(self.attributes_), len(self.objects_))).numpy()
+        said: np.ndarray = shares.unflatten(1, (len(self.attributes_), len(self.objects_))).numpy()
+        return said
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest attribute and object of every row."""

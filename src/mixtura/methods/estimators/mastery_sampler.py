@@ -24,15 +24,15 @@ METHOD = {
 class MasterySampler(ClusterMixin, Estimator):
     """Draw a few rows that stand evenly for all kinds of rows, so that what learns them is fair to each.
 
-    Training or calibrating on a small even sample, undersampling, node2vec, non-parametric clustering: students
-    by the skills they mastered, texts by what models get right. Rows and columns are a graph, whose edges are
-    how much a row has of a column; biased random walks give columns vectors, and a row is the mean of those of
-    its columns. Clusters are found coarse to fine: where rows of a cluster do not mostly have the same label,
-    it is cut up. `fit_resample` draws from all clusters in turns.
+    Training or calibrating on a small even sample, undersampling, node2vec, non-parametric clustering:
+    students by the skills they mastered, texts by what models get right. Rows and columns are a graph, whose
+    edges are how much a row has of a column; biased random walks give columns vectors, and a row is the mean
+    of those of its columns. Clusters are found coarse to fine: where rows of a cluster do not mostly have the
+    same label, it is cut up. `fit_resample` draws from all clusters in turns.
 
     Shapes:
-        ``X [n, d]``, ``y [n]`` any labels, or none; `fit_resample` gives rows and labels ``[num]``. ``predict``
-        and ``route`` give the cluster of the nearest centre.
+        ``X [n, d]``, ``y [n]`` any labels, or none; `fit_resample` gives rows and labels ``[num]``.
+        ``predict`` and ``route`` give the cluster of the nearest centre.
 
     Raises:
         SettingError: ``num_rows`` is not in [1, 1e9], ``wide`` or ``alike`` in [0, 1], ``levels`` in [1, 64],
@@ -128,7 +128,8 @@ class MasterySampler(ClusterMixin, Estimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The cluster of every row."""
-        return self._apart(X).argmin(1)
+        nearest: np.ndarray = self._apart(X).argmin(1)
+        return nearest
 
     def route(self, X: Any) -> Routing:
         apart = torch.from_numpy(self._apart(X))

@@ -27,17 +27,17 @@ class Mova(NetworkClassifier):
 
     Mixture of vision encoders, feature fusion, several questions about the same images. A row is seen in four
     ways that are not trained: its values (0), their slopes (1), their cosine transform (2), its principal
-    components (3). Coarse: ``named`` says which views a question may use. Fine: a gate that reads the question
-    and the row weighs the ``top_k`` best of these, and the row's tokens read theirs by cross-attention. At
-    the start the block changes nothing.
+    components (3). Coarse: ``named`` says which views a question may use. Fine: a gate that reads the
+    question and the row weighs the ``top_k`` best of these, and the row's tokens read theirs by
+    cross-attention. At the start the block changes nothing.
 
     Shapes:
         ``X [n, d]``, ``y [n]``; with ``question_column`` a column of X holds the question, from 0, of as many
         as ``named`` has entries. ``route`` gives the views that rows read.
 
     Raises:
-        SettingError: ``named`` holds no list of views from 0 to 3 a question, ``question_column`` is no column,
-            ``size`` is not in [1, 65536], ``top_k`` in [1, 4], or another is out of range.
+        SettingError: ``named`` holds no list of views from 0 to 3 a question, ``question_column`` is no
+            column, ``size`` is not in [1, 65536], ``top_k`` in [1, 4], or another is out of range.
         UserError: a number or a question is missing, or there is one class alone.
 
     Example:
@@ -86,7 +86,9 @@ class Mova(NetworkClassifier):
         if not named or not all(one and set(one) <= set(range(len(_VIEWS))) for one in named):
             raise SettingError(f"named of Mova must list views from 0 to 3 for each question, got {named!r}")
         if self.question_column is None and len(named) > 1:
-            raise SettingError(f"named of Mova has {len(named)} questions; say which question_column has them")
+            raise SettingError(
+                f"named of Mova has {len(named)} questions; say which question_column has them"
+            )
         if self.question_column is not None and not self.question_column < d_in > 1:
             raise SettingError(
                 f"question_column of Mova must be one of {d_in} columns, beside others, got "

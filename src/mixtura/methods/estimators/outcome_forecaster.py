@@ -27,8 +27,8 @@ class OutcomeForecaster(ClassifierMixin, Estimator):
 
     Calibration, selective prediction, abstention, expected calibration error: which of two plans will do
     better, which experiment need not be run. A mixture of experts learns a part of the rows. On the part
-    that was held out it is counted how often it is right, by how sure it says to be; an isotonic curve of that
-    replaces its confidence, so that more confidence never means less. `abstains` names the rows below
+    that was held out it is counted how often it is right, by how sure it says to be; an isotonic curve of
+    that replaces its confidence, so that more confidence never means less. `abstains` names the rows below
     ``sure``; `report` says what predictions are worth, as the paper asks: right how often, in all and where
     it is sure, and how far confidence is from that.
 
@@ -51,8 +51,8 @@ class OutcomeForecaster(ClassifierMixin, Estimator):
 
     Differences from the paper:
         The paper is a benchmark of 405 questions to language models and people, and finds accuracies of 14 to
-        26 % that do not rise with a model's confidence; it proposes no predictor. This is ours, of tables, for
-        the two questions it asks. Ten bins in the calibration error are our choice.
+        26 % that do not rise with a model's confidence; it proposes no predictor. This is ours, of tables,
+        for the two questions it asks. Ten bins in the calibration error are our choice.
 
     Reference:
         SciPredict: Can LLMs Predict the Outcomes of Scientific Experiments in Natural Sciences? (paper 205,
@@ -95,13 +95,13 @@ class OutcomeForecaster(ClassifierMixin, Estimator):
         x, target = torch.from_numpy((X - self.mean_) / self.scale_), torch.from_numpy(numbers)
         mine, theirs = x[torch.from_numpy(~aside)], target[torch.from_numpy(~aside)]
         self.rebuild()
-        steps = {"epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
+        steps, rate = {"epochs": self.epochs, "batch_size": self.batch_size}, self.learning_rate
         with seeded(self.random_state):
 
             def lost(rows: Tensor, progress: float) -> Tensor:
                 return F.cross_entropy(self.module_(mine[rows]).output, theirs[rows])
 
-            minimise(self.module_.parameters(), lost, len(mine), **steps)
+            minimise(self.module_.parameters(), lost, len(mine), learning_rate=rate, **steps)
         raw = self.raw_proba(X[aside]) if aside.any() else np.zeros((0, len(self.classes_)))
         self.curve_ = monotone(raw.max(1, initial=0), raw.argmax(1) == numbers[aside])
         return self
@@ -114,7 +114,7 @@ class OutcomeForecaster(ClassifierMixin, Estimator):
         return said
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The probability of every class: of the likeliest how often such are right, the rest in proportion."""
+        """The probability of every class: the likeliest has how often such are right."""
         return restated(self.raw_proba(X), self.curve_)
 
     def predict(self, X: Any) -> np.ndarray:

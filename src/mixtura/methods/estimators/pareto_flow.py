@@ -57,8 +57,8 @@ class ParetoFlow(RegressorMixin, Estimator):
         (True, True)
 
     Differences from the paper:
-        Smaller networks, fewer directions and children that are further off (there 512 wide, 400 and 0.1): how
-        far selection gets in the last fifth of the steps is set by the latter. Objectives are scaled
+        Smaller networks, fewer directions and children that are further off (there 512 wide, 400 and 0.1):
+        how far selection gets in the last fifth of the steps is set by the latter. Objectives are scaled
         to [0, 1] by the rows learned of, and worth is one minus that; the released code compares worth of the
         rows (of one sign) with that of candidates (of the other) in its archive. Rows enter the archive of a
         direction only if they point its way, as candidates must; there the best enter whatever their way, and
@@ -123,10 +123,11 @@ class ParetoFlow(RegressorMixin, Estimator):
         best = choose((1 - wanted).expand(len(ways), -1, -1), ways, spacing(ways)[1])
         self.archive_ = x[best].numpy()
         self.rebuild()
-        steps = {"epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
+        steps, rate = {"epochs": self.epochs, "batch_size": self.batch_size}, self.learning_rate
         with seeded(self.random_state):
+            parts = self.module_.parameters()
             minimise(
-                self.module_.parameters(), lambda r, _: self.module_.lost(x[r], wanted[r]), len(x), **steps
+                parts, lambda r, _: self.module_.lost(x[r], wanted[r]), len(x), learning_rate=rate, **steps
             )
         return self
 

@@ -118,7 +118,8 @@ class TaskPrompted(TaskNetwork):
         is_hidden = torch.rand_like(x) < self.hidden
         passed = module(x.masked_fill(is_hidden, 0.0))
         missed = (module.decode(passed.more) - x[:, None]).square() * is_hidden[:, None]
-        return missed.sum() / (is_hidden.sum() * module.num_tasks).clamp(min=1) + self._even(passed)
+        mean: Tensor = missed.sum() / (is_hidden.sum() * module.num_tasks).clamp(min=1)
+        return mean + self._even(passed)
 
     def _even(self, passed: Passed) -> Float[Tensor, ""]:
         even = create("balancers", "switch_loss", coefficient=self.balance)

@@ -14,7 +14,10 @@ Draw = np.random.Generator
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Lesson:
-    """Rows that are learned from and new ones that are tested on; ``more`` goes to those who read edges."""
+    """Rows that are learned from and new ones that are tested on; ``more`` is known of them beside.
+
+    Its ``edges`` go to those who read edges; the rest is for who measures.
+    """
 
     X: np.ndarray
     y: np.ndarray

@@ -8,6 +8,7 @@ from mixtura.methods.estimators import windows
 from mixtura.running.estimating.designs import DESIGNS
 from mixtura.running.estimating.lessons import Draw, Lesson, Problem, digits, split
 
+
 def rare_digits(draw: Draw) -> Lesson:
     """Digits of which the rarest has a hundredth of the rows of the most frequent, tested on even ones."""
     X, y = digits()
@@ -149,7 +150,9 @@ PROBLEMS: tuple[Problem, ...] = (
         digit_tasks,
     ),
     Problem("wave", wave.__doc__ or "", "R²", "series", _SERIES, wave),
-    Problem("friends", friends.__doc__ or "", "accuracy of the rest", "nodes", {"mowst": {}, "gmope": {}}, friends),
+    Problem(
+        "friends", friends.__doc__ or "", "accuracy of the rest", "nodes", {"mowst": {}, "gmope": {}}, friends
+    ),
     Problem("drift", drift.__doc__ or "", "accuracy before learning", "streams", {"drift_moe": {}}, drift),
     Problem("market", market.__doc__ or "", "log of wealth", "markets", {"universal_portfolio": {}}, market),
     *DESIGNS,
