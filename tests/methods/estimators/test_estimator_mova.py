@@ -98,7 +98,10 @@ def test_a_question_changes_the_views_and_the_answer() -> None:
         ({"named": [[0, 4]]}, "must list views from 0 to 3"),
         ({"named": [[]]}, "must list views from 0 to 3"),
         ({"named": [[0], [1]]}, "say which question_column has them"),
-        ({"question_column": 4, "named": [[0], [1]]}, "must be one of 4 columns"),
+        (
+            {"question_column": 4, "named": [[0], [1]]},
+            "the column of questions of Mova must be one of 4, beside others",
+        ),
         ({"top_k": 5}, "top_k of Mova must be in"),
     ],
 )

@@ -18,7 +18,7 @@ from mixtura.methods.estimators._training import frozen
 METHOD = {
     "paper": 203,
     "title": "AIO-P: Expanding Neural Performance Predictors Beyond Image Classification",
-    "tags": ["regresses", "tabular"],
+    "tags": ["regresses"],
 }
 
 
@@ -93,7 +93,7 @@ class AioP(RegressorMixin, Network):
     def fit(self, X: Any, y: Any = None) -> AioP:
         """Learn the first measure, then the others from what was learned of it."""
         self.check_settings()
-        self.is_flat_ = y is None or np.ndim(y) < 2
+        self.is_flat_ = y is None or np.asarray(y).ndim < 2
         if self.is_flat_:
             X, y = self.lessons(X, y, y_numeric=True)
             values = y[:, None].astype(np.float64)

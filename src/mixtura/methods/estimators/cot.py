@@ -52,8 +52,8 @@ class Cot(Network):
         Four layers of convolutions in place of a vision transformer, words learned from the start in place of
         word vectors, two linear layers without batch norm to compose them. Pairs that are mixed do not stand
         against their mixture, as they do in the released code. One share of mixing a minibatch, as there.
-        Every pair may be said (the open world); ``unseen`` is added to the sum of pairs that were not learned:
-        measures of the paper try all such numbers and take the best, 0.3 is our choice.
+        Every pair may be said (the open world); ``unseen`` is added to the sum of pairs that were not
+        learned: measures of the paper try all such numbers and take the best, 0.3 is our choice.
 
     Reference:
         Hierarchical Visual Primitive Experts for Compositional Zero-Shot Learning (paper 188);

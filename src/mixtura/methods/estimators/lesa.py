@@ -17,7 +17,7 @@ from mixtura.types import Routing
 METHOD = {
     "paper": 200,
     "title": "LESA: Learnable Stage-Aware Predictors for Diffusion Model Acceleration",
-    "tags": ["regresses", "forecasts", "tabular"],
+    "tags": ["regresses", "forecasts"],
 }
 
 

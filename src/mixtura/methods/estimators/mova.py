@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError
+from mixtura.errors import SettingError
 from mixtura.methods.estimators import NetworkClassifier, Passed
+from mixtura.methods.estimators._columns import NumberColumn
 from mixtura.methods.estimators._views import CrossBlock, components, cosines, pieces, slopes
 
 METHOD = {
@@ -89,19 +90,12 @@ class Mova(NetworkClassifier):
             raise SettingError(
                 f"named of Mova has {len(named)} questions; say which question_column has them"
             )
-        if self.question_column is not None and not self.question_column < d_in > 1:
-            raise SettingError(
-                f"question_column of Mova must be one of {d_in} columns, beside others, got "
-                f"{self.question_column}"
-            )
         return _Network(d_in, d_out, named, self)
 
     def prepare(self, module: nn.Module, x: Tensor, target: Tensor) -> None:
         assert isinstance(module, _Network)
-        if module.column is not None:
-            at = self.mean_[module.column], self.scale_[module.column]
-            module.scale.copy_(torch.tensor(at, dtype=torch.float64))
-        module.views[-1].copy_(components(module.asked(x)[0]))
+        module.question.learn(self.mean_, self.scale_)
+        module.views[-1].copy_(components(module.question.features(x)))
 
     def loss(self, passed: Passed, target: Int[Tensor, " T"], progress: float) -> Float[Tensor, ""]:
         return F.cross_entropy(passed.output, target)
@@ -111,13 +105,13 @@ class Mova(NetworkClassifier):
 class _Network(nn.Module):
     def __init__(self, d_in: int, d_out: int, named: list[list[int]], owner: Mova) -> None:
         super().__init__()
-        num, width, self.column = len(_VIEWS), owner.d_hidden, owner.question_column
-        d_row = d_in - (self.column is not None)
+        num, width = len(_VIEWS), owner.d_hidden
+        last = len(named) - 1
+        self.question = NumberColumn("questions of Mova", owner.question_column, d_in, 0, last)
+        d_row = self.question.d_out
         self.size = min(owner.size, d_row)
-        self.scale: Tensor
         self.named: Tensor
         self.views: Tensor
-        self.register_buffer("scale", torch.tensor([0.0, 1.0]))
         allowed = torch.tensor([[view in one for view in range(num)] for one in named])
         self.register_buffer("named", allowed, persistent=False)
         plain = torch.eye(d_row, dtype=torch.float64)
@@ -128,18 +122,8 @@ class _Network(nn.Module):
         self.block = CrossBlock(width, num, width, owner.top_k)
         self.head = nn.Linear(width, d_out)
 
-    def asked(self, x: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
-        """Rows without their question, and these as numbers."""
-        if self.column is None:
-            return x, torch.zeros(len(x), dtype=torch.long)
-        number = x[:, self.column] * self.scale[1] + self.scale[0]
-        question, last = number.round().long(), len(self.named) - 1
-        if ((number - question).abs() > 1e-3).any() or ((question < 0) | (question > last)).any():
-            raise UserError(f"questions of Mova (column {self.column}) are whole numbers from 0 to {last}")
-        return torch.cat([x[:, : self.column], x[:, self.column + 1 :]], dim=1), question
-
     def forward(self, x: Float[Tensor, "n D"]) -> Passed:
-        x, question = self.asked(x)
+        question, x = self.question.numbers(x), self.question.features(x)
         first, *rest = self.embed
         tokens = first(pieces(x, self.size)) + self.places
         shown = zip(rest, self.views, strict=True)

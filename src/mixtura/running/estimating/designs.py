@@ -93,7 +93,26 @@ def compositions(draw: Draw) -> Lesson:
     return Lesson(made[learned], y[learned], made[rest], y[rest], {"unseen": unseen[rest]})
 
 
+def cities(draw: Draw) -> Lesson:
+    """Rows of three cities, each about its own place, with its own rule; 300, 300 and 30, tested on 300 each."""
+    sides = []
+    for sizes in ((300, 300, 30), (300, 300, 300)):
+        city = np.repeat(np.arange(3), sizes)
+        rows = draw.normal(size=(len(city), 6))
+        y = np.where(city == 2, rows[:, 3] + rows[:, 0] > 0, rows[np.arange(len(city)), city] > 0)
+        sides.append((np.column_stack([rows + 2.5 * np.eye(6)[city + 3], city]), y.astype(int)))
+    return Lesson(*sides[0], *sides[1])
+
+
 DESIGNS: tuple[Problem, ...] = (
+    Problem(
+        "cities",
+        cities.__doc__ or "",
+        "accuracy",
+        "classes",
+        {"apollo_moe": {"group_column": 6, "num_experts": 3}},
+        cities,
+    ),
     Problem("plans", plans.__doc__ or "", "R² of the rare measure", "plans", {"aio_p": {}}, plans),
     Problem("frontier", frontier.__doc__ or "", "hypervolume", "fronts", {"pareto_flow": {}}, frontier),
     Problem(
