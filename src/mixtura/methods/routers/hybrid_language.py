@@ -8,9 +8,10 @@ import torch
 
 from mixtura.errors import SettingError, UserError
 from mixtura.methods._drawing import router_weight
+from mixtura.methods._precision import plain_logits
 from mixtura.methods._scores import softmax, to_sum_one
 from mixtura.methods.routers import Router
-from mixtura.methods.routers._shared import best, plain_logits
+from mixtura.methods.routers._shared import best
 from mixtura.types import LayerShape, RouterInput, Routing
 
 METHOD = {

@@ -94,7 +94,7 @@ def compositions(draw: Draw) -> Lesson:
 
 
 def cities(draw: Draw) -> Lesson:
-    """Rows of three cities, each about its own place, with its own rule; 300, 300 and 30, tested on 300 each."""
+    """Rows of three cities, each about its own place, with its own rule; 300, 300 and 30 to learn."""
     sides = []
     for sizes in ((300, 300, 30), (300, 300, 300)):
         city = np.repeat(np.arange(3), sizes)
