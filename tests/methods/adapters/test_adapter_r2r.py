@@ -57,7 +57,5 @@ def test_guidance_is_the_cross_entropy_with_the_task_however_many_layers_lie_bel
 
 def test_layers_below_the_probe_alone_are_refused() -> None:
     config = mixtura.AdapterConfig(method="r2r", settings={"probe": 1.0}, layers_to_transform=[0])
-    with pytest.raises(
-        UserError, match="what it changes begins in layer 1 of layers 0 to 1; put"
-    ):
+    with pytest.raises(UserError, match="what it changes begins in layer 1 of layers 0 to 1; put"):
         get_peft_model(dense(), config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixtura.methods import class_name, load_method, names
-from mixtura.methods.estimators._base import Classifier, Estimator, Regressor
+from mixtura.methods.estimators._base import Classifier, Estimator, Regressor, spread_of
 from mixtura.methods.estimators._networks import (
     Passed,
     dense_routing,
@@ -36,6 +36,8 @@ KIND = {
         "generates": "`sample` draws what may come",
         "streams": "`partial_fit` learns more without forgetting what was learned",
         "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",
+        "clusters": "`predict` says groups of rows that were found, and `fit_resample` draws rows of each",
+        "composes": "targets are an attribute and an object, and `predict` says pairs never learned, too",
         "multi_task": "targets are a column a task, NaN where a task has no label",
         "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",
         "reads:edges": "reads the edges of a graph between rows",
@@ -44,8 +46,8 @@ KIND = {
 }
 __all__ = [
     "KIND", "Classifier", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed",
-    "Regressor", "dense_routing", "everyone", "minimise", "perceptron", "routed", "router", "seeded", "told",
-    "windows",
+    "Regressor", "dense_routing", "everyone", "minimise", "perceptron", "routed", "router", "seeded",
+    "spread_of", "told", "windows",
 ]  # fmt: skip
 
 

@@ -264,6 +264,17 @@ class Regressor(RegressorMixin, Estimator, ABC):
             return float(super().score(X, y, sample_weight))
 
 
+def spread_of(values: np.ndarray) -> np.ndarray:
+    """The standard deviation of every column over what is known, and 1 where it differs by rounding alone.
+
+    >>> spread_of(np.array([[0.1, 3.0], [0.1, 5.0], [0.1, 4.0]])).round(4).tolist()
+    [1.0, 0.8165]
+    """
+    spread, largest = np.nanstd(values, axis=0), np.nanmax(np.abs(values), axis=0)
+    # A column of one number has a mean that is off by its rounding, and so a deviation of about 1e-16 of it.
+    return np.where(spread > 1e-14 * largest, spread, 1.0)
+
+
 def _sentence(error: ValueError | TypeError, name: str) -> str:
     text = one_line(error)
     if "inhomogeneous" in text or "setting an array element" in text:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from mixtura.methods.estimators._base import Classifier, Estimator, Regressor
+from mixtura.methods.estimators._base import Classifier, Estimator, Regressor, spread_of
 from mixtura.methods.estimators._networks import Passed
 from mixtura.methods.estimators._training import minimise, seeded
 from mixtura.types import Routing
@@ -57,8 +57,7 @@ class Network(Estimator, ABC):
     @final
     def learn(self, X: np.ndarray, target: Tensor, d_out: int, groups: np.ndarray | None = None) -> None:
         """Standardise rows, build the network and train it."""
-        scale = X.std(0)
-        self.mean_, self.scale_ = X.mean(0), np.where(scale > 0, scale, 1.0)
+        self.mean_, self.scale_ = X.mean(0), spread_of(X)
         self.num_outputs_ = d_out
         x = self._given(X, groups)
         with seeded(self.random_state):
@@ -166,8 +165,7 @@ class NetworkRegressor(Regressor, Network, ABC):
     def scaled(self, y: np.ndarray) -> Float[Tensor, "T O"]:
         """Targets of mean 0 and deviation 1, which are kept to undo it."""
         targets = y.reshape(len(y), -1).astype(np.float64)
-        scale = targets.std(0)
-        self.target_mean_, self.target_scale_ = targets.mean(0), np.where(scale > 0, scale, 1.0)
+        self.target_mean_, self.target_scale_ = targets.mean(0), spread_of(targets)
         self.is_flat_ = y.ndim == 1
         return torch.from_numpy((targets - self.target_mean_) / self.target_scale_)
 
