@@ -45,7 +45,7 @@ class BlockLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, losses: LossBox) -> None:
         super().__init__(base_layer, losses)
-        self.register_load_state_dict_pre_hook(_to_base)
+        self.register_load_state_dict_pre_hook(_to_base)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the base makes of tokens, or its experts with the weights that adapters give them."""
@@ -127,7 +127,7 @@ class BlockLayer(AdapterLayer):
 
 def require_plain(module: Any, name: str) -> None:
     """Raise `UnsupportedModelError` unless a block computes what its three layers and activation say."""
-    weight = inner(module.gate_proj).weight
+    weight: Tensor = inner(module.gate_proj).weight  # type: ignore[assignment]
     if weight.is_meta:
         return
     x = torch.linspace(-1.0, 1.0, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]

@@ -115,14 +115,19 @@ class AioP(Regressor, Network):
         found: np.ndarray = (said[:, 1:] if said.shape[1] > 1 else said).mean(1).numpy()
         return found
 
-    def score(self, X: Any, y: Any) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination, the mean over measures where plans were measured."""
         from sklearn.metrics import r2_score
 
         said = self.predict(X).reshape(len(X), -1)
         values = np.asarray(y, dtype=np.float64).reshape(said.shape)
         known = ~np.isnan(values)
-        each = [r2_score(values[k, m], said[k, m]) for m, k in enumerate(known.T) if k.sum() > 1]
+        weights = np.ones(len(said)) if sample_weight is None else np.asarray(sample_weight)
+        each = [
+            r2_score(values[k, m], said[k, m], sample_weight=weights[k])
+            for m, k in enumerate(known.T)
+            if k.sum() > 1
+        ]
         return float(np.mean(each))
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
