@@ -51,7 +51,8 @@ def named_rows(view: CheckpointView, layer: LayerView) -> tuple[NamedRows, ...]:
     found = []
     up, down = layer.shape.d_expert * (2 if layer.layout.has_gate else 1), layer.shape.d_model
     for matrix, parameter, height in zip(MATRICES, layer.expert_parameters, (up, down), strict=False):
-        marks = torch.arange(layer.num_experts * height).view(layer.num_experts, height, 1)
+        # Two columns, as some releases drop a dimension of one.
+        marks = torch.arange(layer.num_experts * height).view(layer.num_experts, height, 1).repeat(1, 1, 2)
         for name, rows in _saved(view, {parameter: marks}).items():
             if rows.ndim != 2 or not name.endswith(_ENDING) or not EXPERT_NUMBER.search(name):
                 raise UnsupportedModelError(
@@ -59,7 +60,7 @@ def named_rows(view: CheckpointView, layer: LayerView) -> tuple[NamedRows, ...]:
                     f"and compressed-tensors stores a matrix of each; leave --format out, or use --format "
                     f"gguf where llama.cpp knows the family"
                 )
-            numbers = rows.flatten()
+            numbers = rows[:, 0]
             expert = int(numbers[0]) // height
             base = name.removesuffix(_ENDING)
             found.append(NamedRows(base, expert, matrix, numbers - expert * height))

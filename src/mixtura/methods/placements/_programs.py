@@ -64,8 +64,10 @@ class Program:
             for row, (terms, *_) in enumerate(self.rows)
             for column, value in terms.items()
         ]
-        rows, columns, values = zip(*places, strict=True)
-        matrix = csr_array((values, (rows, columns)), shape=(len(self.rows), len(self.costs)))
+        rows, columns, values = map(np.asarray, zip(*places, strict=True))
+        # Places in 32 bits, as the solver of older releases reads them.
+        where = (rows.astype(np.int32), columns.astype(np.int32))
+        matrix = csr_array((values, where), shape=(len(self.rows), len(self.costs)))
         least, most = ([row[side] for row in self.rows] for side in (1, 2))
         found = solvers.milp(
             np.asarray(self.costs),
