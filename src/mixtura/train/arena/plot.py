@@ -83,7 +83,7 @@ def scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str) 
     across = _Axis.over(xs, LEFT, WIDTH - RIGHT, log)
     down = _Axis.over(ys, HEIGHT - BOTTOM, TOP, False)
     placed = [(p, across.place(p.x), down.place(p.y)) for p in points]
-    parts = [*_frame(across, down, title, x_label, y_label), *_legend()]
+    parts = [*_frame(across, down, title, x_label, y_label), *_legend(points)]
     parts += [mark for p, x, y in placed for mark in _mark(p, x, y, down)]
     parts += _labels(placed)
     head = (
@@ -155,18 +155,19 @@ def _frame(across: _Axis, down: _Axis, title: str, x_label: str, y_label: str) -
     )
 
 
-def _legend() -> Iterator[str]:
-    x = float(LEFT)
-    shown = {"reference": "top-k", **{name: name for name in _COLOURS if name != "reference"}}
-    for group, name in shown.items():
+def _legend(points: Sequence[Point]) -> Iterator[str]:
+    """What colours and shapes mean, of those that there are."""
+    x, groups = float(LEFT), {point.group for point in points}
+    for group in (one for one in _COLOURS if one in groups):
         yield f'<circle cx="{x + 5:.0f}" cy="46" r="4.5" fill="{_COLOURS[group]}"/>'
-        yield _text(x + 15, 50, name, colour="#374151")
-        x += 34 + _CHAR * len(name)
-    for sign, name in (("square", "baseline"), ("hollow", "sees later tokens")):
-        shape = _shape(x + 5, 46, "#6b7280", square=sign == "square", hollow=sign == "hollow")
-        yield shape
-        yield _text(x + 15, 50, name, colour="#374151")
-        x += 34 + _CHAR * len(name)
+        yield _text(x + 15, 50, group, colour="#374151")
+        x += 34 + _CHAR * len(group)
+    baseline, hollow = (any(getattr(point, kind) for point in points) for kind in ("baseline", "hollow"))
+    for used, square, name in ((baseline, True, "baseline"), (hollow, False, "sees later tokens")):
+        if used:
+            yield _shape(x + 5, 46, "#6b7280", square=square, hollow=not square)
+            yield _text(x + 15, 50, name, colour="#374151")
+            x += 34 + _CHAR * len(name)
 
 
 def _mark(point: Point, x: float, y: float, down: _Axis) -> Iterator[str]:
