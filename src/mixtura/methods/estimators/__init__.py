@@ -11,10 +11,12 @@ from typing import Any
 
 from mixtura.methods import class_name, load_method, names
 from mixtura.methods.estimators._base import Classifier, Estimator, Regressor, spread_of
+from mixtura.methods.estimators._frontiers import hypervolume, undominated
 from mixtura.methods.estimators._networks import (
     Passed,
     dense_routing,
     everyone,
+    one_each,
     perceptron,
     routed,
     router,
@@ -23,6 +25,7 @@ from mixtura.methods.estimators._networks import (
 from mixtura.methods.estimators._series import windows
 from mixtura.methods.estimators._tables import Network, NetworkClassifier, NetworkRegressor
 from mixtura.methods.estimators._training import minimise, seeded
+from mixtura.methods.estimators._walks import even_draw
 
 KIND = {
     "base": "Estimator",
@@ -46,8 +49,8 @@ KIND = {
 }
 __all__ = [
     "KIND", "Classifier", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed",
-    "Regressor", "dense_routing", "everyone", "minimise", "perceptron", "routed", "router", "seeded",
-    "spread_of", "told", "windows",
+    "Regressor", "dense_routing", "even_draw", "everyone", "hypervolume", "minimise", "one_each",
+    "perceptron", "routed", "router", "seeded", "spread_of", "told", "undominated", "windows",
 ]  # fmt: skip
 
 

@@ -252,7 +252,12 @@ class Classifier(ClassifierMixin, Estimator, ABC):
 
 
 class Regressor(RegressorMixin, Estimator, ABC):
-    """An estimator of numbers."""
+    """An estimator of numbers, one or several a row."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of the targets' variance that is explained.

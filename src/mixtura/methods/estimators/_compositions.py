@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.methods.estimators._networks import perceptron
+from mixtura.methods.estimators._networks import Passed, dense_routing, perceptron
 
 # Of cosines, when the likeliest is looked for.
 TEMPERATURE: Final = 0.1
@@ -108,3 +108,22 @@ class Composer(nn.Module):
         against = likeness(seen, self.words()).masked_fill(~wrong, -torch.inf)
         logits = torch.cat([right, against], dim=1) / TEMPERATURE
         return F.cross_entropy(logits, torch.zeros(len(both), dtype=torch.long))
+
+
+@final
+class ComposedPairs(nn.Module):
+    """How alike rows are to every attribute, every object and every pair of the two."""
+
+    def __init__(self, composer: Composer, unseen: float) -> None:
+        super().__init__()
+        self.composer, self.unseen = composer, unseen
+
+    def forward(self, x: Float[Tensor, "n D"]) -> Passed:
+        net = self.composer
+        thing, manner, both = net.looked(x)
+        things, manners = likeness(thing, net.objects), likeness(manner, net.attributes)
+        pairs, seen = likeness(both, net.words()), net.seen.flatten()
+        sums = (manners[:, :, None] + things[:, None]).flatten(1) + pairs + self.unseen * ~seen
+        best = torch.stack([one.amax(1) for one in (things, manners, pairs)], dim=1)
+        routing = dense_routing(torch.full_like(best, 1 / 3), best)
+        return Passed(output=sums, routing=routing, more=(things, manners, pairs, seen, both))

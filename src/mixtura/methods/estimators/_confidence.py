@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, final
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mixtura.methods.estimators._networks import Passed, perceptron, routed, router, told
 
 BINS: Final = 10
 
@@ -70,3 +73,19 @@ def reliability(
         "share sure": float(is_sure.mean()) if len(right) else float("nan"),
         "calibration error": float(sum(apart) / len(right)) if len(right) else float("nan"),
     }
+
+
+@final
+class MixedNetwork(nn.Module):
+    """Perceptrons that a router mixes."""
+
+    def __init__(self, d_in: int, d_out: int, owner: Any) -> None:
+        super().__init__()
+        num = owner.num_experts
+        self.gate = router("top_k", d_in, num, owner.random_state, top_k=owner.top_k)
+        self.experts = nn.ModuleList(perceptron(d_in, owner.d_hidden, d_out) for _ in range(num))
+        self.d_out = d_out
+
+    def forward(self, x: Tensor) -> Passed:
+        routing = self.gate(told(x, self.training))
+        return Passed(output=routed(self.experts, x, routing, self.d_out), routing=routing)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.methods.estimators._networks import everyone, perceptron
+from mixtura.methods.estimators._training import minimise
 
 
 def directions(num_objectives: int, least: int) -> Float[Tensor, "B M"]:
@@ -38,6 +39,15 @@ def undominated(objectives: Float[np.ndarray, "n M"]) -> Bool[np.ndarray, " n"]:
     no_worse = (objectives[:, None] <= objectives[None]).all(-1)
     better = (objectives[:, None] < objectives[None]).any(-1)
     return np.logical_not((no_worse & better).any(0))
+
+
+def spread_front(objectives: Float[np.ndarray, "n M"], num: int) -> Int[np.ndarray, " k"]:
+    """Of rows that no other beats at most so many, evenly along the first objective."""
+    front = np.flatnonzero(undominated(objectives))
+    order = front[objectives[front, 0].argsort(kind="stable")]
+    places = np.linspace(0, len(order) - 1, min(num, len(order))).round().astype(int)
+    kept: np.ndarray = order[places]
+    return kept
 
 
 def choose(
@@ -71,6 +81,16 @@ def spacing(ways: Float[Tensor, "B M"]) -> tuple[Int[Tensor, "B J"], Float[Tenso
     return near, apart.gather(1, near).sum(1) / num
 
 
+def worthiest(scores: Float[Tensor, "n M"], ways: Float[Tensor, "B M"]) -> Int[Tensor, " B"]:
+    """Of each direction the row worth most along it."""
+    return choose(scores.expand(len(ways), -1, -1), ways, spacing(ways)[1])
+
+
+def apart(scores: Float[Tensor, "n M"], ways: Float[Tensor, "B M"]) -> Float[Tensor, "n B"]:
+    """The angle of every row to every direction."""
+    return angles(scores[:, None].expand(-1, len(ways), -1), ways.expand(len(scores), -1, -1))
+
+
 @final
 class GuidedFlow(nn.Module):
     """A flow from noise to designs, and a perceptron an objective of designs."""
@@ -96,6 +116,19 @@ class GuidedFlow(nn.Module):
         noise, time = torch.randn_like(x), torch.rand_like(x[:, :1])
         speed = self.speed(noise + time * (x - noise), time)
         return F.mse_loss(speed, x - noise) + F.mse_loss(self.objectives(x), wanted)
+
+    def learn(
+        self, x: Float[Tensor, "n D"], wanted: Float[Tensor, "n M"], epochs: int, batch: int, rate: float
+    ) -> None:
+        """Train the flow and the judges on designs and their objectives."""
+        minimise(
+            self.parameters(),
+            lambda rows, _: self.lost(x[rows], wanted[rows]),
+            len(x),
+            epochs=epochs,
+            batch_size=batch,
+            learning_rate=rate,
+        )
 
     def ends(self, x: Float[Tensor, "n D"], time: float) -> tuple[Tensor, Tensor]:
         """How points move, and where they would end if they went straight on."""

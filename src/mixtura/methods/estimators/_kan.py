@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from jaxtyping import Float
@@ -46,3 +46,29 @@ class Curves(nn.Module):
 def kan(*widths: int) -> nn.Sequential:
     """Layers of curves of these widths."""
     return nn.Sequential(*(Curves(wide, narrow) for wide, narrow in pairwise(widths)))
+
+
+@final
+class StagedForecast(nn.Module):
+    """A straight line on, bent by a small spline network, one for each stretch of the future."""
+
+    def __init__(self, num_steps: int, owner: Any) -> None:
+        super().__init__()
+        num = owner.num_experts
+        self.reads, self.stages = owner.reads, [step * num // num_steps for step in range(num_steps)]
+        self.experts = nn.ModuleList(kan(owner.reads + 1, owner.d_hidden, 1) for _ in range(num))
+
+    def forward(
+        self, x: Float[Tensor, "n L"], known: Float[Tensor, "n H"] | None = None
+    ) -> Float[Tensor, "n H"]:
+        """The steps after each row; ``known`` ones stand in for forecasts before each step."""
+        # A row shorter than what is read began as it starts.
+        values = torch.cat([x[:, :1].expand(-1, max(self.reads, 2) - 1), x], dim=1)
+        made = []
+        for step, stage in enumerate(self.stages):
+            read = values[:, -self.reads :]
+            ago = torch.full_like(read[:, :1], (step + 1) / len(self.stages))
+            bend = self.experts[stage](torch.cat([read, ago], dim=1))
+            made.append(2 * values[:, -1:] - values[:, -2:-1] + bend)
+            values = torch.cat([values, made[-1] if known is None else known[:, step : step + 1]], dim=1)
+        return torch.cat(made, dim=1)

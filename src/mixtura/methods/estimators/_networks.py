@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mixtura.methods import create
@@ -92,3 +92,12 @@ def dense_routing(
 def told(x: Float[Tensor, "T D"], training: bool, **more: Any) -> RouterInput:
     """What a router is told of rows: they are no text, so later ones may be looked at."""
     return RouterInput.of(x, training=training, causal=False, **more)
+
+
+def one_each(
+    ids: Int[Tensor, " T"], scores: Float[Tensor, "T E"], logits: Float[Tensor, "T E"] | None = None
+) -> Routing:
+    """The routing of rows that have one expert each."""
+    weights, every = torch.ones(len(ids), 1).to(scores), torch.ones(len(ids), dtype=torch.bool)
+    given = scores if logits is None else logits
+    return Routing.from_choices(ids[:, None], weights, scores=scores, logits=given, valid=every)

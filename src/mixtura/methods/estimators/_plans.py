@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixtura.errors import SettingError, UserError
-from mixtura.methods.estimators._networks import perceptron
+from mixtura.methods.estimators._networks import Passed, dense_routing, perceptron
 from mixtura.methods.estimators._training import seeded
 
 
@@ -101,3 +101,41 @@ class PlanNetwork(nn.Module):
         """The first measure."""
         made: Tensor = self.head(states[-1].mean(1))
         return made
+
+
+@final
+class MeasuredPlan(nn.Module):
+    """A plan's network with a head for the first measure and an adapter for every other."""
+
+    def __init__(self, plan: PlanNetwork) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def forward(self, x: Float[Tensor, "n D"]) -> Passed:
+        states = self.plan.states(x)
+        said = [self.plan.base(states), *(adapter(states, self.plan.near) for adapter in self.plan.adapters)]
+        output = torch.cat(said, dim=1)
+        weights = torch.full_like(output, 1 / max(len(said) - 1, 1))
+        if len(said) > 1:
+            weights[:, 0] = 0
+        routing = dense_routing(weights, output.detach())
+        return Passed(output=output, routing=routing, outputs=torch.stack(said))
+
+
+def missed(said: Float[Tensor, "T K"], wanted: Float[Tensor, "T K"]) -> Float[Tensor, ""]:
+    """The mean squared error over what was measured."""
+    known = ~wanted.isnan()
+    return ((said - wanted.nan_to_num()).square() * known).sum() / known.sum().clamp(min=1)
+
+
+def agreement(said: Float[np.ndarray, "n K"], values: Float[np.ndarray, "n K"], weights: Any) -> float:
+    """The coefficient of determination, the mean over measures, of the rows that were measured."""
+    from sklearn.metrics import r2_score
+
+    weights = np.ones(len(said)) if weights is None else np.asarray(weights)
+    each = [
+        r2_score(values[known, place], said[known, place], sample_weight=weights[known])
+        for place, known in enumerate(~np.isnan(values.T))
+        if known.sum() > 1
+    ]
+    return float(np.mean(each))

@@ -143,11 +143,6 @@ class NetworkClassifier(Classifier, Network, ABC):
 class NetworkRegressor(Regressor, Network, ABC):
     """A regressor of one number or several a row, which its network puts out standardised."""
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
     def fit(self, X: Any, y: Any = None) -> NetworkRegressor:
         """Learn numbers of rows.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Sequence
 from typing import Any, final
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError
-from mixtura.methods.estimators._networks import Passed, dense_routing, everyone
+from mixtura.methods.estimators._networks import (
+    Passed,
+    dense_routing,
+    everyone,
+    perceptron,
+    routed,
+    router,
+    told,
+)
 from mixtura.methods.estimators._tables import Network
 
 
@@ -179,3 +188,29 @@ class Hierarchy(nn.Module):
     def _self_gate(self, task: int, z: Tensor) -> Tensor:
         raw: Tensor = self.self_gates[task](z)
         return raw.sigmoid() if self.per_set == 1 else raw.softmax(-1)
+
+
+@final
+class AskedNetwork(nn.Module):
+    """One network that is told by a prompt which task to answer, with experts that begin almost alike."""
+
+    def __init__(self, d_in: int, num_tasks: int, owner: Any) -> None:
+        super().__init__()
+        width, self.num_tasks = owner.d_hidden, num_tasks
+        self.embed, self.decode = nn.Linear(d_in, width), nn.Linear(width, d_in)
+        self.prompts = nn.Parameter(torch.randn(num_tasks, width))
+        self.gate = router("top_k", 2 * width, owner.num_experts, owner.random_state, top_k=owner.top_k)
+        first = perceptron(width, width, width)
+        self.experts = nn.ModuleList(copy.deepcopy(first) for _ in range(owner.num_experts))
+        for weight in self.experts.parameters():
+            weight.data += owner.noise * weight.abs().mean() * torch.randn_like(weight)
+        self.heads = nn.Parameter(torch.randn(num_tasks, width) / width**0.5)
+        self.biases = nn.Parameter(torch.zeros(num_tasks))
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Passed:
+        h = self.embed(x).relu().repeat_interleave(self.num_tasks, dim=0)
+        asked = torch.cat([h, self.prompts.repeat(len(x), 1)], dim=-1)
+        routing = self.gate(told(asked, self.training))
+        made = F.relu(h + routed(self.experts, h, routing, h.shape[1]))
+        z = made.reshape(len(x), self.num_tasks, -1)
+        return Passed(output=(z * self.heads).sum(-1) + self.biases, routing=routing, more=z)

@@ -10,8 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mixtura.errors import SettingError
-from mixtura.methods.estimators import Network, Passed, Regressor, dense_routing, minimise, spread_of
-from mixtura.methods.estimators._plans import PlanNetwork, joined, measures_of
+from mixtura.methods.estimators import Network, Passed, Regressor, minimise, spread_of
+from mixtura.methods.estimators._plans import (
+    MeasuredPlan,
+    PlanNetwork,
+    agreement,
+    joined,
+    measures_of,
+    missed,
+)
 from mixtura.methods.estimators._training import frozen
 
 METHOD = {
@@ -84,11 +91,6 @@ class AioP(Regressor, Network):
         self.learning_rate = learning_rate
         self.random_state = random_state
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
     def fit(self, X: Any, y: Any = None) -> AioP:
         """Learn the first measure, then the others from what was learned of it."""
         self.check_settings()
@@ -117,62 +119,28 @@ class AioP(Regressor, Network):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination, the mean over measures where plans were measured."""
-        from sklearn.metrics import r2_score
-
         said = self.predict(X).reshape(len(X), -1)
-        values = np.asarray(y, dtype=np.float64).reshape(said.shape)
-        known = ~np.isnan(values)
-        weights = np.ones(len(said)) if sample_weight is None else np.asarray(sample_weight)
-        each = [
-            r2_score(values[k, m], said[k, m], sample_weight=weights[k])
-            for m, k in enumerate(known.T)
-            if k.sum() > 1
-        ]
-        return float(np.mean(each))
+        return agreement(said, np.asarray(y, dtype=np.float64).reshape(said.shape), sample_weight)
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         num = d_in if self.num_nodes is None else self.num_nodes
         if d_in % num:
             raise SettingError(f"num_nodes of AioP must divide the {d_in} columns of rows, got {num}")
-        return _Network(PlanNetwork(num, d_in // num, d_out, joined(self.edges, num), self))
+        return MeasuredPlan(PlanNetwork(num, d_in // num, d_out, joined(self.edges, num), self))
 
     def loss(self, passed: Passed, target: Float[Tensor, "T K"], progress: float) -> Float[Tensor, ""]:
-        return _missed(passed.output[:, :1], target[:, :1])
+        return missed(passed.output[:, :1], target[:, :1])
 
     def finish(self, module: nn.Module, x: Tensor, target: Tensor) -> None:
-        assert isinstance(module, _Network)
+        assert isinstance(module, MeasuredPlan)
         frozen(module.children())
         module.plan.adapters.requires_grad_()
         if target.shape[1] > 1:
             rows = (~target[:, 1:].isnan()).any(1).nonzero()[:, 0]
-            minimise(
-                module.parameters(),
-                lambda part, _: _missed(module(x[rows[part]]).output[:, 1:], target[rows[part], 1:]),
-                len(rows),
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-            )
+            steps, rate = {"epochs": self.epochs, "batch_size": self.batch_size}, self.learning_rate
+
+            def lost(part: Tensor, progress: float) -> Tensor:
+                return missed(module(x[rows[part]]).output[:, 1:], target[rows[part], 1:])
+
+            minimise(module.parameters(), lost, len(rows), learning_rate=rate, **steps)
         module.requires_grad_()
-
-
-def _missed(said: Float[Tensor, "T K"], wanted: Float[Tensor, "T K"]) -> Float[Tensor, ""]:
-    known = ~wanted.isnan()
-    return ((said - wanted.nan_to_num()).square() * known).sum() / known.sum().clamp(min=1)
-
-
-@final
-class _Network(nn.Module):
-    def __init__(self, plan: PlanNetwork) -> None:
-        super().__init__()
-        self.plan = plan
-
-    def forward(self, x: Float[Tensor, "n D"]) -> Passed:
-        states = self.plan.states(x)
-        said = [self.plan.base(states), *(adapter(states, self.plan.near) for adapter in self.plan.adapters)]
-        output = torch.cat(said, dim=1)
-        weights = torch.full_like(output, 1 / max(len(said) - 1, 1))
-        if len(said) > 1:
-            weights[:, 0] = 0
-        routing = dense_routing(weights, output.detach())
-        return Passed(output=output, routing=routing, outputs=torch.stack(said))

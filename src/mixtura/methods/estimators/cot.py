@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError
-from mixtura.methods.estimators import Network, Passed, dense_routing
-from mixtura.methods.estimators._compositions import TEMPERATURE, Composer, likeness
+from mixtura.methods.estimators import Network, Passed
+from mixtura.methods.estimators._compositions import TEMPERATURE, ComposedPairs, Composer
 
 METHOD = {
     "paper": 188,
@@ -116,19 +116,19 @@ class Cot(Network):
         if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != d_in:
             raise SettingError(f"grid of Cot must be two numbers of product {d_in}, got {self.grid!r}")
         sizes = len(self.attributes_), len(self.objects_)
-        return _Network(Composer((grid[0], grid[1]), *sizes, self.d_hidden), self.unseen)
+        return ComposedPairs(Composer((grid[0], grid[1]), *sizes, self.d_hidden), self.unseen)
 
     def prepare(self, module: nn.Module, x: Tensor, target: Tensor) -> None:
-        assert isinstance(module, _Network)
+        assert isinstance(module, ComposedPairs)
         module.composer.seen[target[:, 0], target[:, 1]] = True
         module.composer.frequency.copy_(target[:, 0].bincount())
 
     def adjust(self, module: nn.Module) -> None:
-        assert isinstance(module, _Network)
+        assert isinstance(module, ComposedPairs)
         module.unseen = self.unseen
 
     def batch_loss(self, module: nn.Module, x: Tensor, target: Tensor, progress: float) -> Tensor:
-        assert isinstance(module, _Network)
+        assert isinstance(module, ComposedPairs)
         passed = module(x)
         mixed = module.composer.mixed_loss(passed.more[-1], target)
         return self.loss(passed, target, progress) + self.mixing * mixed
@@ -139,20 +139,3 @@ class Cot(Network):
         learned = F.cross_entropy(pairs.masked_fill(~seen, -torch.inf) / TEMPERATURE, pair)
         alone = [F.cross_entropy(c / TEMPERATURE, target[:, n]) for n, c in enumerate((manners, things))]
         return learned + 0.6 * alone[0] + 0.4 * alone[1]
-
-
-@final
-class _Network(nn.Module):
-    def __init__(self, composer: Composer, unseen: float) -> None:
-        super().__init__()
-        self.composer, self.unseen = composer, unseen
-
-    def forward(self, x: Float[Tensor, "n D"]) -> Passed:
-        net = self.composer
-        thing, manner, both = net.looked(x)
-        things, manners = likeness(thing, net.objects), likeness(manner, net.attributes)
-        pairs, seen = likeness(both, net.words()), net.seen.flatten()
-        sums = (manners[:, :, None] + things[:, None]).flatten(1) + pairs + self.unseen * ~seen
-        best = torch.stack([one.amax(1) for one in (things, manners, pairs)], dim=1)
-        routing = dense_routing(torch.full_like(best, 1 / 3), best)
-        return Passed(output=sums, routing=routing, more=(things, manners, pairs, seen, both))

@@ -122,9 +122,8 @@ class DriftMoe(Classifier):
 
     def _begin(self, classes: np.ndarray) -> None:
         self.classes_ = classes
-        shape = (self.num_experts, len(classes))
-        self.counts_ = np.zeros(shape)
-        self.means_, self.spreads_ = (np.zeros((*shape, self.n_features_in_)) for _ in range(2))
+        self.counts_ = np.zeros((self.num_experts, len(classes)))
+        self.means_, self.spreads_ = (np.zeros((*self.counts_.shape, self.n_features_in_)) for _ in range(2))
         self.seen_ = np.zeros((3, self.n_features_in_))
         self.rebuild()
 

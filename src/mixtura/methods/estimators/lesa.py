@@ -6,11 +6,10 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtura.methods.estimators import Regressor, minimise, seeded
-from mixtura.methods.estimators._kan import kan
+from mixtura.methods.estimators import Regressor, minimise, one_each, seeded
+from mixtura.methods.estimators._kan import StagedForecast
 from mixtura.types import Routing
 
 METHOD = {
@@ -79,11 +78,6 @@ class Lesa(Regressor):
         self.learning_rate = learning_rate
         self.random_state = random_state
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
     def fit(self, X: Any, y: Any = None) -> Lesa:
         """Learn what follows windows of the past."""
         self.check_settings()
@@ -118,34 +112,8 @@ class Lesa(Regressor):
     def route(self, X: Any) -> Routing:
         stages = torch.tensor(self.module_.stages).repeat(len(self.rows(X)))
         scores = nn.functional.one_hot(stages, self.num_experts).double()
-        every = torch.ones(len(stages), dtype=torch.bool)
-        ids, weights = stages[:, None], torch.ones(len(stages), 1, dtype=torch.float64)
-        return Routing.from_choices(ids, weights, scores=scores, logits=scores, valid=every)
+        return one_each(stages, scores)
 
     def rebuild(self) -> None:
         with seeded(self.random_state):
-            self.module_ = _Network(self.num_outputs_, self).double()
-
-
-@final
-class _Network(nn.Module):
-    def __init__(self, num_steps: int, owner: Lesa) -> None:
-        super().__init__()
-        num = owner.num_experts
-        self.reads, self.stages = owner.reads, [step * num // num_steps for step in range(num_steps)]
-        self.experts = nn.ModuleList(kan(owner.reads + 1, owner.d_hidden, 1) for _ in range(num))
-
-    def forward(
-        self, x: Float[Tensor, "n L"], known: Float[Tensor, "n H"] | None = None
-    ) -> Float[Tensor, "n H"]:
-        """The steps after each row; ``known`` ones stand in for forecasts before each step."""
-        # A row shorter than what is read began as it starts.
-        values = torch.cat([x[:, :1].expand(-1, max(self.reads, 2) - 1), x], dim=1)
-        made = []
-        for step, stage in enumerate(self.stages):
-            read = values[:, -self.reads :]
-            ago = torch.full_like(read[:, :1], (step + 1) / len(self.stages))
-            bend = self.experts[stage](torch.cat([read, ago], dim=1))
-            made.append(2 * values[:, -1:] - values[:, -2:-1] + bend)
-            values = torch.cat([values, made[-1] if known is None else known[:, step : step + 1]], dim=1)
-        return torch.cat(made, dim=1)
+            self.module_ = StagedForecast(self.num_outputs_, self).double()

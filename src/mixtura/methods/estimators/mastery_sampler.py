@@ -9,7 +9,7 @@ import torch
 from sklearn.base import ClusterMixin
 
 from mixtura.errors import UserError, check_range
-from mixtura.methods.estimators import Estimator, seeded
+from mixtura.methods.estimators import Estimator, one_each, seeded
 from mixtura.methods.estimators._walks import even_draw, refined, vectors, walks
 from mixtura.types import Routing
 
@@ -133,9 +133,7 @@ class MasterySampler(ClusterMixin, Estimator):
 
     def route(self, X: Any) -> Routing:
         apart = torch.from_numpy(self._apart(X))
-        ids, every = apart.argmin(1, keepdim=True), torch.ones(len(apart), dtype=torch.bool)
-        weights = torch.ones(len(ids), 1, dtype=torch.float64)
-        return Routing.from_choices(ids, weights, scores=(-apart).softmax(1), logits=-apart, valid=every)
+        return one_each(apart.argmin(1), (-apart).softmax(1), -apart)
 
     def _apart(self, X: Any) -> np.ndarray:
         rows = self._weights(self.rows(X)) @ self.vectors_

@@ -6,21 +6,11 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.methods.estimators import (
-    Classifier,
-    Passed,
-    minimise,
-    perceptron,
-    routed,
-    router,
-    seeded,
-    spread_of,
-    told,
-)
-from mixtura.methods.estimators._confidence import held_out, monotone, reliability, restated
+from mixtura.methods.estimators import Classifier, Passed, minimise, seeded, spread_of
+from mixtura.methods.estimators._confidence import MixedNetwork, held_out, monotone, reliability, restated
 from mixtura.types import Routing
 
 METHOD = {
@@ -117,9 +107,7 @@ class OutcomeForecaster(Classifier):
 
     def raw_proba(self, X: Any) -> np.ndarray:
         """The probabilities that the network says, before they are held against outcomes."""
-        x = torch.from_numpy((self.rows(X) - self.mean_) / self.scale_)
-        with torch.no_grad():
-            said: np.ndarray = self.module_(x).output.softmax(-1).numpy()
+        said: np.ndarray = self._passed(X).output.softmax(-1).numpy()
         return said
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -142,26 +130,14 @@ class OutcomeForecaster(Classifier):
         return reliability(shares.max(1), right, self.sure)
 
     def route(self, X: Any) -> Routing:
-        x = torch.from_numpy((self.rows(X) - self.mean_) / self.scale_)
-        with torch.no_grad():
-            found: Routing = self.module_(x).routing
+        return self._passed(X).routing
+
+    @torch.no_grad()
+    def _passed(self, X: Any) -> Passed:
+        found: Passed = self.module_(torch.from_numpy((self.rows(X) - self.mean_) / self.scale_))
         return found
 
     def rebuild(self) -> None:
         with seeded(self.random_state):
-            self.module_ = _Network(self.n_features_in_, len(self.classes_), self).double()
+            self.module_ = MixedNetwork(self.n_features_in_, len(self.classes_), self).double()
         self.module_.eval()
-
-
-@final
-class _Network(nn.Module):
-    def __init__(self, d_in: int, d_out: int, owner: OutcomeForecaster) -> None:
-        super().__init__()
-        num = owner.num_experts
-        self.gate = router("top_k", d_in, num, owner.random_state, top_k=owner.top_k)
-        self.experts = nn.ModuleList(perceptron(d_in, owner.d_hidden, d_out) for _ in range(num))
-        self.d_out = d_out
-
-    def forward(self, x: Tensor) -> Passed:
-        routing = self.gate(told(x, self.training))
-        return Passed(output=routed(self.experts, x, routing, self.d_out), routing=routing)

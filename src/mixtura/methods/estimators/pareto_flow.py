@@ -10,15 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
-from mixtura.methods.estimators import Regressor, minimise, seeded, spread_of
-from mixtura.methods.estimators._frontiers import (
-    GuidedFlow,
-    angles,
-    choose,
-    directions,
-    spacing,
-    undominated,
-)
+from mixtura.methods.estimators import Regressor, one_each, seeded, spread_of
+from mixtura.methods.estimators._frontiers import GuidedFlow, apart, directions, spread_front, worthiest
 from mixtura.types import Routing
 
 METHOD = {
@@ -101,11 +94,6 @@ class ParetoFlow(Regressor):
         self.learning_rate = learning_rate
         self.random_state = random_state
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
     def fit(self, X: Any, y: Any = None) -> ParetoFlow:
         """Learn where designs lie, and their objectives."""
         self.check_settings()
@@ -118,16 +106,10 @@ class ParetoFlow(Regressor):
         wanted = torch.from_numpy((goals - self.least_) / self.range_)
         self.bounds_ = torch.stack([x.amin(0), x.amax(0)]).numpy()
         self.num_objectives_ = goals.shape[1]
-        ways = self._directions()
-        best = choose((1 - wanted).expand(len(ways), -1, -1), ways, spacing(ways)[1])
-        self.archive_ = x[best].numpy()
+        self.archive_ = x[worthiest(1 - wanted, self._directions())].numpy()
         self.rebuild()
-        steps, rate = {"epochs": self.epochs, "batch_size": self.batch_size}, self.learning_rate
         with seeded(self.random_state):
-            parts = self.module_.parameters()
-            minimise(
-                parts, lambda r, _: self.module_.lost(x[r], wanted[r]), len(x), learning_rate=rate, **steps
-            )
+            self.module_.learn(x, wanted, self.epochs, self.batch_size, self.learning_rate)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -141,20 +123,13 @@ class ParetoFlow(Regressor):
         with seeded(self.random_state):
             found = self.module_.flow_down(self, self._directions())
         kept = np.unique(found.numpy(), axis=0) * self.scale_ + self.mean_
-        kept = kept[undominated(self._objectives(kept).numpy())]
-        order = self._objectives(kept)[:, 0].argsort().numpy()
-        places = np.linspace(0, len(order) - 1, min(num, len(order))).round().astype(int)
-        drawn: np.ndarray = kept[order[places]]
+        drawn: np.ndarray = kept[spread_front(self._objectives(kept).numpy(), num)]
         return drawn
 
     def route(self, X: Any) -> Routing:
-        scores = 1 - self._objectives(X)
-        ways = self._directions()
-        apart = angles(scores[:, None].expand(-1, len(ways), -1), ways.expand(len(scores), -1, -1))
-        ids, every = apart.argmin(1, keepdim=True), torch.ones(len(scores), dtype=torch.bool)
-        worth = scores @ ways.T
-        weights = torch.ones(len(ids), 1, dtype=torch.float64)
-        return Routing.from_choices(ids, weights, scores=worth, logits=-apart, valid=every)
+        scores, ways = 1 - self._objectives(X), self._directions()
+        turned = apart(scores, ways)
+        return one_each(turned.argmin(1), scores @ ways.T, -turned)
 
     def rebuild(self) -> None:
         with seeded(self.random_state):

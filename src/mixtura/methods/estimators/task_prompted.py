@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixtura.methods import create
-from mixtura.methods.estimators import Passed, minimise, perceptron, routed, router, told
-from mixtura.methods.estimators._tasks import TaskNetwork, masked_bce
+from mixtura.methods.estimators import Passed, minimise
+from mixtura.methods.estimators._tasks import AskedNetwork, TaskNetwork, masked_bce
 from mixtura.types import BalancerInput
 
 METHOD = {
@@ -99,10 +97,10 @@ class TaskPrompted(TaskNetwork):
         self.random_state = random_state
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
-        return _Network(d_in, d_out, self)
+        return AskedNetwork(d_in, d_out, self)
 
     def prepare(self, module: nn.Module, x: Tensor, target: Tensor) -> None:
-        assert isinstance(module, _Network)
+        assert isinstance(module, AskedNetwork)
         if self.first_epochs:
             minimise(
                 module.parameters(),
@@ -113,7 +111,7 @@ class TaskPrompted(TaskNetwork):
                 learning_rate=self.learning_rate,
             )
 
-    def _fill_in(self, module: _Network, x: Float[Tensor, "T D"]) -> Float[Tensor, ""]:
+    def _fill_in(self, module: AskedNetwork, x: Float[Tensor, "T D"]) -> Float[Tensor, ""]:
         """How far what is said of hidden columns is from what they held."""
         is_hidden = torch.rand_like(x) < self.hidden
         passed = module(x.masked_fill(is_hidden, 0.0))
@@ -128,27 +126,3 @@ class TaskPrompted(TaskNetwork):
 
     def loss(self, passed: Passed, target: Float[Tensor, "T K"], progress: float) -> Float[Tensor, ""]:
         return masked_bce(passed.output, target) + self._even(passed)
-
-
-@final
-class _Network(nn.Module):
-    def __init__(self, d_in: int, num_tasks: int, owner: TaskPrompted) -> None:
-        super().__init__()
-        width, self.num_tasks = owner.d_hidden, num_tasks
-        self.embed, self.decode = nn.Linear(d_in, width), nn.Linear(width, d_in)
-        self.prompts = nn.Parameter(torch.randn(num_tasks, width))
-        self.gate = router("top_k", 2 * width, owner.num_experts, owner.random_state, top_k=owner.top_k)
-        first = perceptron(width, width, width)
-        self.experts = nn.ModuleList(copy.deepcopy(first) for _ in range(owner.num_experts))
-        for weight in self.experts.parameters():
-            weight.data += owner.noise * weight.abs().mean() * torch.randn_like(weight)
-        self.heads = nn.Parameter(torch.randn(num_tasks, width) / width**0.5)
-        self.biases = nn.Parameter(torch.zeros(num_tasks))
-
-    def forward(self, x: Float[Tensor, "T D"]) -> Passed:
-        h = self.embed(x).relu().repeat_interleave(self.num_tasks, dim=0)
-        asked = torch.cat([h, self.prompts.repeat(len(x), 1)], dim=-1)
-        routing = self.gate(told(asked, self.training))
-        made = F.relu(h + routed(self.experts, h, routing, h.shape[1]))
-        z = made.reshape(len(x), self.num_tasks, -1)
-        return Passed(output=(z * self.heads).sum(-1) + self.biases, routing=routing, more=z)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mixtura.methods.estimators._frontiers import hypervolume, undominated
+from mixtura.methods.estimators import hypervolume, undominated
 from mixtura.running.estimating.baselines import LINEAR, plain_model
 from mixtura.running.estimating.designs import NUM_BLOCKS, WEIGHTS, costs
 from mixtura.running.estimating.lessons import Lesson
@@ -57,7 +57,7 @@ def of_the_worst_group(entry: str, model: Any, lesson: Lesson, size: int, seed: 
     else:
         from sklearn.cluster import KMeans
 
-        from mixtura.methods.estimators._walks import even_draw
+        from mixtura.methods.estimators import even_draw
 
         label = KMeans(8, n_init=3, random_state=seed).fit_predict(lesson.X)
         rows = even_draw(label, num, draw)
