@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from mixtura.cli._generating import Bits, Cache, Memory, Prefetch, TraceFile, Unmerged
+from mixtura.cli._generating import (
+    Bits,
+    Cache,
+    Changes,
+    DecoderNames,
+    Memory,
+    Prefetch,
+    TraceFile,
+    Unmerged,
+)
 from mixtura.cli._serving import (
     CacheMemory,
     Concurrency,
@@ -20,6 +30,7 @@ from mixtura.cli._serving import (
     named_adapters,
     opened,
     require_extra,
+    served_decoder,
     shown_address,
     tell,
     warn_of_strangers,
@@ -28,6 +39,7 @@ from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words
 from mixtura.errors import SettingError
 
 if TYPE_CHECKING:
+    from mixtura.methods.decoders import Decoder
     from mixtura.serving.opening import Opened
 
 
@@ -56,6 +68,11 @@ def serve(
         [], help="An adapter's directory; NAME=DIR, as often as you like, for requests to choose as model."
     ),
     unmerged: Unmerged = False,
+    decoder: DecoderNames = "",
+    changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own
+    calibration: list[Path] = typer.Option(
+        [], help="A file that `mixtura calibrate` made, for decoders that need one; as often as you like."
+    ),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
 ) -> None:
     """Serve a model to OpenAI's clients: chat and text completions, metrics, and a page to watch it at /.
@@ -63,6 +80,8 @@ def serve(
     Examples: `mixtura serve`
 
     `mixtura serve ./Qwen3-30B-A3B --memory 8GiB --context 8192`
+
+    `mixtura serve --decoder scmoe --set beta=0.5`
     """
     check_words(memory, cache, prefetch, trace)
     from mixtura.report.units import parse_bytes
@@ -73,19 +92,33 @@ def serve(
 
     keys = read_keys(keys_file)
     one, named = named_adapters(adapter)
+    deciding = served_decoder(decoder, changes, calibration, named)
     listening = bound(host, port)
     with listening:
         served = Served(
             memory=memory, cache=cache, prefetch=prefetch, trace=trace, context=context,
             cache_memory=cache_memory, running=concurrency, waiting=queue, keeps=not no_prefix_cache,
-            bits=bits, adapter=one, merge=not unmerged, adapters=named,
+            bits=bits, adapter=one, merge=not unmerged, adapters=named, calibrations=tuple(calibration),
+            decoder=deciding,
         )  # fmt: skip
         found, own_name = opened(model, served, yes=yes)
         is_local = is_loopback(host)
         if not is_local and not keys:
             warn_of_strangers(host, "MIXTURA_API_KEYS or --keys-file")
-        settings = (_told_apart(name or own_name, named), tuple(named), max_tokens, most_body)
+        settings = _Answers(
+            _told_apart(name or own_name, named), tuple(named), deciding, max_tokens, most_body
+        )
         _run(found, listening, settings, keys, is_local, grace)
+
+
+class _Answers(NamedTuple):
+    """How answers are given."""
+
+    name: str
+    adapters: tuple[str, ...]
+    decoder: Decoder | None
+    max_tokens: int
+    most_body: int
 
 
 def _told_apart(name: str, adapters: Collection[str]) -> str:
@@ -97,7 +130,7 @@ def _told_apart(name: str, adapters: Collection[str]) -> str:
 def _run(
     found: Opened,
     listening: Any,
-    settings: tuple[str, tuple[str, ...], int, int],
+    settings: _Answers,
     keys: tuple[str, ...],
     is_local: bool,
     grace: float,
@@ -107,12 +140,15 @@ def _run(
     from mixtura.serving.listening import serve_until_told
     from mixtura.serving.watching import Watch
 
-    name, adapters, max_tokens, most_body = settings
+    name = settings.name
     service = Service(
         found.engine,
         found.tokenizer,
-        Settings(name=name, adapters=adapters, default_tokens=max_tokens, most_body_bytes=most_body),
-    )
+        Settings(
+            name=name, adapters=settings.adapters, decoder=settings.decoder,
+            default_tokens=settings.max_tokens, most_body_bytes=settings.most_body,
+        ),
+    )  # fmt: skip
     app = build_app(service, Watch(found.engine, name, found.loads), keys=keys, is_local=is_local)
     address = shown_address(listening)
     try:
