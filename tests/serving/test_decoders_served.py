@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_helpers import PATIENCE_S, SPECIMEN, Answer, answered, asked
+from serving_helpers import SPECIMEN, Answer, answered, asked, is_freed
 from tiny_checkpoints import run_mixtura, save_tiny, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,14 +76,6 @@ def engine(path: Path) -> Iterator[Engine]:
     found = open_model(path, Serving(context=CONTEXT, running=16, cache_bytes=1 << 20)).engine
     yield found
     found.close(0)
-
-
-def is_freed(engine: Engine) -> bool:
-    """Whether nothing is set apart any more, soon after the last piece is told."""
-    end = time.monotonic() + PATIENCE_S
-    while engine.prefixes.running_bytes and time.monotonic() < end:
-        time.sleep(0.01)
-    return engine.prefixes.running_bytes == 0
 
 
 def check_mixed(engine: Engine, model: Any) -> None:

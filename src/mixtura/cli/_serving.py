@@ -41,6 +41,23 @@ Keys = Annotated[
     typer.Option(help="A file of API keys, one a line; MIXTURA_API_KEYS in the environment has some, too."),
 ]
 
+ServedModel = Annotated[
+    str | None,
+    typer.Argument(help="Directory or hub id; without it, the specimen.", show_default=False),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        help="An adapter's directory; NAME=DIR, as often as you like, for requests to choose as model."
+    ),
+]
+Calibrations = Annotated[
+    list[Path],
+    typer.Option(
+        help="A file that `mixtura calibrate` made, for decoders that need one; as often as you like."
+    ),
+]
+
 _SERVING = ("fastapi", "uvicorn", "prometheus_client")
 _EXTRAS = {"serve": _SERVING, "gateway": (*_SERVING, "aiohttp", "limits", "sqlalchemy", "yaml")}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
@@ -19,13 +18,16 @@ from mixtura.cli._generating import (
     Unmerged,
 )
 from mixtura.cli._serving import (
+    Adapters,
     CacheMemory,
+    Calibrations,
     Concurrency,
     Context,
     Grace,
     Host,
     Keys,
     Served,
+    ServedModel,
     let_go_of_full_disks,
     named_adapters,
     opened,
@@ -44,9 +46,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: str | None = typer.Argument(
-        None, help="Directory or hub id; without it, the specimen.", show_default=False
-    ),
+    model: ServedModel = None,
     host: Host = "127.0.0.1",
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes one that is free."),
     memory: Memory = None,
@@ -64,15 +64,11 @@ def serve(
     no_prefix_cache: bool = typer.Option(False, "--no-prefix-cache", help="Read every prompt anew."),
     grace: Grace = 30.0,
     bits: Bits = None,
-    adapter: list[str] = typer.Option(
-        [], help="An adapter's directory; NAME=DIR, as often as you like, for requests to choose as model."
-    ),
+    adapter: Adapters = [],  # noqa: B006
     unmerged: Unmerged = False,
     decoder: DecoderNames = "",
     changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own
-    calibration: list[Path] = typer.Option(
-        [], help="A file that `mixtura calibrate` made, for decoders that need one; as often as you like."
-    ),
+    calibration: Calibrations = [],  # noqa: B006
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
 ) -> None:
     """Serve a model to OpenAI's clients: chat and text completions, metrics, and a page to watch it at /.
@@ -105,10 +101,9 @@ def serve(
         is_local = is_loopback(host)
         if not is_local and not keys:
             warn_of_strangers(host, "MIXTURA_API_KEYS or --keys-file")
-        settings = _Answers(
-            _told_apart(name or own_name, named), tuple(named), deciding, max_tokens, most_body
-        )
-        _run(found, listening, settings, keys, is_local, grace)
+        own_name = _told_apart(name or own_name, named)
+        answers = _Answers(own_name, tuple(named), deciding, max_tokens, most_body)
+        _run(found, listening, answers, keys, is_local, grace)
 
 
 class _Answers(NamedTuple):

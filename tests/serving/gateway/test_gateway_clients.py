@@ -89,7 +89,7 @@ def test_langchain(tmp_path: Path) -> None:
     assert (used["input_tokens"], used["output_tokens"], used["total_tokens"]) == (3, 3, 6)
     assert "did you mean 'small'" in found["misnamed"]
     assert "broke off" in found["cut"]
-    assert found["stranger"].startswith("AuthenticationError")
+    assert "401" in found["stranger"]
     # Whole and streamed: 3 tokens read and 3 written each; then 1 and 2 read.
     assert spent >= (6 + 6 + 4 + 5) * TOKEN
     assert held == 0
