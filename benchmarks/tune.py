@@ -63,7 +63,7 @@ def adapted(kind: str, settings: dict[str, Any], learned: list[Any]) -> Any:
 
     import mixtura
     from mixtura.data import specimen
-    from mixtura.train.tuning.run import _tokens
+    from mixtura.train.tuning.run import first_tokens
 
     if kind.startswith("peft"):
         model = AutoModelForCausalLM.from_pretrained(specimen.path(), dtype=torch.float32)
@@ -77,7 +77,9 @@ def adapted(kind: str, settings: dict[str, Any], learned: list[Any]) -> Any:
         return model
     config = mixtura.AdapterConfig(method=kind, settings=settings, task_type="CAUSAL_LM")
     if settings.get("score", "token" if kind == "esft" else "all") != "all":
-        config = config.chosen_from(mixtura.observe(model, _tokens(learned, 8192, LENGTH), progress=False))
+        config = config.chosen_from(
+            mixtura.observe(model, first_tokens(learned, 8192, LENGTH), progress=False)
+        )
     return get_peft_model(model, config)
 
 

@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import forkserver, get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, final
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 _SERVER = get_context("forkserver")
@@ -34,6 +34,8 @@ _SERVER.set_forkserver_preload(
         "mixtura.running.observing.checkpoint",
         "mixtura.checkpoints.summary",
         "mixtura.train.run",
+        "mixtura.train.specimen.make",
+        "mixtura.train.tuning.run",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
     ]
 )
@@ -44,39 +46,72 @@ def run_forked(arguments: Sequence[str], *, killed_at: int = 0) -> subprocess.Co
 
     What is written is renamed into its place when it is whole, so these are the moments that differ.
     """
-    with TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = _start(arguments, out, err, killed_at)
-        process.join()
-        assert process.exitcode is not None
-        said = (path.read_text(encoding="utf-8") for path in (out, err))
-        return subprocess.CompletedProcess(list(arguments), process.exitcode, *said)
+    process = Forked(arguments, killed_at=killed_at)
+    said = process.communicate()
+    return subprocess.CompletedProcess(list(arguments), process.returncode, *said)
 
 
 def stopped_when(arguments: Sequence[str], reached: str, how: signal.Signals) -> int:
     """Run `mixtura`, send it a signal soon after it says that it reached a step, and give its exit code."""
-    with TemporaryDirectory() as folder:
-        err = Path(folder, "err")
-        err.touch()
-        process = _start(arguments, Path(folder, "out"), err)
-        while process.is_alive() and reached not in err.read_text(encoding="utf-8"):
-            time.sleep(0.02)
-        time.sleep(0.2)
-        assert process.pid
-        if process.is_alive():
-            os.kill(process.pid, how)
-        process.join()
-        assert process.exitcode is not None
-        return process.exitcode
+    process = Forked(arguments)
+    while process.poll() is None and reached not in process.error_so_far():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    if process.poll() is None:
+        os.kill(process.pid, how)
+    process.communicate()
+    return process.returncode
 
 
-def _start(arguments: Sequence[str], out: Path, err: Path, killed_at: int = 0) -> BaseProcess:
-    """Fork a process that has what it says written to these files."""
-    with _environment():
-        settings = (arguments, dict(os.environ), str(out), str(err), killed_at)
-        process = _SERVER.Process(target=_run, args=settings)
-        process.start()
-    return process
+@final
+class Forked:
+    """A command that runs in a process of its own, in a group of its own, to be used as one of `subprocess`.
+
+    Args:
+        arguments: What stands behind ``mixtura`` on the command line.
+        entry: The module whose ``main`` is run.
+        killed_at: As of `run_forked`.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, entry: str = "mixtura.cli", killed_at: int = 0) -> None:
+        self._folder = TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        with _environment():
+            files = [str(file) for file in self._files]
+            settings = (arguments, dict(os.environ), files, entry, killed_at)
+            self._process = _SERVER.Process(target=_run, args=settings)
+            self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number, and that of its group."""
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int:
+        """How it ended: negative where by a signal."""
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._process.exitcode
+
+    def error_so_far(self) -> str:
+        """What it has said on standard error."""
+        return self._files[1].read_text(encoding="utf-8")
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end: what it said on standard output and on standard error."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired("mixtura", timeout or 0.0)
+        out, err = (file.read_text(encoding="utf-8") for file in self._files)
+        return out, err
 
 
 @contextmanager
@@ -92,20 +127,21 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], out: str, err: str, killed_at: int) -> None:
+def _run(
+    arguments: Sequence[str], environment: dict[str, str], files: list[str], entry: str, killed_at: int
+) -> None:
     """In the new process: be what a shell would start."""
+    os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    for number, path in ((1, out), (2, err)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number, path in enumerate(files, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
     sys.argv = ["mixtura", *arguments]
     if killed_at:
         _kill_at_rename(killed_at)
-    from mixtura.cli import main
-
-    main()
+    sys.exit(import_module(entry).main())
 
 
 def _kill_at_rename(number: int) -> None:

@@ -5,7 +5,7 @@ them is first used.
 
 >>> import mixtura
 >>> mixtura.names("quantizers")
-('dual_grained', 'gptq', 'integers', 'nested', 'round_to_nearest', 'trellis')
+('dual_grained', 'fine_quant', 'gptq', 'integers', 'low_rank_sparse', 'nested', 'round_to_nearest', 'trellis')
 """
 
 from __future__ import annotations

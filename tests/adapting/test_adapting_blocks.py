@@ -44,6 +44,38 @@ def test_text_is_what_it_was_until_a_new_token_comes(implementation: str) -> Non
     assert error(made[:, 5:6], plain[:, 5:6]) > 1e-4
 
 
+@pytest.mark.parametrize("implementation", ["mixtura", "eager"])
+def test_a_token_of_two_stretches_meets_what_both_add(implementation: str) -> None:
+    """Two adapters whose stretches overlap, beside each token's experts computed one by one."""
+    stretches = {"default": (8, 19), "second": (15, 30)}
+    settings = [{"rank": 2, "first_token": f, "last_token": t, "samples": 0} for f, t in stretches.values()]
+    model = adapted("qwen3_moe", "modality_lora", implementation, settings=settings[0])
+    more = {"method": "modality_lora", "settings": settings[1], "experts_implementation": implementation}
+    model.add_adapter("second", mixtura.AdapterConfig(**more))
+    stir(model, seed=7)
+    model.base_model.set_adapter(["default", "second"])
+    layer = next(one for one in model.modules() if isinstance(one, AdapterLayer))
+    given: list[Any] = []
+    layer.register_forward_hook(lambda _, args, made: given.append((*args, made)))
+    ids = torch.tensor([[3, 9, 16, 18, 25, 31]])
+    with torch.no_grad():
+        model(input_ids=ids)
+        x, chosen, weights, made = given[0]
+        base: Any = layer.base_layer
+        for row, token in enumerate(ids[0].tolist()):
+            wanted = torch.zeros_like(x[row])
+            for expert, weight in zip(chosen[row].tolist(), weights[row], strict=True):
+                up, down = base.gate_up_proj[expert].clone(), base.down_proj[expert].clone()
+                for name, (first, last) in stretches.items():
+                    if first <= token <= last:
+                        part = layer.adapter(name).get_parameter
+                        up += 8.0 * part("up_b")[expert] @ part("up_a")[expert]
+                        down += 8.0 * part("down_b")[expert] @ part("down_a")[expert]
+                gate, beside = (up @ x[row]).chunk(2)
+                wanted += weight * (down @ (torch.nn.functional.silu(gate) * beside))
+            torch.testing.assert_close(made[row], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_merged_stays_under_matrices_of_an_adapters_own() -> None:
     model = adapted("qwen3_moe", "expert_lora")
     model.add_adapter("own", mixtura.AdapterConfig(method="esft", settings={"experts": [0, 2]}))

@@ -7,7 +7,7 @@ import torch
 from adapting.adapted_models import adapted, plain
 from families import tiny_inputs
 
-from mixtura.adapting.layers import LinearLayer
+from mixtura.adapting.linears import LinearLayer
 from mixtura.machine.releases import checkpoint_layers
 from mixtura.types import RouterInput
 

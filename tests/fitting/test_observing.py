@@ -69,6 +69,9 @@ def test_importance_is_the_statistic_that_observing_takes(
     assert np.allclose(found.importance, expected, rtol=1e-5)
     loads = torch.cat([layer.counts.sum(0) for layer in trace.layers]).numpy()
     assert (found.prices.load == loads).all()
+    assert found.prices.weights is not None
+    weights = torch.cat([layer.weight_sums.sum(0) for layer in trace.layers]).numpy()
+    np.testing.assert_allclose(found.prices.weights, weights, rtol=1e-4)
 
 
 def test_text_that_runs_in_several_parts_rounds_and_prices_as_at_once(

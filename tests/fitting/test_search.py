@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mixtura.errors import BudgetError
+from mixtura.errors import BudgetError, SettingError, UnknownNameError
 from mixtura.fitting.candidates import choice_bytes, drop_evenly, mixed, smallest, uniform
 from mixtura.fitting.forms.experts import plan_of
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, WAYS
-from mixtura.fitting.records import Candidate, Measured, Parts, Prices, Quality
+from mixtura.fitting.records import Candidate, Measured, Parts, Prices, Quality, Request
 from mixtura.fitting.rest import Rest
+from mixtura.fitting.ruling import check_allocators, rules_of
 from mixtura.fitting.search import OutOfTimeError, Search
 from mixtura.types import Drop, Quantize, QuantizeMatrix
 
@@ -194,3 +196,35 @@ def test_a_kept_domain_loses_least_of_what_loses_no_more_in_all_than_the_plain_p
         if m.expert_bytes <= budget and m.quality.kl <= uniform_plan.kl
     ]
     assert of["kept"].kl_by_domain["code"] == min(allowed)
+
+
+def test_the_mixtures_of_named_allocators_are_tried_and_the_best_is_kept() -> None:
+    prices = made_prices()
+    shape = np.random.default_rng(1).uniform(0.2, 1.0, LAYERS * EXPERTS)
+    prices = replace(prices, weights=prices.load * shape)
+    budget = choice_bytes(prices, uniform(prices, 4).choice)
+    rules = rules_of(["mc_sharp", "quant_moe_bench"], prices)
+    tried: list[Measured] = []
+
+    def measure(candidate: Candidate) -> Measured:
+        tried.append(measured(prices, candidate))
+        return tried[-1]
+
+    found = Search(prices, np.ones(LAYERS * EXPERTS), budget, measure, rules=rules).run()
+    by_rule = [one for one in tried if one.candidate.label.startswith("allocated by ")]
+    assert [one.candidate.label for one in by_rule] == [
+        "allocated by mc_sharp",
+        "allocated by quant_moe_bench",
+    ]
+    assert all(one.expert_bytes <= budget for one in by_rule)
+    assert found.chosen.quality.kl <= min(one.quality.kl for one in by_rule)
+    others, _ = run(prices, budget)
+    assert not any(one.candidate.label.startswith("allocated by ") for one in others.tried)
+
+
+def test_allocators_are_refused_by_name_and_for_files_of_tensors() -> None:
+    request = Request(model=Path("model"), out=Path("out"), allocators=("mc_sharpe",))
+    with pytest.raises(UnknownNameError, match="did you mean 'mc_sharp'"):
+        check_allocators(request)
+    with pytest.raises(SettingError, match="--allocate shares bits out among experts"):
+        check_allocators(replace(request, allocators=("mc_sharp",), form="gguf"))

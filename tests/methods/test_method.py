@@ -34,6 +34,7 @@ def test_kinds_are_the_folders_that_say_so() -> None:
     assert found == {
         "adapters": "adapter",
         "aggregators": "aggregator",
+        "allocators": "allocator",
         "analyses": "analysis",
         "attentions": "attention",
         "balancers": "balancer",

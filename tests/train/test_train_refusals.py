@@ -200,7 +200,7 @@ def test_a_number_out_of_range(
 @pytest.mark.slow
 def test_the_process_itself_exits_with_two_and_one_line(tmp_path: Path) -> None:
     changes = ("--set", "router.top_k=99", "--out", str(tmp_path / "run"))
-    code, out, err = finish(start(str(write_config(tmp_path)), *changes))
+    code, out, err = finish(start(str(write_config(tmp_path)), *changes, fresh=True))
     assert code == 2
     assert not out
     assert err.strip() == "error: top_k of NoisyTopK must be in [1, 4], got 99"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from command_server import Forked
 
 MIXTURA = str(Path(sys.executable).with_name("mixtura"))
 
@@ -48,9 +49,15 @@ def write_config(folder: Path, **training: Any) -> Path:
     return file
 
 
-def start(*arguments: str, processes: int = 1) -> subprocess.Popen[str]:
-    """Start `mixtura train`, under torchrun where there are several processes."""
-    command = [MIXTURA, "train", *arguments, "--threads", "1"]
+def start(*arguments: str, processes: int = 1, fresh: bool = False) -> Forked | subprocess.Popen[str]:
+    """Start `mixtura train`, under torchrun where there are several processes.
+
+    One process is forked from a server unless a fresh one is asked for.
+    """
+    training = ["train", *arguments, "--threads", "1"]
+    if processes == 1 and not fresh and "--expert-parallel" not in arguments:
+        return Forked(training)
+    command = [MIXTURA, *training]
     if processes > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
         command = [*torchrun, f"--nproc-per-node={processes}", *command]
@@ -59,13 +66,14 @@ def start(*arguments: str, processes: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: Forked | subprocess.Popen[str]) -> tuple[int, str, str]:
     """Wait for a training: its exit code and what it said."""
     out, err = process.communicate(timeout=300)
+    assert process.returncode is not None
     return process.returncode, out, err
 
 
-def kill_when(process: subprocess.Popen[str], path: Path) -> None:
+def kill_when(process: Forked | subprocess.Popen[str], path: Path) -> None:
     """Kill a training as soon as a file is there."""
     deadline = time.monotonic() + 200
     while not path.exists():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from mixtura.adapting.changing import low_rank_rows
 from mixtura.adapting.layers import AdapterLayer
+from mixtura.adapting.losses import LossBox
+from mixtura.checkpoints.viewing.wrappers import inner
 from mixtura.errors import UnsupportedModelError
 from mixtura.types import Change, LowRank
 
@@ -19,10 +22,16 @@ PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 def is_block(module: nn.Module) -> bool:
     """Whether a module is gated and of three linear layers, as most families call them."""
+    parts = [getattr(module, name, None) for name in PROJECTIONS.values()]
     return callable(getattr(module, "act_fn", None)) and all(
-        isinstance(getattr(getattr(module, name, None), "in_features", None), int)
-        for name in PROJECTIONS.values()
+        isinstance(part, nn.Module) and isinstance(getattr(inner(part), "in_features", None), int)
+        for part in parts
     )
+
+
+def projections(module: nn.Module) -> dict[str, Any]:
+    """The three linear layers of a block by the names of its matrices, without what adapters add to them."""
+    return {name: inner(module.get_submodule(long)) for name, long in PROJECTIONS.items()}
 
 
 @final
@@ -31,8 +40,12 @@ class BlockLayer(AdapterLayer):
 
     The weights of a token's experts sum to 1. So what they make together is the base's down projection of
     ``h + sum of weight * (h_e - h)``, plus what is added behind it: one product for all, and the base's own
-    bits where nothing is added.
+    bits where nothing is added. Its linear layers may have adapters, too, which are then in all experts.
     """
+
+    def __init__(self, base_layer: nn.Module, losses: LossBox) -> None:
+        super().__init__(base_layer, losses)
+        self.register_load_state_dict_pre_hook(_to_base)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the base makes of tokens, or its experts with the weights that adapters give them."""
@@ -42,6 +55,16 @@ class BlockLayer(AdapterLayer):
         for name, rows in self.rows_of(seen.shape[0]).items():
             made.view_as(seen)[rows] = self._made(seen[rows], [] if name is None else [name])
         return made
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base alone, its linear layers without their adapters, too."""
+        base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for name, layer in _adapted(base).items():
+            plain = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            setattr(base, name, plain)
+        return base
 
     def _made(self, x: Tensor, running: Sequence[str]) -> Tensor:
         base: Any = self.base_layer
@@ -93,8 +116,7 @@ class BlockLayer(AdapterLayer):
         return made
 
     def matrices(self) -> dict[str, Tensor]:
-        base: Any = self.base_layer
-        return {name: getattr(base, projection).weight.detach() for name, projection in PROJECTIONS.items()}
+        return {name: part.weight.detach() for name, part in projections(self.base_layer).items()}
 
     def held(self) -> dict[str, Tensor]:
         return {}
@@ -105,11 +127,11 @@ class BlockLayer(AdapterLayer):
 
 def require_plain(module: Any, name: str) -> None:
     """Raise `UnsupportedModelError` unless a block computes what its three layers and activation say."""
-    weight = module.gate_proj.weight
+    weight: Tensor = inner(module.gate_proj).weight  # type: ignore[assignment]
     if weight.is_meta:
         return
     x = torch.linspace(-1.0, 1.0, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), _plain(module):
         wanted = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
         if not torch.equal(module(x), wanted):
             raise UnsupportedModelError(
@@ -123,3 +145,44 @@ def _part(change: Change, name: str, expert: int, x: Tensor, like: Tensor) -> Te
     assert isinstance(part, LowRank)
     one = LowRank(part.a[expert, None], part.b[expert, None], part.scale[expert, None])
     return low_rank_rows(x, one, None).to(like.dtype)
+
+
+def _adapted(block: nn.Module) -> dict[str, AdapterLayer]:
+    """The linear layers of a block that have adapters, by name."""
+    return {name: one for name, one in block.named_children() if isinstance(one, AdapterLayer)}
+
+
+@contextmanager
+def _plain(block: nn.Module) -> Iterator[None]:
+    """A block without what adapters of its linear layers add, for now."""
+    layers = _adapted(block)
+    for name, layer in layers.items():
+        setattr(block, name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            setattr(block, name, layer)
+
+
+@contextmanager
+def without_blocks(model: nn.Module) -> Iterator[None]:
+    """A model with its blocks as they were before they had adapters, for now.
+
+    PEFT puts no adapter into what has one already. So those of a block's linear layers come in meanwhile.
+    """
+    found = [(name, one) for name, one in model.named_modules() if isinstance(one, BlockLayer)]
+    for name, layer in found:
+        model.set_submodule(name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in found:
+            model.set_submodule(name, layer)
+
+
+def _to_base(block: nn.Module, saved: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Tensors of a block's linear layers are saved by the names that they have where the block is plain."""
+    for key in list(saved):
+        if key.startswith(tuple(f"{prefix}{name}." for name in PROJECTIONS.values())):
+            saved[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = saved.pop(key)

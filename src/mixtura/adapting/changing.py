@@ -73,14 +73,73 @@ def only_thin(change: Change, experts: Collection[int]) -> Change:
     return replace(change, matrices=parts, expert_ids=tuple(change.expert_ids[slot] for slot in slots))
 
 
-def changed_weight(weight: Float[Tensor, "rows cols"], change: Change) -> Float[Tensor, "rows cols"]:
-    """A linear layer's weight as a change leaves it for every token, in the dtype it has."""
-    part = change.matrices["weight"]
-    if isinstance(part, Own):
-        return part.weight[0].to(weight.dtype)
+def changed_weight(weight: Float[Tensor, "rows cols"], *changes: Change) -> Float[Tensor, "rows cols"]:
+    """A linear layer's weight as changes leave it for every token, in the dtype it has.
+
+    Of several with a matrix of their own, the last one's stands; factors are of the base alone, and what thin
+    factors add comes on top.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    kept = weight.to(wide) if change.base_scale is None else weight.to(wide) * change.base_scale.to(wide)
-    return (kept + low_rank_delta(part, wide).sum(0)).to(weight.dtype)
+    own, kept = _own(changes), weight.to(wide)
+    if own is not None:
+        kept = own.weight[0].to(weight.dtype).to(wide)
+    else:
+        for change in changes:
+            kept = kept if change.base_scale is None else kept * change.base_scale.to(wide)
+    for change in changes:
+        part = change.matrices.get("weight")
+        if isinstance(part, LowRank):
+            kept = kept + low_rank_delta(part, wide).sum(0)
+    return kept.to(weight.dtype)
+
+
+def _own(changes: Sequence[Change]) -> Own | None:
+    """The last of the matrices that stand in the place of a linear layer's."""
+    parts = [change.matrices.get("weight") for change in changes]
+    return next((part for part in reversed(parts) if isinstance(part, Own)), None)
+
+
+def changes_base(change: Change) -> bool:
+    """Whether what a linear layer's base computes is another thing under a change."""
+    return change.base_scale is not None or isinstance(change.matrices.get("weight"), Own)
+
+
+def base_rows(
+    made: Float[Tensor, "*rest rows"],
+    x: Float[Tensor, "*rest cols"],
+    changes: Sequence[Change],
+    bias: Tensor | None,
+) -> Float[Tensor, "*rest rows"]:
+    """What a linear layer's base makes of its input under changes, before anything is added.
+
+    Args:
+        made: what it computed.
+        x: what it was given.
+        changes: of its matrix.
+        bias: of the base, which ``base_scale`` leaves alone.
+    """
+    own = _own(changes)
+    if own is not None:
+        return F.linear(x, own.weight[0].to(x.dtype), bias)
+    for change in changes:
+        if change.base_scale is not None:
+            # So that a factor of 1 leaves every bit, with a bias, too.
+            made = made + (made if bias is None else made - bias) * (change.base_scale - 1).to(made.dtype)
+    return made
+
+
+def added_rows(
+    made: Float[Tensor, "*rest rows"], x: Float[Tensor, "*rest cols"], change: Change
+) -> Float[Tensor, "*rest rows"]:
+    """What a linear layer makes of its input, with what a change adds for every token."""
+    if change.extra is not None:
+        made = made + change.extra.view(made.shape).to(made.dtype)
+    part = change.matrices.get("weight")
+    if not isinstance(part, LowRank):
+        return made
+    seen = F.dropout(x, change.dropout) if change.dropout > 0 else x
+    added = low_rank_rows(seen.reshape(-1, part.a.shape[2]), part, change.shares)
+    return made + added.view(*x.shape[:-1], -1).to(made.dtype)
 
 
 def add_to_rows(
@@ -89,27 +148,8 @@ def add_to_rows(
     change: Change,
     bias: Tensor | None,
 ) -> Float[Tensor, "*rest rows"]:
-    """What a linear layer made of its input, with what a change adds for every token.
-
-    Args:
-        made: what the base computed.
-        x: what it was given.
-        change: of its matrix.
-        bias: of the base, which ``base_scale`` leaves alone.
-    """
-    part = change.matrices.get("weight")
-    if isinstance(part, Own):
-        return F.linear(x, part.weight[0].to(x.dtype), bias)
-    if change.base_scale is not None:
-        # So that a factor of 1 leaves every bit, with a bias, too.
-        made = made + (made if bias is None else made - bias) * (change.base_scale - 1).to(made.dtype)
-    if change.extra is not None:
-        made = made + change.extra.view(made.shape).to(made.dtype)
-    if part is None:
-        return made
-    seen = F.dropout(x, change.dropout) if change.dropout > 0 else x
-    added = low_rank_rows(seen.reshape(-1, part.a.shape[2]), part, change.shares)
-    return made + added.view(*x.shape[:-1], -1).to(made.dtype)
+    """What a linear layer computed of its input, as one change makes it; see `base_rows`."""
+    return added_rows(base_rows(made, x, [change], bias), x, change)
 
 
 def low_rank_rows(

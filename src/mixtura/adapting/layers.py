@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mixtura.adapting.changing import add_to_rows, changed_parameters, changed_weight, nothing, only_thin
+from mixtura.adapting.changing import changed_parameters, nothing, only_thin
 from mixtura.adapting.losses import LossBox
 from mixtura.adapting.meeting import Met
 from mixtura.errors import UserError
@@ -268,11 +268,15 @@ class ExpertsLayer(AdapterLayer):
         base = self.base_layer
         for_all = [change for change in changes if change.tokens is None]
         made: Tensor = functional_call(base, changed_parameters(base, for_all), args, kwargs)
-        for change in changes:
-            if change.tokens is not None:
-                others = [*for_all, *(one for one in changes if one.tokens is change.tokens)]
-                changed = functional_call(base, changed_parameters(base, others), args, kwargs)
-                made = torch.where(change.tokens[:, None], changed, made)
+        met = [change.tokens for change in changes if change.tokens is not None]
+        # Once for each set of changes that some token meets.
+        for kind in torch.stack(met).unique(dim=1).T if met else ():
+            if kind.any():
+                found = iter(kind.tolist())
+                own = [change for change in changes if change.tokens is None or next(found)]
+                changed = functional_call(base, changed_parameters(base, own), args, kwargs)
+                here = (torch.stack(met) == kind[:, None]).all(0)
+                made = torch.where(here[:, None], changed, made)
         return made
 
     def _with_merged(self, changes: list[Change]) -> list[Change]:
@@ -331,49 +335,6 @@ class ExpertsLayer(AdapterLayer):
                 ):
                     return False
         return True
-
-
-@final
-class LinearLayer(AdapterLayer):
-    """A linear layer with adapters."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the layer makes of its input, with what adapters add for every token."""
-        running = self.running if self.by_row is None else []
-        made: Tensor = self.base_layer(x, *args, **kwargs)
-        bias = getattr(self.base_layer, "bias", None)
-        if self.by_row is not None:
-            return self._added_by_row(made, x, bias)
-        for name in running:
-            change = self._change(name, x.reshape(-1, x.shape[-1]))
-            made = self._with_losses(name, add_to_rows(made, x, change, bias), change)
-        return made
-
-    def _added_by_row(self, made: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        wide, seen = made.reshape(-1, made.shape[-1]).clone(), x.reshape(-1, x.shape[-1])
-        for name, rows in self.rows_of(seen.shape[0]).items():
-            if name is not None:
-                change = self._change(name, seen[rows])
-                wide[rows] = add_to_rows(wide[rows], seen[rows], change, bias)
-        return wide.view_as(made)
-
-    def matrices(self) -> dict[str, Tensor]:
-        weight = getattr(self.base_layer, "weight", None)
-        return {"weight": weight.detach()} if isinstance(weight, nn.Parameter) else {}
-
-    def held(self) -> dict[str, Tensor]:
-        weight = getattr(self.base_layer, "weight", None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise UserError(
-                f"this {type(self.base_layer).__name__} is stored in fewer bits and nothing can be merged "
-                "into it; use the adapter unmerged, or merge it into the model as it was before"
-            )
-        return {"weight": weight.data}
-
-    def write(self, changes: Sequence[Change]) -> None:
-        held = self.held()["weight"]
-        for change in changes:
-            held.copy_(changed_weight(held, change))
 
 
 def require_mergeable(adapter: Adapter) -> None:

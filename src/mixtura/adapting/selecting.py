@@ -41,7 +41,7 @@ class Selection:
     Attributes:
         names: of the adapters.
         mixes: whether each row of a pass can have an adapter of its own: all adapters are of the catalogue,
-            and none has whole modules of its own.
+            none has whole modules of its own, and none is within what another changes.
     """
 
     def __init__(self, adapted: PeftModel) -> None:
@@ -50,7 +50,8 @@ class Selection:
         self._layers = [one for one in modules if isinstance(one, BaseTunerLayer)]
         self._copies: list[Any] = [one for one in modules if isinstance(one, AuxiliaryTrainingWrapper)]
         ours: list[AdapterLayer] = [one for one in modules if isinstance(one, AdapterLayer)]
-        self.mixes = len(ours) == len(self._layers) and not self._copies
+        nested = any(isinstance(below, AdapterLayer) for one in ours for below in one.base_layer.modules())
+        self.mixes = len(ours) == len(self._layers) and not self._copies and not nested
         self._ours = ours if self.mixes else []
         self._now: object = ()
 

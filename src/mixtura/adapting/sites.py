@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mixtura.adapting.blocks import PROJECTIONS, is_block
+from mixtura.adapting.blocks import is_block, projections
 from mixtura.checkpoints.viewing.memory import MemoryView
 from mixtura.checkpoints.viewing.wrappers import experts_modules, inner, plain_model, plain_name
 from mixtura.errors import UnsupportedModelError
@@ -37,8 +37,8 @@ def site_of(module: nn.Module, name: str, num_layers: int, peers: tuple[str, ...
     if kind == "experts":
         count, shapes = matrix_shapes(module)
     elif kind == "block":
-        parts = {short: getattr(module, long) for short, long in PROJECTIONS.items()}
-        shapes = {short: MatrixShape(part.out_features, part.in_features) for short, part in parts.items()}
+        parts = projections(module).items()
+        shapes = {name: MatrixShape(part.out_features, part.in_features) for name, part in parts}
     else:
         linear: Any = module
         shapes = {"weight": MatrixShape(linear.out_features, linear.in_features)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any, final
 
 from peft.mapping import (
@@ -13,9 +14,10 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from mixtura.adapting.blocks import BlockLayer, is_block, require_plain
+from mixtura.adapting.blocks import BlockLayer, is_block, require_plain, without_blocks
 from mixtura.adapting.config import AdapterConfig, AdapterType
-from mixtura.adapting.layers import ADAPTERS, AdapterLayer, ExpertsLayer, LinearLayer
+from mixtura.adapting.layers import ADAPTERS, AdapterLayer, ExpertsLayer
+from mixtura.adapting.linears import LinearLayer
 from mixtura.adapting.losses import LossBox
 from mixtura.adapting.sites import (
     base_digest,
@@ -80,7 +82,10 @@ class AdapterTuner(BaseTuner):
         ran_by = getattr(getattr(plain, "config", None), "_experts_implementation", None)
         try:
             self._peers = None
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            beside = isinstance(config, AdapterConfig) and "blocks" not in config.changed
+            with without_blocks(model) if beside else nullcontext():
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             _join(model, adapter_name)
             _require_parameters(model, adapter_name, self.peft_config[adapter_name])
         except Exception:
@@ -157,7 +162,8 @@ class AdapterTuner(BaseTuner):
         """A tensor's name in a saved adapter, also of what lies deeper than PEFT looks, such as routers."""
         inside, found, rest = key.partition(f".{ADAPTERS}.{adapter_name}.")
         if found:
-            return f"{inside}.{ADAPTERS}.{rest}"
+            # As where only this adapter is put on.
+            return f"{inside.replace('.base_layer.', '.')}.{ADAPTERS}.{rest}"
         plain: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return plain
 
@@ -188,6 +194,11 @@ def _require_parameters(model: nn.Module, adapter_name: str, config: Any) -> Non
             f"the adapter {adapter_name} ({config.method}) names no expert of any layer that it is in, so "
             "that nothing would be learned; name some by experts, or leave it out for all"
         )
+    if own and all(adapter.idle for adapter in own):
+        raise UserError(
+            f"the adapter {adapter_name} ({config.method}) changes nothing where it is put: {own[0].idle}; "
+            "put it on others as well (target_modules, layers_to_transform)"
+        )
 
 
 def _embeddings_of(model: nn.Module) -> Tensor:
@@ -214,14 +225,17 @@ def _join(model: nn.Module, adapter_name: str) -> None:
     by_name = {one.adapter(adapter_name).site.name: one.adapter(adapter_name) for one in own}
     for layer in own:
         adapter = layer.adapter(adapter_name)
-        layer.num_sites[adapter_name] = sum(type(other) is type(layer) for other in own)
+        layer.num_sites[adapter_name] = sum(
+            type(other) is type(layer) and not other.adapter(adapter_name).idle for other in own
+        )
         if adapter.site.peers:
             adapter.join(by_name[adapter.site.peers[0]])
 
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:
     """Remove an adapter, and what holds adapters where it was the only one."""
-    for name, layer in list(model.named_modules()):
+    # Those within others first, while what is around them is there.
+    for name, layer in [*model.named_modules()][::-1]:
         if not isinstance(layer, AdapterLayer):
             continue
         if adapter_name in layer.mixtura_adapter:

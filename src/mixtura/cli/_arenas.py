@@ -87,6 +87,12 @@ def _shrink(asked: Asked) -> list[Any]:
     return [*hold(Contest(kind=asked.kind, model=asked.checkpoint(), **asked.shared()), _notify)]
 
 
+def _round(asked: Asked) -> list[Any]:
+    from mixtura.fitting.arena.rounding.run import Contest, hold
+
+    return [*hold(Contest(model=asked.checkpoint(), **asked.shared()), _notify)]
+
+
 def _answer(asked: Asked) -> list[Any]:
     from mixtura.running.decoders.arena.run import Contest, hold
 
@@ -127,6 +133,49 @@ def _estimate(asked: Asked) -> list[Any]:
     )
     _write(asked, markdown(table, asked.seeds, facts), as_csv(table))
     return table
+
+
+def _tune(asked: Asked) -> list[Any]:
+    from mixtura.train.arena.paired import as_csv
+    from mixtura.train.tuning.arena.page import markdown, picture
+    from mixtura.train.tuning.arena.run import COLUMNS, TOKENS_PER_STEP, hold
+
+    if asked.model is not None:
+        raise SettingError("the arena of adapters tunes the specimen; leave --model out")
+    steps = max(2, (asked.tokens or _TUNED_TOKENS) // TOKENS_PER_STEP)
+    table, absent = hold(asked.names, asked.seeds, steps, asked.runs, _notify)
+    _write(asked, markdown(table, absent, asked.seeds, steps, _facts()), as_csv(table, COLUMNS))
+    (asked.out / f"{asked.kind}.svg").write_text(picture(table), encoding="utf-8")
+    return table
+
+
+def _upcycle(asked: Asked) -> list[Any]:
+    from mixtura.fitting.upcycling.arena.models import TOKENS_PER_STEP, Steps
+    from mixtura.fitting.upcycling.arena.page import markdown, picture
+    from mixtura.fitting.upcycling.arena.run import COLUMNS, Contest, hold
+    from mixtura.train.arena.paired import as_csv
+
+    if asked.model is not None:
+        raise SettingError("the arena of upcyclers trains its dense models; leave --model out")
+    steps = Steps()
+    if asked.tokens is not None:
+        steps = Steps(further=max(3, asked.tokens // TOKENS_PER_STEP))
+    contest = Contest(only=asked.names, num_seeds=asked.seeds, steps=steps, runs=asked.runs)
+    table = hold(contest, _notify)
+    _write(asked, markdown(table, asked.seeds, steps, _facts()), as_csv(table, COLUMNS))
+    (asked.out / f"{asked.kind}.svg").write_text(picture(table), encoding="utf-8")
+    return table
+
+
+def _facts() -> str:
+    """On what it was measured, and when."""
+    from datetime import date
+
+    import torch
+
+    from mixtura.machine.processor import processor_name
+
+    return f"{processor_name()}, PyTorch {torch.__version__}, {date.today().isoformat()}."
 
 
 def _recorded(
@@ -203,6 +252,14 @@ def _show_shrunk(table: list[Any]) -> None:
     _show(["experts", "name", "KL", "to frequency", "verdict"], rows, left=(1, 4))
 
 
+def _show_rounded(table: list[Any]) -> None:
+    rows = [
+        [f"{one.rung:g}", one.name, one.settings, f"{one.bits:.3f}", f"{one.kl:.3g}", one.verdict]
+        for one in table
+    ]
+    _show(["at most", "name", "settings", "bits", "KL", "verdict"], rows, left=(1, 2, 5))
+
+
 def _show_answered(table: list[Any]) -> None:
     rows = [
         [one.name, f"{one.accuracy:.1%}", f"{one.gained}, {one.lost}", f"{one.tokens:.0f}", one.verdict]
@@ -256,6 +313,14 @@ def _show_estimated(table: list[Any]) -> None:
     _show(["problem", "name", "score", "to the best baseline", "verdict"], rows, left=(0, 1, 4))
 
 
+def _show_paired(table: list[Any]) -> None:
+    rows = [
+        [one.group, one.name, f"{one.mean('loss'):.4f}", f"{one.difference:+.4f}", one.verdict]
+        for one in table
+    ]
+    _show(["of", "name", "held-out loss", "to the reference", "verdict"], rows, left=(0, 1, 4))
+
+
 def _show_aggregated(table: list[Any]) -> None:
     rows = [
         [
@@ -279,6 +344,7 @@ def _show(heads: list[str], rows: list[list[str]], left: tuple[int, ...]) -> Non
 
 _REPLAYED_TOKENS: Final = 2048
 _PLANTED_PROMPTS: Final = 600
+_TUNED_TOKENS: Final = 8192
 # What an arena of whole models is held on.
 Table = Annotated[
     Path | None,
@@ -298,12 +364,15 @@ ARENAS: Final[Mapping[str, Arena]] = {
     "attentions": _TRAINED,
     "pruners": _SHRUNK,
     "mergers": _SHRUNK,
+    "quantizers": Arena(_round, _show_rounded),
     "decoders": Arena(_answer, _show_answered),
     "caches": Arena(_replay, _show_replayed),
     "model_routers": Arena(_compose, _show_composed),
     "prefetchers": Arena(_guess, _show_guessed),
     "aggregators": Arena(_aggregate, _show_aggregated),
     "estimators": Arena(_estimate, _show_estimated),
+    "adapters": Arena(_tune, _show_paired),
+    "upcyclers": Arena(_upcycle, _show_paired),
 }
 # Kinds whose arena is held on a table of answers.
 ON_TABLES: Final = ("model_routers", "aggregators")

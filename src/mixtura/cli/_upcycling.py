@@ -22,8 +22,8 @@ TopK = Annotated[int, typer.Option("--top-k", min=1, help="Experts that a token 
 Target = Annotated[
     str | None,
     typer.Option(
-        help="MoE family of the result: mixtral, qwen2_moe, qwen3_moe, granitemoeshared, dots1 or flex_olmo. "
-        "Default: the first that can hold it."
+        help="MoE family of the result: mixtral, qwen2_moe, qwen3_moe, granitemoeshared, dots1, flex_olmo, "
+        "or mixtura for one of its own. Default: the first that can hold it."
     ),
 ]
 Changes = Annotated[list[str], typer.Option("--set", help="A setting of the method, such as redrawn=0.5.")]

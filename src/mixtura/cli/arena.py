@@ -22,8 +22,8 @@ def arena(
     tokens: int | None = typer.Option(
         None,
         min=1,
-        help="Tokens of each training (400,000), that pruners observe (24,576), or of texts that are "
-        "replayed (2,048).",
+        help="Tokens of each training (400,000), that pruners observe or quantizers calibrate on (16,384), "
+        "or of texts that are replayed (2,048).",
     ),
     model: Path | None = typer.Option(
         None,
@@ -41,11 +41,13 @@ def arena(
     """Train the same small model with every method of a kind, on the same text, and compare.
 
     Of decoders: a model answers the same questions by each. Of pruners: keep three quarters, a half and a
-    quarter of a model's experts by every criterion, and measure what is left; of mergers the same, experts
-    being averaged. Of caches: replay what a model chose on text, with room for some of its experts; of
-    prefetchers the same, timed at stated rates of disk and memory. Of model_routers: learn from half of a
-    table of answers, and route the other half; of aggregators: replay cascades and votes on such a table. Of
-    estimators: learn small problems beside plain models.
+    quarter of a model's experts by every criterion, and measure what is left; of mergers the same,
+    experts being averaged. Of quantizers: store a model's experts by each in the same bytes. Of caches:
+    replay what a model chose on text, with room for some of its experts; of prefetchers the same, timed
+    at stated rates of disk and memory. Of model_routers: learn from half of a table of answers, and route
+    the other half; of aggregators: replay cascades and votes on such a table. Of estimators: learn small
+    problems beside plain models. Of adapters: tune the specimen on tasks that it fails, all at one size;
+    of upcyclers: make MoE models of small dense ones, and train all on.
     Runs that are done are kept: the same command goes on where it was stopped.
 
     Example: `mixtura arena routers --only top_p,expert_choice --seeds 3`

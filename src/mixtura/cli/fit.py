@@ -36,6 +36,11 @@ _KEEP = (
     "the plain one."
 )
 
+_ALLOCATE = (
+    "Also try the bits that this allocator gives each expert; may be repeated. `mixtura methods allocators` "
+    "lists them."
+)
+
 
 def fit(
     model: str | None = typer.Argument(
@@ -54,6 +59,7 @@ def fit(
     form: str = typer.Option("mixtura", "--format", help=_FORMAT),
     task: Path | None = typer.Option(None, help=_TASK),
     keep_domain: str | None = typer.Option(None, help=_KEEP),
+    allocators: list[str] = typer.Option([], "--allocate", help=_ALLOCATE),
     yes: bool = typer.Option(False, "--yes", help="Download from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     seed: int = typer.Option(0, min=0, help="Seed of samples and intervals."),
@@ -89,6 +95,7 @@ def fit(
         form=form,
         task=task,
         keep_domain=keep_domain,
+        allocators=tuple(allocators),
         seed=seed,
     )
     _one_or_several(request, memory or model_memory or "", memory is not None, estimate, as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,13 +57,17 @@ def train(
     import transformers
 
     from mixtura.train.run import train as run_training
+    from mixtura.train.spread import leave
 
+    # Its successor is not in all releases of PyTorch that are supported.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated", FutureWarning)
     transformers.utils.logging.set_verbosity(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         trained = run_training(read, directory, progress=not as_json, expert_parallel=expert_parallel)
+        leave()
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the last checkpoint in {directory}", err=True)
         raise

@@ -94,6 +94,7 @@ def _tuned(
     import transformers
 
     from mixtura.running.resolve import resolve_model
+    from mixtura.train.spread import leave
     from mixtura.train.tuning import run_tuning
 
     transformers.utils.logging.set_verbosity(logging.ERROR)
@@ -102,7 +103,9 @@ def _tuned(
         torch.set_num_threads(threads)
     path = resolve_model(asked.model, assume_yes=assume_yes).path
     try:
-        return run_tuning(asked, directory, model_path=path, progress=progress)
+        tuned = run_tuning(asked, directory, model_path=path, progress=progress)
+        leave()
+        return tuned
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command goes on from the last checkpoint in {directory}", err=True)
         raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mixtura.fitting.estimate import Estimate, estimate_fit
+from mixtura.fitting.estimate import Estimate
+from mixtura.fitting.foreseeing import estimate_fit
 from mixtura.fitting.records import Request
 from mixtura.fitting.result import Fitted
 from mixtura.fitting.run import fit

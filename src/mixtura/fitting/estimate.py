@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import psutil
@@ -15,10 +15,9 @@ from mixtura.checkpoints.skeleton import CheckpointView, build, open_checkpoint
 from mixtura.checkpoints.summary import ModelSummary, summarize
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import num_embeddings_of
-from mixtura.errors import SettingError
 from mixtura.fitting.budget import Allowance, allowance
 from mixtura.fitting.candidates import MOST_BLOCKS, drop_evenly, uniform
-from mixtura.fitting.depth import Depth, Work, choose_depth, options_near, positions
+from mixtura.fitting.depth import Work, choose_depth, options_near, positions
 from mixtura.fitting.pace import measure_pace
 from mixtura.fitting.palette import DROP, KEEP, OPTIONS, SMALLEST, STORED
 from mixtura.fitting.pricing import experts_of, option_bytes, uniform_bytes
@@ -38,15 +37,26 @@ _OTHER_CANDIDATES, _MOVES_PER_BLOCK = 9, 2
 class PlanEstimate:
     """One kind of plan: what it would take, and about how fast it makes a token.
 
-    The speed is that of its layers without experts as timed here, and of the bytes that it reads besides.
+    The speed is that of its layers without experts as timed here, and of the bytes that it reads besides;
+    None where another program will run it.
     """
 
     name: str
     weights_bytes: int
     accounted_bytes: int
     active_bytes: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     fits: bool
+
+
+@runtime_checkable
+class Less(Protocol):
+    """What is measured in less depth."""
+
+    @property
+    def told(self) -> str:
+        """It in words, as the end of a sentence."""
+        ...
 
 
 @final
@@ -69,7 +79,7 @@ class Estimate:
     seconds: float
     limit_s: float
     finishing_s: float
-    less: Depth | None
+    less: Less | None
     notes: tuple[str, ...]
     bytes_read: int
     bytes_written: int
@@ -83,17 +93,12 @@ class Estimate:
         return asdict(self)
 
 
-def estimate_fit(request: Request) -> Estimate:
-    """Predict time, bytes, disk, memory and speeds of a fit; runs one layer of the model for a moment.
+def estimate_experts(request: Request) -> Estimate:
+    """Predict a fit in mixtura's own format; runs one layer of the model for a moment.
 
     Raises:
         UserError: the model, its text or the budget cannot be worked with.
     """
-    if request.form != "mixtura":
-        raise SettingError(
-            f"--estimate predicts fits in mixtura's own format alone; for --format {request.form} leave it "
-            f"out: that says while it runs how long it will take"
-        )
     view = open_checkpoint(request.model)
     runtime = psutil.Process(os.getpid()).memory_info().rss
     allowed = allowance(request, view, runtime)
@@ -128,7 +133,7 @@ def estimate_fit(request: Request) -> Estimate:
         bytes_read=summary.num_bytes * (2 + num_candidates),
         bytes_written=written + kept,
         disk_bytes=written + kept,
-        fitting_bytes=runtime + _streaming_bytes(summary, texts),
+        fitting_bytes=runtime + streaming_bytes(summary, texts),
         smallest_bytes=allowed.smallest_bytes,
         options=options,
     )
@@ -201,7 +206,7 @@ def _plan_estimate(
     )
 
 
-def _streaming_bytes(summary: ModelSummary, texts: Texts) -> int:
+def streaming_bytes(summary: ModelSummary, texts: Texts) -> int:
     """One layer without experts, an expert dense and in float32, activations and final states."""
     num_tokens = max(positions(texts.calibration), positions(texts.held_out))
     expert = max(layer.expert_parameters for layer in summary.layers) * 12

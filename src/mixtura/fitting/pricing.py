@@ -61,6 +61,7 @@ class LayerPricer:
         self.compared = np.zeros(layer.num_experts)
         self.importance = np.zeros(layer.num_experts)
         self.load = np.zeros(layer.num_experts, dtype=np.int64)
+        self.weights = np.zeros(layer.num_experts)
         self.num_tokens = np.zeros(1, dtype=np.int64)
 
     def price_only(self, num_priced: int | None) -> None:
@@ -98,6 +99,7 @@ class LayerPricer:
         self.sums[expert, DROP] += whole
         self.importance[expert] += float(self._statistic.measure(inputs, outputs, weights).double().sum())
         self.load[expert] += token_ids.numel()
+        self.weights[expert] += float(weights.double().sum())
 
     def finish(self) -> None:
         """Round the experts that are to be priced, after the last part; refuse outputs that are no numbers.
@@ -146,7 +148,7 @@ class LayerPricer:
         return found
 
 
-_SUMS = ("sums", "compared", "importance", "load", "num_tokens")
+_SUMS = ("sums", "compared", "importance", "load", "weights", "num_tokens")
 
 
 def collect_prices(pricers: Sequence[LayerPricer], keep_dtype: torch.dtype | None = None) -> Prices:
@@ -179,6 +181,7 @@ def collect_prices(pricers: Sequence[LayerPricer], keep_dtype: torch.dtype | Non
         num_bytes=np.concatenate(sizes),
         errors=np.concatenate(errors),
         load=np.concatenate(loads),
+        weights=np.concatenate([pricer.weights for pricer in pricers]),
     )
 
 
@@ -252,6 +255,7 @@ def save_prices(prices: Prices, importance: Float[ndarray, " M"], path: Path) ->
         "load": prices.load,
         "importance": importance,
     }
+    arrays |= {} if prices.weights is None else {"weights": prices.weights}
     save_file(arrays, str(path))
 
 
@@ -269,5 +273,6 @@ def load_prices(path: Path) -> tuple[Prices, Float[ndarray, " M"]]:
         by_layer("num_groups"),
         by_layer("least_kept"),
     )
-    prices = Prices(experts, arrays["num_bytes"], arrays["errors"], arrays["load"])
+    numbers = (arrays["num_bytes"], arrays["errors"], arrays["load"])
+    prices = Prices(experts, *numbers, weights=arrays.get("weights"))
     return prices, arrays["importance"]

@@ -107,7 +107,7 @@ def print_estimate(estimate: Estimate) -> None:
             format_bytes(option.accounted_bytes),
             format_bytes(option.accounted_bytes + estimate.runtime_bytes),
             format_bytes(option.active_bytes),
-            human_number(option.tokens_per_second),
+            "–" if option.tokens_per_second is None else human_number(option.tokens_per_second),
             "yes" if option.fits else "no",
         ]
         for option in estimate.options

@@ -27,7 +27,7 @@ class Request:
     least that a plan can keep. ``time_s`` is for observing and searching; writing and checking come after.
     ``work`` is where measurements are kept meanwhile: beside ``out``, where nothing else is said. ``form``
     is the format that is written. ``task`` are prompts of the user's own, and ``keep_domain`` the domain of
-    text whose loss is to be least.
+    text whose loss is to be least. ``allocators`` are names of methods whose mixtures are tried besides.
     """
 
     model: Path
@@ -46,6 +46,7 @@ class Request:
     form: str = "mixtura"
     task: Path | None = None
     keep_domain: str | None = None
+    allocators: tuple[str, ...] = ()
 
 
 @final
@@ -81,6 +82,7 @@ class Prices:
             option was not tried.
         load: assignments seen per expert; 0 for other parts.
         palette: the options.
+        weights: routing weights added up per expert; None where parts are no experts.
         blocks: masks of parts whose errors cost the same; where there are none, blocks of layers are taken.
     """
 
@@ -90,6 +92,7 @@ class Prices:
     load: Int[ndarray, " M"]
     palette: Palette = EXPERTS
     blocks: tuple[Bool[ndarray, " M"], ...] = ()
+    weights: Float[ndarray, " M"] | None = None
 
     @property
     def stored(self) -> tuple[int, ...]:

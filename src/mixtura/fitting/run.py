@@ -30,6 +30,7 @@ from mixtura.fitting.records import Quality, Request
 from mixtura.fitting.report import report_html
 from mixtura.fitting.result import Fitted, Row, Sample, time_over
 from mixtura.fitting.rows import rows_of, samples_of
+from mixtura.fitting.ruling import check_allocators, rules_of
 from mixtura.fitting.search import Found, Search
 from mixtura.fitting.texts import Texts, sequence_length, texts_of
 from mixtura.report.units import format_bytes
@@ -53,6 +54,7 @@ def fit(request: Request, notify: Notify = lambda _: None, *, keep_work: bool = 
         UserError: the model, text, budget or output cannot be worked with; says why and what can.
     """
     check_out(request)
+    check_allocators(request)
     view = open_checkpoint(request.model)
     form = form_of(request, view)
     notify("accounting for memory")
@@ -141,6 +143,7 @@ def _run(fit: Ongoing) -> Fitted:
         judge.measure,
         rest_saves_bytes=fit.allowance.rest.saved_bytes,
         keep_domain=fit.request.keep_domain,
+        rules=rules_of(fit.request.allocators, seen.prices),
     ).run()
     fit.timed("search", since)
     if fit.request.max_kl is not None and found.chosen.quality.kl > fit.request.max_kl:

@@ -11,8 +11,9 @@ bytes buy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -23,6 +24,7 @@ from mixtura.errors import BudgetError
 from mixtura.fitting.candidates import blocks, choice_bytes, drop_evenly, mixed, uniform
 from mixtura.fitting.records import Candidate, Measured, Prices
 from mixtura.fitting.rest import NAME
+from mixtura.fitting.ruling import Rule, ruled
 
 _STEP = 1.6
 _ROUNDS = 1
@@ -64,6 +66,7 @@ class Search:
         budget_bytes: what the parts may take together.
         measure: measures a candidate, or raises `OutOfTimeError`.
         rest_saves_bytes: what experts may take besides where the rest of the model takes 8 bits.
+        rules: of allocators whose mixtures are to be tried.
         keep_domain: the domain of text whose loss is to be least, of what loses no more than the plain plan
             in all; without one, it is the loss in all that is to be least.
     """
@@ -76,6 +79,7 @@ class Search:
         measure: Callable[[Candidate], Measured],
         rest_saves_bytes: int = 0,
         keep_domain: str | None = None,
+        rules: Sequence[Rule] = (),
     ) -> None:
         self.prices = prices
         self.importance = importance
@@ -84,6 +88,7 @@ class Search:
         self._tried: dict[str, Measured] = {}
         self._rest_saves_bytes = rest_saves_bytes
         self._keep_domain = keep_domain
+        self._rules = tuple(rules)
         # What no choice may lose more than, where a domain is kept.
         self._most_kl = np.inf
         # Whether candidates store the rest of the model in 8 bits, too.
@@ -126,6 +131,7 @@ class Search:
         return [
             ("a mixture of widths", self._blocks_alike),
             ("the rest as it is, or in 8 bits", self._other_rest),
+            *((f"what {rule.name} allocates", partial(self._ruled, rule)) for rule in self._rules),
             ("what each block of layers costs, and mixtures by it", self._mixed_by_block),
             *(drops if self.prices.palette.drop is not None else ()),
             ("moving bytes between blocks", self._improve),
@@ -172,6 +178,14 @@ class Search:
         measured = self._try_mixed(self._scale, "mixed widths, blocks alike")
         if measured is None or self._loss(measured) >= before:
             self._packs_rest = not self._packs_rest
+
+    def _ruled(self, rule: Rule) -> None:
+        """The mixture that an allocator gives, where it has one so small."""
+        try:
+            candidate = ruled(self.prices, rule, self._room_bytes)
+        except BudgetError:
+            return
+        self._try(self._dressed(candidate))
 
     def _uniform_widths(self) -> None:
         candidates = [uniform(self.prices, option) for option in self.prices.stored]

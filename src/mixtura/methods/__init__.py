@@ -26,12 +26,12 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, final
 
 from mixtura.errors import UnknownNameError, UserError
@@ -228,12 +228,8 @@ def locate(name: str) -> Header:
     return header(found[0], name)
 
 
-def _is_path(name: str) -> bool:
-    return name.endswith(".py")
-
-
 def _path_of(kind_name: str, name: str) -> Path:
-    if _is_path(name):
+    if name.endswith(".py"):
         path = Path(name).resolve()
         if not path.is_file():
             raise UserError(f"there is no file {name}; give a method's name or the path of its .py file")
@@ -268,6 +264,14 @@ def header(kind_name: str, name: str) -> Header:
     """
     found = kind(kind_name).name
     path = _path_of(found, name)
+    written = path.stat()
+    return _header(found, path, written.st_mtime_ns, written.st_size)
+
+
+# Adapters ask for their method's tags at every matrix of a model.
+@lru_cache(maxsize=1024)
+def _header(kind_name: str, path: Path, mtime_ns: int, num_bytes: int) -> Header:
+    """The header of a file that was written then, with so many bytes."""
     tree = _parse(path)
     try:
         declared = _literal(tree, "METHOD")
@@ -284,7 +288,7 @@ def header(kind_name: str, name: str) -> Header:
     node = _class_node(tree, path)
     doc = inspect.cleandoc(ast.get_docstring(node) or "")
     return Header(
-        kind=found,
+        kind=kind_name,
         name=path.stem,
         path=path,
         summary=doc.strip().splitlines()[0] if doc.strip() else "",
@@ -292,7 +296,7 @@ def header(kind_name: str, name: str) -> Header:
         paper=declared["paper"],
         title=declared["title"],
         tags=tuple(declared.get("tags", ())),
-        gaps=dict(declared.get("gaps", {})),
+        gaps=MappingProxyType(declared.get("gaps", {})),
         settings=_settings_of(node),
     )
 
@@ -332,7 +336,7 @@ def load_method(kind_name: str, name: str) -> type[Any]:
     family = kind(kind_name)
     if found.path.parent == METHODS_DIR / family.name:
         module = import_module(f"mixtura.methods.{family.name}.{found.name}")
-    elif not _is_path(name):
+    elif not name.endswith(".py"):
         module = import_module(_entry_points(family.name)[name].module)
     else:
         module = import_file(found.path)

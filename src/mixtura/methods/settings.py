@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -48,15 +49,35 @@ def construct(cls: type[Any], /, *args: Any, **given: Any) -> Any:
         if not fits(value, wanted.get(setting, Any)):
             expected = allowed[setting].annotation
             raise SettingError(f"{setting} of {cls.__name__} must be {expected}, got {value!r}")
-    made = cls(*args, **given)
+    made = cls(*args, **{name: as_plain(value) for name, value in given.items()})
     check = getattr(made, "check_settings", None)
     if check is not None:
         check()
     return made
 
 
+def as_plain(value: Any) -> Any:
+    """A setting with numbers of Python in the place of numpy's, which JSON does not know.
+
+    >>> import numpy as np
+    >>> as_plain({"ranks": [np.int64(3), 0.5, "all"]})
+    {'ranks': [3, 0.5, 'all']}
+    """
+    if type(value) in (list, tuple):
+        return type(value)(map(as_plain, value))
+    if type(value) is dict:
+        return {as_plain(key): as_plain(held) for key, held in value.items()}
+    if isinstance(value, bool | int | float) and type(value).__module__ != "numpy":
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
 def fits(value: Any, wanted: Any) -> bool:
-    """Whether a JSON value is of a type as a setting's annotation writes it; an int fits a float.
+    """Whether a value is of a type as a setting's annotation writes it; an int fits a float.
+
+    Numbers are told by what they are, so that those of numpy are numbers, too.
 
     >>> fits(3, float), fits(True, int), fits("a", Literal["a", "b"]), fits(None, int | None)
     (True, False, True, True)
@@ -71,7 +92,9 @@ def fits(value: Any, wanted: Any) -> bool:
     if isinstance(value, bool) and wanted in (int, float):
         return False
     if wanted is float:
-        return isinstance(value, int | float)
+        return isinstance(value, Real)
+    if wanted is int:
+        return isinstance(value, Integral)
     plain = origin or wanted
     if not isinstance(plain, type):
         return True

@@ -21,7 +21,7 @@ from mixtura.methods._capacity import Order, Overflow, limit, room
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
 from mixtura.modeling.experts import ExpertMatrices, ExpertPool, Experts, SharedExpert
-from mixtura.types import RouterInput, Routing
+from mixtura.types import LayerShape, RouterInput, Routing
 
 __all__ = [
     "Capacity",
@@ -105,7 +105,7 @@ class MoELayer(nn.Module):
         adds_losses: bool = True,
     ) -> None:
         super().__init__()
-        if router.shape != experts.shape:
+        if not _fit(router, experts.shape):
             raise UserError(
                 f"the router is made for {router.shape}, the experts are {experts.shape}; "
                 "make both of one shape"
@@ -185,6 +185,13 @@ class MoELayer(nn.Module):
         if not kept and not losses:
             return routing
         return replace(routing, history={**routing.history, **kept}, losses={**routing.losses, **losses})
+
+
+def _fit(router: Router | Mixer, shape: LayerShape) -> bool:
+    """Whether sizes are the same; experts behind a router that serves all layers may differ in width."""
+    if isinstance(router, Router) and "shared" in declared_tags(type(router)):
+        return (router.shape.d_model, router.shape.num_experts) == (shape.d_model, shape.num_experts)
+    return router.shape == shape
 
 
 def uses_experts(router: Router | Mixer) -> bool:

@@ -129,7 +129,9 @@ def _router(
         values = choice.with_defaults(kind, seed=seed, reuse=plan.pool)
         made: Router | Mixer = create(kind, choice.name, shape, **values)
         return made
-    key = json.dumps([kind, choice.name, dict(choice.settings), str(shape)], sort_keys=True)
+    # How wide a layer's experts are is nothing that one instance for all layers could go by.
+    size = [shape.d_model, shape.num_experts]
+    key = json.dumps([kind, choice.name, dict(choice.settings), size], sort_keys=True)
     if key not in shared:
         values = choice.with_defaults(kind, seed=seed, num_layers=num_layers)
         shared[key] = create(kind, choice.name, shape, **values)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.activations import ACT2FN
 
-from mixtura.checkpoints.dense.view import DenseView
+from mixtura.checkpoints.dense.view import GATE, UP, DenseView
 from mixtura.checkpoints.upcycling.experts import read_piece
 from mixtura.data.tokens import TokenBatch
 from mixtura.running.stream import DEFAULT_WORKING_BYTES, Streamed
 from mixtura.types.upcycling import Carry, DenseTrace, LayerInputs
 
 _OFTEN = 10
+_TOKENS = 1024
 _UNBOUNDED = 1 << 62
 
 
@@ -44,11 +46,14 @@ class Wanted:
     own: bool = False
     products: bool = False
     activations: bool = False
+    largest: bool = False
+    domains: bool = False
 
     @property
     def inputs(self) -> bool:
         """Whether a model has to run."""
-        return self.prompts or self.own or self.products or self.activations
+        runs = (self.prompts, self.own, self.products, self.activations, self.largest, self.domains)
+        return any(runs)
 
 
 def trace_dense(
@@ -73,7 +78,7 @@ def trace_dense(
     for source, places in runs:
         changed = _carried(sources, carry, source) if wanted.own else None
         streamed = Streamed(sources[source], changed=changed)
-        recorder = _Recorder(streamed, sums, wanted, notify)
+        recorder = _Recorder(sources[source], streamed, sums, wanted, notify)
         for place in places:
             recorder.run(groups[place], place, f"{source + 1} of {len(runs)}")
         recorder.close()
@@ -122,6 +127,16 @@ def _embeddings(view: DenseView, groups: Sequence[Group]) -> Float[Tensor, "G D"
     return torch.stack(made)
 
 
+def _unit_neurons(view: DenseView, layer: int) -> Callable[[Tensor], Tensor]:
+    """The activations of a layer's neurons, whose rows of gate and up are made of length one."""
+    gate, up = (
+        torch.nn.functional.normalize(read_piece(view.layer_piece(layer, name)).float(), dim=-1)
+        for name in (GATE, UP)
+    )
+    curve = ACT2FN[view.traits.activation]
+    return lambda rows: curve(rows @ gate.T) * (rows @ up.T)
+
+
 @final
 @dataclass(slots=True)
 class _Sums:
@@ -135,6 +150,8 @@ class _Sums:
     targets: Tensor | None = None
     activations: Tensor | None = None
     often: Tensor | None = None
+    largest: list[Int[Tensor, "T J"]] = field(default_factory=list)
+    domains: Tensor | None = None
 
     @staticmethod
     def empty(num_groups: int, d_model: int) -> _Sums:
@@ -162,6 +179,13 @@ class _Sums:
         self.products += rows.T @ rows
         self.targets[:, place] += rows.sum(0)
 
+    def add_domain(self, hidden: Float[Tensor, "S T F"], valid: Bool[Tensor, "S T"], place: int) -> None:
+        """What the down projection is given, for the domain that this text is."""
+        rows = hidden[valid].float().abs()
+        if self.domains is None:
+            self.domains = torch.zeros(len(self.means), rows.shape[1])
+        self.domains[place] += rows.sum(0)
+
     def add_activations(self, hidden: Float[Tensor, "S T F"], valid: Bool[Tensor, "S T"]) -> None:
         """What the down projection is given."""
         rows = hidden[valid].float().abs()
@@ -170,6 +194,14 @@ class _Sums:
         self.activations += rows.sum(0)
         largest = rows.topk(min(_OFTEN, rows.shape[1]), dim=1).indices
         self.often += torch.bincount(largest.reshape(-1), minlength=rows.shape[1]).float()
+
+    def add_largest(
+        self, inputs: Float[Tensor, "S T D"], valid: Bool[Tensor, "S T"], neurons: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Each token's neurons of largest activation, a few tokens at a time."""
+        for rows in inputs[valid].float().split(_TOKENS):
+            hidden = neurons(torch.nn.functional.normalize(rows, dim=-1)).abs()
+            self.largest.append(hidden.topk(min(_OFTEN, hidden.shape[1]), dim=1).indices.int())
 
     def finished(self, wanted: Wanted) -> LayerInputs:
         """Sums made into means."""
@@ -182,6 +214,8 @@ class _Sums:
             targets=self.targets if wanted.products else None,
             activations=None if self.activations is None else self.activations / total,
             often=None if self.often is None else self.often / total,
+            largest=torch.cat(self.largest) if self.largest else None,
+            domains=None if self.domains is None else self.domains / self.counts.clamp(min=1)[:, None],
         )
 
 
@@ -190,16 +224,22 @@ class _Recorder:
     """Hooks on the feed-forward parts of a streamed dense model."""
 
     def __init__(
-        self, streamed: Streamed, sums: list[_Sums], wanted: Wanted, notify: Callable[[str], None]
+        self,
+        view: DenseView,
+        streamed: Streamed,
+        sums: list[_Sums],
+        wanted: Wanted,
+        notify: Callable[[str], None],
     ) -> None:
         self._streamed, self._sums, self._wanted, self._notify = streamed, sums, wanted, notify
+        self._view = view
         self._valid: Tensor = torch.ones(1, 1, dtype=torch.bool)
         self._place, self._what, self._adds = 0, "", True
         self._handles: list[Any] = []
         for number, block in enumerate(streamed.blocks):
             part: Any = block.get_submodule("mlp")
             self._handles.append(part.register_forward_pre_hook(self._entering(number)))
-            if wanted.activations:
+            if wanted.activations or wanted.domains:
                 down = part.down_proj
                 self._handles.append(down.register_forward_pre_hook(self._before_down(number)))
 
@@ -223,11 +263,16 @@ class _Recorder:
             # What a model is not for is of no domain.
             if self._wanted.products and self._adds:
                 self._sums[number].add_products(given[0], self._valid, self._place)
+            if self._wanted.largest:
+                self._sums[number].add_largest(given[0], self._valid, _unit_neurons(self._view, number))
 
         return hook
 
     def _before_down(self, number: int) -> Callable[..., None]:
         def hook(_: Any, given: tuple[Tensor, ...]) -> None:
-            self._sums[number].add_activations(given[0], self._valid)
+            if self._wanted.activations:
+                self._sums[number].add_activations(given[0], self._valid)
+            if self._wanted.domains:
+                self._sums[number].add_domain(given[0], self._valid, self._place)
 
         return hook

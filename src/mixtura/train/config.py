@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, final, get_args, get_type_hints
 
+from mixtura.data.chains import DOMAINS as CHAINS
 from mixtura.data.text import DOMAINS
 from mixtura.data.yaml_core import parse_yaml
 from mixtura.errors import SettingError, UnknownNameError, UserError, check_range, suggest
@@ -25,8 +26,8 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-        domains: of the text that comes with Python ("code", "prose") and of made tasks ("tasks"), in
-            equal parts unless there are stages.
+        domains: of the text that comes with Python ("code", "prose"), of made tasks ("tasks") and of tasks
+            that combine k skills ("chains_1" to "chains_6"), in equal parts unless there are stages.
         stages: a curriculum of the domains' shares and of the tasks; see `mixtura.train.stages.Stage`.
         mixture: a data mixer, by name or with settings, that decides domains' shares as the training goes;
             see `mixtura.train.mixing.Mixture`.
@@ -48,8 +49,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_range("data", "sequence_length", self.sequence_length, 2, 1 << 20)
         for name in self.domains:
-            if name not in DOMAINS:
-                raise UnknownNameError("domain", name, DOMAINS)
+            if name not in (*DOMAINS, *CHAINS):
+                raise UnknownNameError("domain", name, (*DOMAINS, *CHAINS))
         if not self.domains and self.text is None:
             raise SettingError(f"data needs domains or a text; the domains are {', '.join(DOMAINS)}")
         check_stages(self.stages)

@@ -189,7 +189,7 @@ def places_of(shares: Sequence[float], start: int, end: int) -> NDArray[np.int64
     """Which of several domains each of some sequences is of, spread evenly: places by sequences' numbers.
 
     >>> places_of([0.5, 0.25, 0.25], 0, 8).tolist()
-    [1, 0, 2, 0, 0, 2, 0, 2]
+    [1, 0, 2, 0, 0, 1, 0, 2]
     """
     points = (np.arange(start, max(start, end)) + 1) * _GOLDEN % 1.0
     return np.searchsorted(np.cumsum(shares)[:-1], points, side="right").astype(np.int64)

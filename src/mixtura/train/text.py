@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mixtura.data import tasks
+from mixtura.data import chains, tasks
 from mixtura.data.corpora import training_documents
 from mixtura.data.reading import read
 from mixtura.data.text import DOMAINS
@@ -154,8 +154,11 @@ def training_texts(domain: str, seed: int) -> list[str]:
     """
     if domain == "tasks":
         return [one.document().text for one in islice(tasks.stream("training", seed), NUM_TASKS)]
+    if domain in chains.DOMAINS:
+        made = chains.chains(int(domain.rpartition("_")[2]), "training", seed)
+        return [one.document().text for one in islice(made, NUM_TASKS)]
     if domain not in DOMAINS:
-        raise UnknownNameError("domain", domain, DOMAINS)
+        raise UnknownNameError("domain", domain, (*DOMAINS, *chains.DOMAINS))
     return [document.text for document in training_documents(domain)]
 
 

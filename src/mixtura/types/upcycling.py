@@ -26,11 +26,18 @@ class DenseShape:
         d_model: D.
         d_ffn: F, the width of its feed-forward parts.
         num_layers: L, its decoder layers; all have such a part.
+        num_heads: of its attention's queries; ``num_key_value_heads`` of keys and values.
+        d_head: the width of a head.
+        num_words: V, its vocabulary.
     """
 
     d_model: int
     d_ffn: int
     num_layers: int
+    num_heads: int = 1
+    num_key_value_heads: int = 1
+    d_head: int = 1
+    num_words: int = 1
 
 
 @final
@@ -66,6 +73,10 @@ class LayerInputs:
         activations: mean of the absolute inputs of the down projection, by neuron. Only where asked for.
         often: how often a neuron's absolute activation is among a token's ten largest, by neuron; with
             ``activations``.
+        largest: by token, the ten neurons of largest absolute activation, where inputs and rows of gate and
+            up are made of length one first. Only where asked for.
+        domains: mean of the absolute inputs of the down projection, by domain of the text and by neuron; each
+            group is one. Only where asked for.
     """
 
     means: Float[Tensor, "G D"]
@@ -75,6 +86,8 @@ class LayerInputs:
     targets: Float[Tensor, "D1 G"] | None = None
     activations: Float[Tensor, " F"] | None = None
     often: Float[Tensor, " F"] | None = None
+    largest: Int[Tensor, "T J"] | None = None
+    domains: Float[Tensor, "M F"] | None = None
 
 
 @final
@@ -203,8 +216,73 @@ class SetRouter(Action):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Fill(Action):
+    """A parameter of a layer's router, where the model is one of mixtura's own.
+
+    Attributes:
+        layer: the decoder layer; the first of those that share a router.
+        name: the parameter's.
+        values: the name of an array that it is; None where it is made of a matrix.
+        matrix: of which matrix of the dense model; queries and keys are those of attention.
+        source: number of the source.
+        rows: the name of an array of numbers of rows; None for the first ones.
+        heads: into how many heads the rows are cut; 0 for none.
+        width: rows of a head.
+        times: the name of an array ``[E, D]`` whose rows are multiplied by each head's, giving ``[E, width]``
+            for a head.
+        unit: whether rows are made of length one.
+    """
+
+    kind: ClassVar[str] = "fill"
+
+    layer: int
+    name: str
+    values: str | None = None
+    matrix: Literal["gate", "up", "query", "key"] | None = None
+    source: int = 0
+    rows: str | None = None
+    heads: int = 0
+    width: int = 0
+    times: str | None = None
+    unit: bool = False
+
+    def made(self, matrix: Float[Tensor, "R D"] | None, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The parameter, of the whole of the matrix.
+
+        Raises:
+            UserError: the matrix has too few rows.
+        """
+        if matrix is None:
+            return arrays[str(self.values)].float()
+        chosen = matrix.float()
+        if self.rows is not None:
+            chosen = chosen[arrays[self.rows].long()]
+        elif self.heads:
+            chosen = chosen[: self.heads * self.width]
+        if self.unit:
+            chosen = chosen / chosen.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        if not self.heads:
+            return chosen
+        if chosen.shape[0] != self.heads * self.width:
+            raise UserError(
+                f"layer {self.layer} has {matrix.shape[0]} rows of the matrix {self.matrix}, and "
+                f"{self.heads} heads of {self.width} are asked for"
+            )
+        cut = chosen.view(self.heads, self.width, -1)
+        if self.times is None:
+            return cut
+        return torch.einsum("rwd,ed->rew", cut, arrays[self.times].float())
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """What a method answers: actions, and arrays that they name by their digest.
+
+    ``own`` are fields of the config of a model of mixtura's own, ``moe`` and ``layers`` of
+    `mixtura.modeling.config.MixturaConfig`, where a method makes what no ordinary family has; then the router
+    is what they say, and what of it no action fills begins as in a new model. Where ``lessons`` is above 0,
+    the router, which serves all layers, is taught in so many steps which experts' neurons a token activates.
 
     >>> rows = torch.eye(2)
     >>> recipe = Recipe.of([SetRouter(0, "rows", rows=array_name(rows))], [rows])
@@ -214,11 +292,18 @@ class Recipe:
 
     actions: tuple[Action, ...]
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Mapping[str, Any] = field(default_factory=dict)
+    lessons: int = 0
 
     @staticmethod
-    def of(actions: Sequence[Action], arrays: Sequence[Tensor] = ()) -> Recipe:
+    def of(
+        actions: Sequence[Action],
+        arrays: Sequence[Tensor] = (),
+        own: Mapping[str, Any] | None = None,
+        lessons: int = 0,
+    ) -> Recipe:
         """Actions with their arrays."""
-        return Recipe(tuple(actions), {array_name(one): one for one in arrays})
+        return Recipe(tuple(actions), {array_name(one): one for one in arrays}, own or {}, lessons)
 
 
 def array_name(values: Tensor) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.upcycling.apply import apply_upcycling, digests
-from mixtura.checkpoints.upcycling.targets import TARGETS, choose_target
+from mixtura.checkpoints.upcycling.targets import OWN, TARGETS, choose_target
 from mixtura.errors import UnknownNameError, UnsupportedModelError, UserError
 from mixtura.types import Action, Plan
 from mixtura.types.upcycling import Become, Build, Carry, SetRouter
@@ -35,19 +35,24 @@ LLAMA3 = {
 }  # fmt: skip
 # A dense model by family and config, and the MoE families that hold it without and with a shared expert.
 CASES: list[tuple[str, dict[str, Any], set[str], set[str]]] = [
-    ("llama", LLAMA3, {"mixtral", "granitemoeshared", "qwen2_moe"}, {"granitemoeshared", "qwen2_moe"}),
+    (
+        "llama",
+        LLAMA3,
+        {"mixtral", "granitemoeshared", "qwen2_moe", OWN},
+        {"granitemoeshared", "qwen2_moe", OWN},
+    ),
     (
         "llama",
         {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 16},
-        {"granitemoeshared"},
-        {"granitemoeshared"},
+        {"granitemoeshared", OWN},
+        {"granitemoeshared", OWN},
     ),
-    ("mistral", {"sliding_window": 5}, {"mixtral"}, set()),
+    ("mistral", {"sliding_window": 5}, {"mixtral", OWN}, {OWN}),
     ("qwen2", {"tie_word_embeddings": True}, {"qwen2_moe"}, {"qwen2_moe"}),
-    ("qwen3", {"head_dim": 16}, {"qwen3_moe"}, {"dots1"}),
+    ("qwen3", {"head_dim": 16}, {"qwen3_moe", OWN}, {"dots1", OWN}),
     ("olmo2", {}, {"flex_olmo"}, set()),
     ("gemma", {"head_dim": 16}, {"granitemoeshared"}, {"granitemoeshared"}),
-    ("phi3", LONG, {"mixtral", "granitemoeshared", "qwen2_moe"}, {"granitemoeshared", "qwen2_moe"}),
+    ("phi3", LONG, {"mixtral", "granitemoeshared", "qwen2_moe", OWN}, {"granitemoeshared", "qwen2_moe", OWN}),
 ]
 
 
@@ -106,7 +111,7 @@ def test_a_family_that_cannot_hold_it_says_which_can(tmp_path: Path) -> None:
     become = Become("", 4, 2, 48, 0, {})
     with pytest.raises(UnsupportedModelError, match="mixtral cannot hold this model: it has not norms of qu"):
         choose_target(view.traits, become, "mixtral")
-    with pytest.raises(UnsupportedModelError, match=r"; qwen3_moe can$"):
+    with pytest.raises(UnsupportedModelError, match=r"; qwen3_moe and mixtura can$"):
         choose_target(view.traits, become, "mixtral")
     with pytest.raises(UnknownNameError, match="did you mean 'mixtral'"):
         choose_target(view.traits, become, "mixtrl")

@@ -18,7 +18,7 @@ from mixtura.checkpoints.gguf.tensors import FileTensor
 from mixtura.checkpoints.gguf.types import TypeRules
 from mixtura.checkpoints.gguf.write import plan_file
 from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
-from mixtura.errors import SettingError, UnknownNameError, UnsupportedModelError, UserError
+from mixtura.errors import UnknownNameError, UnsupportedModelError, UserError
 from mixtura.fitting import Request, estimate_fit, fit
 from mixtura.fitting.forms.gguf.stream import changed_stream
 from mixtura.fitting.forms.gguf.units import (
@@ -162,7 +162,39 @@ def test_without_llama_cpps_library_one_sentence_says_what_to_install(
 
 def test_what_is_not_for_this_format_is_said(tmp_path: Path) -> None:
     request = request_of(save_source(tmp_path / "model", "qwen3_moe"), tmp_path / "out")
-    with pytest.raises(SettingError, match="--format gguf leave it out"):
-        estimate_fit(request)
     with pytest.raises(UnknownNameError, match="did you mean 'gguf'"):
         fit(replace(request, form="ggf"))
+    with pytest.raises(UnknownNameError, match="did you mean 'gguf'"):
+        estimate_fit(replace(request, form="ggf"))
+
+
+def test_an_estimate_has_the_sizes_that_files_have(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "model", "qwen3_moe", torch.bfloat16)
+    request = replace(request_of(source, tmp_path / "out"), context=64, calibration_tokens=256)
+    found = estimate_fit(request)
+    plans = {plan.name: plan for plan in found.options}
+    for name in ("unchanged", "q8_0"):
+        rules = TypeRules([] if name == "unchanged" else [name])
+        assert (
+            plans[name].weights_bytes
+            == plan_file(open_checkpoint(source), "model", rules, calibrated=True).num_bytes
+        )
+    unchanged, small = plans["unchanged"], plans["smallest"]
+    assert small.weights_bytes == min(plan.weights_bytes for plan in plans.values())
+    saved = unchanged.weights_bytes - small.weights_bytes
+    assert abs(unchanged.accounted_bytes - small.accounted_bytes - saved) < 64 * len(plans)
+    assert small.accounted_bytes == found.smallest_bytes
+    assert all(plan.fits == (plan.accounted_bytes <= 1 << 20) for plan in plans.values())
+    assert all(plan.tokens_per_second is None for plan in plans.values())
+    assert 0 < small.active_bytes < small.weights_bytes
+    assert found.seconds > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_estimate_says_where_the_library_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_source(tmp_path / "model", "qwen3_moe")
+    monkeypatch.setattr("mixtura.fitting.forms.gguf.estimate.llama_library", lambda: None)
+    found = estimate_fit(replace(request_of(source, tmp_path / "out"), context=64, calibration_tokens=256))
+    assert any("pip install 'mixtura[llama]'" in note for note in found.notes)

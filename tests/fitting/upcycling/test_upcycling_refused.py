@@ -24,7 +24,10 @@ from mixtura.errors import UserError
         ({"settings": {"redrawn": 2.0}}, r"redrawn of Copies must be in \[0, 1\]"),
         ({"target": "mixtrl"}, "did you mean 'mixtral'"),
         ({"target": "qwen3_moe"}, "qwen3_moe cannot hold this model: .*mixtral, granitemoeshared"),
-        ({"target": "mixtral", "method": "sparse_unified_model"}, "every token visits; granitemoeshared and"),
+        (
+            {"target": "mixtral", "method": "sparse_unified_model"},
+            "every token visits; granitemoeshared, qwen2_moe and",
+        ),
         ({"method": "split", "experts": 7}, "48 wide, which 7 equal parts do not make"),
         ({"method": "dume"}, "dume makes one model of several: mixtura compose"),
     ],

@@ -16,7 +16,7 @@ from mixtura.types import Progress, RouterInput, Site
 NOTHING = RouterInput.of(torch.empty(0, 16))
 
 
-def dr_loras() -> list[Any]:
+def dr_loras(**settings: Any) -> list[Any]:
     """Two layers of four experts."""
     names = tuple(experts_site(n).name for n in range(2))
     shapes = dict(experts_site().matrices)
@@ -24,7 +24,8 @@ def dr_loras() -> list[Any]:
         Site(name=n, kind="experts", layer=i, num_layers=2, matrices=shapes, num_experts=4, peers=names)
         for i, n in enumerate(names)
     ]
-    made = [stirred("dr_lora", site, rank=4, alpha=8.0, interval=2, decay=0.0, growing=0.5) for site in sites]
+    settings = {"rank": 4, "alpha": 8.0, "interval": 2, "decay": 0.0, "growing": 0.5} | settings
+    made = [stirred("dr_lora", site, **settings) for site in sites]
     for one in made:
         one.join(made[0])
     return made
@@ -46,6 +47,29 @@ def test_ranks_grow_where_experts_are_salient_until_the_budget_is_spent() -> Non
     assert seen == [16, 20, 20, 24, 24, 28, 28, *[32] * 9]
     assert made[0].ranks[0] >= made[0].ranks[1] >= made[0].ranks[2]
     assert made[1].ranks[3] > made[1].ranks[1]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "interval", "growing", "wanted"),
+    [
+        (6, 100, 0.5, [16, 16, *[32] * 4]),
+        (1, 100, 0.5, [32]),
+        (3, 3, 0.5, [32, 32, 32]),
+        (5, 2, 1.0, [16, 24, 24, 32, 32]),
+        (6, 100, 0.0, [16] * 6),
+    ],
+)
+def test_ranks_grow_in_a_stage_that_is_shorter_than_the_interval(
+    num_steps: int, interval: int, growing: float, wanted: list[int]
+) -> None:
+    """At the end of the steps in which they may, so that the mean is the rank that was asked for."""
+    made = dr_loras(interval=interval, growing=growing)
+    seen = []
+    for step in range(num_steps):
+        for one in made:
+            one.before_step(Progress(step=step, num_steps=num_steps, loads=torch.ones(4), num_tokens=4))
+        seen.append(sum(int(one.ranks.sum()) for one in made))
+    assert seen == wanted
 
 
 def test_importance_is_the_mean_of_parameter_times_gradient_over_the_ranks_there_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -51,7 +52,57 @@ def test_forgetting_weighs_rows_by_their_age() -> None:
     )
     experts.add(X, y, np.zeros((20, 1), int), forget=0.9)
     ages = 0.9 ** np.arange(19, -1, -1)
-    assert np.allclose(experts.sums[0, 1], (ages[:, None] * X * (y == 1)[:, None]).sum(0))
+    weights = (ages * (y == 1))[:, None]
+    mean = (weights * X).sum(0) / weights.sum()
+    assert np.allclose(experts.counts[0, 1], weights.sum())
+    assert np.allclose(experts.means[0, 1], mean)
+    assert np.allclose(experts.spreads[0, 1], (weights * (X - mean) ** 2).sum(0))
+
+
+def exact(X: np.ndarray, y: np.ndarray, ages: list[Fraction], row: np.ndarray) -> float:
+    """The log odds of class 1 of one column by naive Bayes, in fractions until the logarithms."""
+    rows = [Fraction(float(one)) for one in X[:, 0]]
+    middle = sum(rows) / len(rows)
+    spread, logs = sum((one - middle) ** 2 for one in rows) / len(rows), []
+    for label in (0, 1):
+        mine = [(age, one) for age, one, kind in zip(ages, rows, y, strict=True) if kind == label]
+        number = sum(age for age, _ in mine) + 1
+        mean = (sum(age * one for age, one in mine) + middle) / number
+        power = (sum(age * one**2 for age, one in mine) + spread + middle**2) / number - mean**2
+        apart = (Fraction(float(row[0])) - mean) ** 2 / power
+        logs.append(math.log(number) - 0.5 * (float(apart) + math.log(power)))
+    return logs[1] - logs[0]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8, -3e9])
+def test_far_from_zero_variances_are_what_they_are(offset: float) -> None:
+    X, y = stream(40, 8)
+    X = np.round(X[:, :1] * 64) / 64 + offset
+    moments = Moments(np.zeros((3, 1)))
+    for start in range(0, 40, 8):
+        moments.add(X[start : start + 8])
+    experts = NaiveBayes(np.zeros((1, 2)), np.zeros((1, 2, 1)), np.zeros((1, 2, 1)), moments)
+    experts.add(X, y, np.zeros((40, 1), int), forget=0.9375)
+    said = experts.probabilities(X)[0]
+    ages = [Fraction(15, 16) ** (39 - place) for place in range(40)]
+    for place in range(0, 40, 7):
+        wanted = exact(X, y, ages, X[place])
+        assert math.log(said[place, 1] / said[place, 0]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    rows = [Fraction(float(one)) for one in X[:, 0]]
+    mean = sum(rows) / 40
+    wanted = sum((one - mean) ** 2 for one in rows) / 40
+    assert float(moments.variance[0]) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_a_column_that_does_not_vary_has_variance_one_wherever_it_lies() -> None:
+    for value in (0.0, 0.1, 1e9 + 0.1):
+        moments = Moments(np.zeros((3, 1)))
+        for _ in range(5):
+            moments.add(np.full((7, 1), value))
+        assert moments.variance.tolist() == [1.0]
+    moments = Moments(np.zeros((3, 1)))
+    moments.add(np.array([[1e-9], [3e-9]]))
+    assert moments.variance[0] == pytest.approx(1e-18)
 
 
 def test_only_the_routers_best_learn_a_row() -> None:

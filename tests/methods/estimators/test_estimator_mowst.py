@@ -47,7 +47,8 @@ def test_the_nearest_are_others() -> None:
 
 def test_a_prediction_is_the_mixture() -> None:
     model = Mowst(epochs=5, rounds=1).fit(X, Y)
-    sure, weak, strong = model._said(X, None)
+    x, joined, num = model.placed(X, None)
+    sure, weak, strong = (part[-num:] for part in model._said(x, joined))
     expected = sure * weak.softmax(-1) + (1 - sure) * strong.softmax(-1)
     assert np.allclose(model.predict_proba(X), expected)
     weights = torch.zeros(150, 2, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import mixtura
+from mixtura.authoring.contracts import subject
+from mixtura.authoring.contracts.estimators import sample
 from mixtura.errors import CheckpointError, OutputError, SettingError, UserError
+from mixtura.methods import load_method, own_names
 
 X, Y = load_iris(return_X_y=True)
 WORDS = np.array(["setosa", "versicolor", "virginica"])[Y]
@@ -95,6 +99,91 @@ def test_what_cannot_be_learned_is_said_in_a_sentence(
     with pytest.raises(UserError, match=why) as refused:
         mixtura.estimators.UatrCmoe(epochs=1).fit(rows, targets)
     assert "\n" not in str(refused.value)
+
+
+NUMBERS = r"takes numbers, got .*; turn other values into numbers first"
+LENGTHS = "have several lengths; give as many numbers in every row"
+BAD_TARGETS: dict[str, tuple[Any, str]] = {
+    "ragged": ([[1.0, 0.0]] * 47 + [[1.0]], LENGTHS),
+    "words": (["yes", "no"] * 24, NUMBERS),
+    "mixed": ([1, "yes", None] * 16, NUMBERS),
+    "objects": (np.array([1, "yes", None] * 16, dtype=object), NUMBERS),
+    "records": ([{"yes": 1}] * 48, NUMBERS),
+    "columns": ([["yes", "no", "no"]] * 48, NUMBERS),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TARGETS)
+@pytest.mark.parametrize("name", [one for one in own_names("estimators") if one != "universal_portfolio"])
+def test_text_and_ragged_targets_are_refused_in_a_sentence(name: str, what: str) -> None:
+    method = subject("estimators", name)
+    given, (targets, why) = sample(method, 3), BAD_TARGETS[what]
+    plain = mixtura.create("estimators", name).get_params()
+    quick = {key: value for key, value in {"epochs": 1, "batch_size": 16}.items() if key in plain}
+    classifies = method.has("classifies") and not method.has("multi_task")
+    if classifies:
+        why = rf"{LENGTHS}|labels of \w+ are one class a row|Unknown label type|should be a 1d array"
+    learned = mixtura.create("estimators", name, **quick).fit(**given)
+    for use in ("fit", "partial_fit", "score"):
+        model = learned if use == "score" else mixtura.create("estimators", name, **quick)
+        if not hasattr(model, use) or (classifies and what == "words" and use != "score"):
+            continue
+        with pytest.raises(UserError, match=why) as refused:
+            getattr(model, use)(given["X"], targets)
+        assert "\n" not in str(refused.value)
+
+
+def test_what_is_beside_the_targets_is_refused_in_a_sentence_too() -> None:
+    with pytest.raises(UserError, match="several lengths"):
+        mixtura.estimators.DriftMoe().partial_fit(X, Y, classes=[[0, 1], [2]])
+    with pytest.raises(UserError, match="got rows of several lengths"):
+        mixtura.estimators.Mowst().fit(X, Y, edges=[[0, 1], [2]])
+    with pytest.raises(UserError, match="a series is one row of finite numbers"):
+        mixtura.estimators.windows(["a", "b"], past=1, future=1)
+    with pytest.raises(UserError, match="takes numbers"):
+        mixtura.estimators.UniversalPortfolio().fit(np.ones((3, 2))).score([["a", "b"]])
+
+
+def numpy_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All settings of an estimator as numpy's numbers, and the same as Python's."""
+    plain = mixtura.create("estimators", name).get_params()
+    plain |= {key: value for key, value in {"epochs": 1, "batch_size": 16}.items() if key in plain}
+    theirs: dict[str, Any] = {}
+    for key, value in plain.items():
+        kind = {int: np.int32, float: np.float32}.get(type(value))
+        theirs[key] = value if kind is None else kind(value)
+    return theirs, {key: getattr(one, "item", lambda one=one: one)() for key, one in theirs.items()}
+
+
+@pytest.mark.parametrize("name", own_names("estimators"))
+def test_numbers_of_numpy_are_settings_like_any_others(name: str, tmp_path: Path) -> None:
+    theirs, plain = numpy_settings(name)
+    cls = load_method("estimators", name)
+    given = sample(subject("estimators", name), 3)
+    wanted = cls(**plain).fit(**given).predict(given["X"])
+    for model in (cls().set_params(**theirs), mixtura.create("estimators", name, **theirs)):
+        made = model.fit(**given)
+        assert np.array_equal(made.predict(given["X"]), wanted)
+        made.save(tmp_path / "kept.safetensors")
+        again = cls.load(tmp_path / "kept.safetensors")
+        assert np.array_equal(again.predict(given["X"]), wanted)
+        assert again.get_params() == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"learning_rate": np.float32(-1)}, "learning_rate of UatrCmoe must be in"),
+        ({"epochs": np.float32(1)}, "epochs of UatrCmoe must be <class 'int'>"),
+        ({"epochs": np.bool_(True)}, "epochs of UatrCmoe must be <class 'int'>"),
+    ],
+)
+def test_settings_of_numpy_have_types_and_ranges_too(given: dict[str, Any], why: str) -> None:
+    # As a search sets them.
+    with pytest.raises(SettingError, match=why):
+        mixtura.estimators.UatrCmoe().set_params(**given).fit(X, Y)
+    with pytest.raises(SettingError, match=why.split(" <")[0]):
+        mixtura.create("estimators", "uatr_cmoe", **given)
 
 
 def test_without_scikit_learn_the_extra_is_named() -> None:

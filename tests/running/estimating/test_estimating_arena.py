@@ -13,8 +13,9 @@ from mixtura.errors import UnknownNameError
 from mixtura.methods import names
 from mixtura.running.estimating.arena import HINDSIGHT, as_csv, hold, markdown
 from mixtura.running.estimating.baselines import NAMES
+from mixtura.running.estimating.lessons import Problem
 from mixtura.running.estimating.measures import _wealth, num_weights
-from mixtura.running.estimating.problems import PROBLEMS, Problem
+from mixtura.running.estimating.problems import PROBLEMS
 
 BY_NAME = {one.name: one for one in PROBLEMS}
 

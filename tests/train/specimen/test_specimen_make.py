@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from train.train_runs import kill_when
+from command_server import Forked
+from train.train_runs import finish, kill_when
 
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data import specimen
@@ -26,6 +27,7 @@ MICRO = (
     "moe.num_experts=4", "moe.d_expert=16", "router.top_k=2", "sequence_length=64",
     "num_steps=8", "warmup_steps=2", "decay_steps=2", "save_steps=2", "log_steps=2",
 )  # fmt: skip
+MAKE = "mixtura.train.specimen.make"
 # Where the shipped model's config was written by an earlier version, or differs only in training.
 FREE = {"dtype", "transformers_version", "architectures"}
 
@@ -51,27 +53,26 @@ def test_the_recipe_is_the_shipped_models() -> None:
 def command(folder: Path) -> list[str]:
     """`make specimen` in micro size, with everything in one folder and no card."""
     places = ["--run", str(folder / "run"), "--out", str(folder / "model")]
-    made = [sys.executable, "-m", "mixtura.train.specimen.make", *places, "--threads", "1", "--no-card"]
-    return made + [part for one in MICRO for part in ("--set", one)]
+    return [*places, "--threads", "1", "--no-card", *(part for one in MICRO for part in ("--set", one))]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str) -> Forked:
     """The command in a process group of its own."""
-    return subprocess.Popen(command(folder), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return Forked([*command(folder), *more], entry=MAKE)
 
 
 @pytest.mark.slow
 def test_killed_and_made_again_gives_the_same_bytes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    first = start(whole)
-    assert first.wait(timeout=300) == 0, first.communicate()[1]
+    code, _, err = finish(start(whole))
+    assert code == 0, err
     # To learn the tokenizer once is enough.
     shutil.copytree(whole / "run/tokenizer", killed / "run/tokenizer")
     kill_when(start(killed), killed / "run/training/checkpoint-4")
     assert not (killed / "run/training/model").exists()
     assert not (killed / "model").exists()
-    again = subprocess.run(command(killed), capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    code, _, err = finish(start(killed))
+    assert code == 0, err
     lines = (killed / "run/training/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
     files = {file.name for file in (whole / "model").iterdir()}
@@ -79,9 +80,8 @@ def test_killed_and_made_again_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in files - {"training.json"}:
         assert (whole / "model" / name).read_bytes() == (killed / "model" / name).read_bytes(), name
     _check_ordinary(whole / "model", whole / "run/training")
-    wrong = subprocess.run(
-        [*command(killed), "--set", "num_stepz=3"], capture_output=True, text=True, check=False
-    )
+    fresh = [sys.executable, "-m", MAKE, *command(killed), "--set", "num_stepz=3"]
+    wrong = subprocess.run(fresh, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "did you mean 'num_steps'" in wrong.stderr
     assert "Traceback" not in wrong.stderr

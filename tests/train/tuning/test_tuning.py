@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_server import Forked
 from safetensors.torch import load_file
+from train.train_runs import kill_when
 from train.tuning.tuned_models import write_model, write_records
 
 import mixtura
@@ -62,17 +59,11 @@ def test_tunes_and_measures(model: Path, data: Path, tmp_path: Path, method: str
         assert {len(v) < 8 for v in note["settings"]["experts"].values()} == {True}
 
 
-def start(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def start(model: Path, data: Path, out: Path, *more: str) -> Forked:
     """Start `mixtura tune` in a process of its own."""
     changes = [part for key, value in FEW.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "mixtura", "tune", str(model), "--data", str(data), "--out", str(out)]
-    return subprocess.Popen(
-        [*command, "--threads", "1", "--json", *changes, *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = ["tune", str(model), "--data", str(data), "--out", str(out)]
+    return Forked([*command, "--threads", "1", "--json", *changes, *more])
 
 
 @pytest.mark.slow
@@ -82,13 +73,7 @@ def test_killed_and_resumed_gives_the_same_weights(model: Path, data: Path, tmp_
     out, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
     killed = start(model, data, tmp_path / "killed", *more)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed/checkpoint-4").exists():
-        assert killed.poll() is None, killed.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    kill_when(killed, tmp_path / "killed/checkpoint-4")
     assert not (tmp_path / "killed/adapter").exists()
     again = start(model, data, tmp_path / "killed", *more)
     out, err = again.communicate(timeout=300)

@@ -201,6 +201,8 @@ def sample_dense_trace(dense: DenseShape, seed: int = 0, *, num_groups: int = 1)
                 targets=flat.T @ torch.nn.functional.one_hot(of, num_groups).double(),
                 activations=torch.rand(dense.d_ffn, generator=generator),
                 often=torch.rand(dense.d_ffn, generator=generator),
+                largest=torch.rand(40, dense.d_ffn, generator=generator).topk(min(10, dense.d_ffn)).indices,
+                domains=torch.rand(4, dense.d_ffn, generator=generator),
             )
         )
     embeddings = torch.randn(num_groups, dense.d_model, generator=generator)

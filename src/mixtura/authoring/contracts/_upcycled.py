@@ -10,7 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mixtura.types.upcycling import Approach, Build, Recipe, SetRouter
+from mixtura.authoring.contracts._core import require
+from mixtura.methods import create
+from mixtura.methods.routers import Router
+from mixtura.types import LayerShape, RouterInput
+from mixtura.types.upcycling import Approach, Build, Fill, Recipe, SetRouter
 
 
 @final
@@ -53,15 +57,39 @@ def output_of_layer(
 ) -> Float[Tensor, "T D"]:
     """What an MoE layer of the recipe puts out, all sources being one dense part."""
     experts = made(recipe, layer)
-    logits = x @ router_rows(recipe, layer, x.shape[1], len(experts)).T
-    weights, chosen = logits.softmax(-1).topk(top_k)
-    weights = weights / weights.sum(-1, keepdim=True)
     outputs = torch.stack([dense.part(action, recipe.arrays)(x) for action in experts], 1)
-    total = (outputs.gather(1, chosen[..., None].expand(-1, -1, x.shape[1])) * weights[..., None]).sum(1)
+    if recipe.own:
+        router = filled_router(recipe, layer, dense, len(experts), dense.gate.shape[0])
+        routing = router.double()(RouterInput.of(x))
+        weights = torch.zeros(len(x), len(experts), dtype=x.dtype)
+        weights[routing.token_ids, routing.expert_ids] = routing.weights.detach().to(x.dtype)
+    else:
+        logits = x @ router_rows(recipe, layer, x.shape[1], len(experts)).T
+        best, chosen = logits.softmax(-1).topk(top_k)
+        weights = torch.zeros_like(logits).scatter(1, chosen, best / best.sum(-1, keepdim=True))
+    total = (outputs * weights[..., None]).sum(1)
     for action in recipe.actions:
         if isinstance(action, Build) and action.layer == layer and action.expert is None:
             total = total + dense.part(action, recipe.arrays)(x)
     return total
+
+
+def filled_router(recipe: Recipe, layer: int, dense: FeedForward, num_experts: int, width: int) -> Router:
+    """The router of a layer of mixtura's own, as actions fill it; queries and keys are made up."""
+    choice = dict(recipe.own["moe"]["router"])
+    shape = LayerShape(d_model=dense.gate.shape[1], d_expert=width, num_experts=num_experts)
+    router: Router = create("routers", choice.pop("name"), shape, **choice)
+    known = {"gate": dense.gate, "up": dense.up, "query": dense.gate, "key": dense.up}
+    parameters = dict(router.named_parameters())
+    for action in recipe.actions:
+        if isinstance(action, Fill) and action.layer == layer:
+            made_of = None if action.matrix is None else known[action.matrix].float()
+            value = action.made(made_of, recipe.arrays)
+            wanted = tuple(parameters[action.name].shape)
+            require(tuple(value.shape) == wanted, f"{action.name} is {tuple(value.shape)}, not {wanted}")
+            with torch.no_grad():
+                parameters[action.name].copy_(value)
+    return router.eval()
 
 
 def made(recipe: Recipe, layer: int) -> Sequence[Build | Approach]:

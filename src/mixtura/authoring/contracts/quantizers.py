@@ -162,7 +162,10 @@ def check_moments_change_no_size_and_do_no_harm(method: Subject) -> None:
     few, cols = 20, weight.shape[1]
     generator = torch.Generator().manual_seed(18)
     inputs = torch.randn(300, few, generator=generator) @ torch.randn(few, cols, generator=generator)
-    for moments in (torch.eye(cols), inputs.T @ inputs, torch.zeros(cols, cols)):
+    one_dwarfs = inputs.clone()
+    one_dwarfs[0] *= 1000
+    given_moments = (inputs.T @ inputs, one_dwarfs.T @ one_dwarfs, torch.zeros(cols, cols))
+    for moments in (torch.eye(cols), *given_moments):
         given, blind = quantizer.encode(weight, moments), quantizer.encode(weight)
         require(given.num_bytes == quantizer.num_bytes(*weight.shape), "moments change the size")
         lost = [_lost_in_outputs(quantizer.decode(one) - weight, moments) for one in (given, blind)]

@@ -9,7 +9,7 @@ import torch
 
 from mixtura.authoring.contracts._core import Subject, require
 from mixtura.authoring.contracts._samples import sample_dense_trace
-from mixtura.authoring.contracts._upcycled import FeedForward, made, output_of_layer
+from mixtura.authoring.contracts._upcycled import FeedForward, filled_router, made, output_of_layer
 from mixtura.errors import UserError
 from mixtura.methods.upcyclers import Upcycler
 from mixtura.types import Plan
@@ -19,13 +19,14 @@ from mixtura.types.upcycling import (
     Carry,
     DenseShape,
     DenseTrace,
+    Fill,
     Recipe,
     SetRouter,
     UpcycleShape,
     array_name,
 )
 
-_DENSE = DenseShape(d_model=6, d_ffn=24, num_layers=2)
+_DENSE = DenseShape(d_model=6, d_ffn=24, num_layers=2, num_heads=4, num_key_value_heads=2, d_head=3)
 _TOLERANCE = 1e-9
 
 Given = tuple[tuple[DenseShape, ...], UpcycleShape, DenseTrace | None]
@@ -64,12 +65,16 @@ def check_every_layer_is_made(method: Subject) -> None:
         )
         widths = {len(_neurons(action, recipe)) for action in experts}
         require(len(widths) == 1, f"experts of layer {layer} have the widths {sorted(widths)}")
-        routers = [a for a in recipe.actions if isinstance(a, SetRouter) and a.layer == layer]
-        require(len(routers) == 1, f"layer {layer} has {len(routers)} routers")
+        if method.has("own"):
+            require(bool(recipe.own), "a method with the tag own says what its model is")
+        else:
+            routers = [a for a in recipe.actions if isinstance(a, SetRouter) and a.layer == layer]
+            require(len(routers) == 1, f"layer {layer} has {len(routers)} routers")
+            require(not recipe.own, "only a method with the tag own may make what ordinary families have not")
         own = [a for a in recipe.actions if isinstance(a, Build) and a.layer == layer and a.expert is None]
         require(len(own) <= 1, f"layer {layer} has {len(own)} shared experts")
         shared.add(len(_neurons(own[0], recipe)) if own else 0)
-    require(len(shared) == 1, f"shared experts have the widths {sorted(shared)}")
+    require(len(shared) == 1 or "layers" in recipe.own, f"shared experts have the widths {sorted(shared)}")
 
 
 def check_neurons_are_there(method: Subject) -> None:
@@ -92,7 +97,9 @@ def check_arrays_are_named_by_what_they_hold(method: Subject) -> None:
     recipe = use(method.create(), given)
     used = {a.neurons for a in recipe.actions if isinstance(a, Build) and isinstance(a.neurons, str)}
     rows = {a.rows for a in recipe.actions if isinstance(a, SetRouter) and a.init == "rows"}
-    require(set(recipe.arrays) == used | rows, "arrays are missing, or named by no action")
+    fills = [a for a in recipe.actions if isinstance(a, Fill)]
+    filling = {name for a in fills for name in (a.values, a.rows, a.times) if name is not None}
+    require(set(recipe.arrays) == used | rows | filling, "arrays are missing, or named by no action")
     for name, values in recipe.arrays.items():
         require(array_name(values) == name, f"the array {name} is not named by its digest")
         require(bool(torch.isfinite(values).all()), f"the array {name} is not finite")
@@ -100,6 +107,18 @@ def check_arrays_are_named_by_what_they_hold(method: Subject) -> None:
     require(
         all(tuple(recipe.arrays[str(name)].shape) == wanted for name in rows), "router rows must be E by D"
     )
+
+
+def check_routers_of_its_own_are_made(method: Subject) -> None:
+    """With the tag ``own`` the router that is named takes all that actions fill, of their shapes."""
+    if not method.has("own"):
+        return
+    given = sample(method, 9)
+    recipe = use(method.create(), given)
+    for layer in range(_DENSE.num_layers):
+        experts = made(recipe, layer)
+        width = len(_neurons(experts[0], recipe))
+        filled_router(recipe, layer, FeedForward.drawn(_DENSE.d_model, _DENSE.d_ffn, 9), len(experts), width)
 
 
 def check_survives_json(method: Subject) -> None:
@@ -162,5 +181,6 @@ def _trace(method: Subject, seed: int, number: int) -> DenseTrace | None:
     trace = sample_dense_trace(_DENSE, seed, num_groups=number)
     absent: dict[str, Any] = {} if "products" in wanted else {"products": None, "targets": None}
     absent |= {} if "activations" in wanted else {"activations": None, "often": None}
+    absent |= {name: None for name in ("largest", "domains") if name not in wanted}
     layers = tuple(replace(layer, **absent) for layer in trace.layers)
     return replace(trace, layers=layers, embeddings=trace.embeddings if "words" in wanted else None)

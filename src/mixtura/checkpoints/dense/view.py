@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import final
 
-from mixtura.checkpoints.dense.families import DenseFamily, Traits, family_of
+from mixtura.checkpoints.dense.families import DenseFamily, Traits, family_of, head_dim
 from mixtura.checkpoints.packed import is_packed
 from mixtura.checkpoints.viewing.beside import require_alone
 from mixtura.checkpoints.viewing.checks import check_present
@@ -23,6 +23,7 @@ from mixtura.errors import UnsupportedModelError
 from mixtura.types.upcycling import DenseShape
 
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
+QUERY, KEY = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
 _LAYERS = "model.layers"
 _READ = {"float64", "float32", "float16", "bfloat16"}
 
@@ -67,7 +68,13 @@ class DenseView(StoredView):
         self.pieces: Mapping[str, Piece] = self._pieces()
         config = opened.config
         self.shape = DenseShape(
-            d_model=config.hidden_size, d_ffn=config.intermediate_size, num_layers=config.num_hidden_layers
+            d_model=config.hidden_size,
+            d_ffn=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            d_head=head_dim(config),
+            num_words=config.vocab_size,
         )
 
     @property

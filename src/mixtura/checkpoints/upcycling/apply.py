@@ -23,6 +23,7 @@ from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.packed import PLAN_FILE
 from mixtura.checkpoints.upcycling.blueprint import Blueprint, blueprint
+from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.checkpoints.viewing.disk import DiskView
 from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
 from mixtura.errors import CheckpointError, MixturaError, SettingError, UserError
@@ -145,6 +146,8 @@ def _write_own_files(folder: Path, shards: tuple[Shard, ...], plan: Plan, made: 
         write_text(folder / INDEX_FILE, index_json(shards))
     write_text(folder / "README.md", card)
     try:
-        DiskView(folder)
+        # A model of mixtura's own is opened by its own reader, where it is tried.
+        if made.target.model_type != OWN:
+            DiskView(folder)
     except UserError as error:
         raise MixturaError(f"what was written to {folder} does not open: {error}") from error

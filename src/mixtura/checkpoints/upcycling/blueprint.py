@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,9 +13,11 @@ from mixtura.checkpoints.applying.shards import OutputTensor, Unit
 from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.upcycling.checking import Layers, check_plan
 from mixtura.checkpoints.upcycling.experts import Workshop
-from mixtura.checkpoints.upcycling.targets import TARGETS, Names, Target, config_of
-from mixtura.checkpoints.upcycling.units import Place, SumPieces, WriteExperts, WriteValues
+from mixtura.checkpoints.upcycling.own import begun, widths_of
+from mixtura.checkpoints.upcycling.targets import OWN, TARGETS, Names, Target, config_of
+from mixtura.checkpoints.upcycling.units import FillValues, Place, SumPieces, WriteExperts, WriteValues
 from mixtura.checkpoints.viewing.reader import compute_dtype
+from mixtura.errors import UserError
 from mixtura.types import Plan
 from mixtura.types.upcycling import Approach, Become, Build, Carry, SetRouter
 
@@ -49,7 +51,9 @@ def blueprint(sources: Sequence[DenseView], plan: Plan, arrays: Mapping[str, Ten
     base = sources[0]
     become, carry = layers.become, layers.carry
     target = TARGETS[become.family]
-    writer = _Writer(base, Workshop(sources, arrays, compute_dtype(base.config)), target.names, become)
+    workshop = Workshop(sources, arrays, compute_dtype(base.config))
+    writer = _Writer(base, workshop, target.names, become)
+    config = config_of(target, base.config, base.traits, become)
     units: list[Unit] = []
     written: set[int] = set()
     for name in base.pieces:
@@ -60,7 +64,28 @@ def blueprint(sources: Sequence[DenseView], plan: Plan, arrays: Mapping[str, Ten
             # Experts stand where the feed-forward part stood.
             written.add(number)
             units += writer.layer(number, layers)
-    return Blueprint(tuple(units), target, config_of(target, base.config, base.traits, become))
+    if target.model_type == OWN:
+        set_already = {f"model.layers.{number}.{target.names.router}" for number in layers.routers}
+        units += _routers(config, layers, workshop, set_already)
+    return Blueprint(tuple(units), target, config)
+
+
+def _routers(config: Any, layers: Layers, workshop: Workshop, known: Collection[str]) -> list[Unit]:
+    """Parameters of routers and states of balancers: what actions make of them, else as in a new model."""
+    new = begun(config)
+    filled = {f"model.layers.{fill.layer}.mlp.router.{fill.name}": fill for fill in layers.fills}
+    for name in (*filled, *known):
+        if name not in new:
+            raise UserError(f"the plan sets {name}, which such a model has not; it has {', '.join(new)}")
+    units: list[Unit] = []
+    for name, value in new.items():
+        dtype = workshop.dtype if value.is_floating_point() and ".balance." not in name else value.dtype
+        output = OutputTensor(name, dtype, tuple(value.shape))
+        if name in filled:
+            units.append(FillValues(output, filled[name], workshop))
+        elif name not in known:
+            units.append(WriteValues(output, value))
+    return units
 
 
 def _layer_of(name: str) -> int | None:
@@ -90,7 +115,8 @@ class _Writer:
     def layer(self, number: int, layers: Layers) -> list[Unit]:
         prefix = f"model.layers.{number}."
         experts = layers.experts[number]
-        units: list[Unit] = [self._router(prefix, layers.routers[number])]
+        router = layers.routers.get(number)
+        units: list[Unit] = [] if router is None else [self._router(prefix, router)]
         if self.names.correction:
             bias = OutputTensor(prefix + self.names.correction, torch.float32, (len(experts),))
             units.append(WriteValues(bias, torch.zeros(len(experts))))
@@ -125,7 +151,8 @@ class _Writer:
         return WriteExperts(outputs, ((action, Place(names)),), self.workshop, down_scale)
 
     def _fused(self, prefix: str, experts: Sequence[Build | Approach]) -> list[Unit]:
-        d_model, width, number = self.base.shape.d_model, self.become.d_expert, len(experts)
+        layer = experts[0].layer
+        d_model, width, number = self.base.shape.d_model, widths_of(self.become, layer)[0], len(experts)
         names = (prefix + self.names.gate, prefix + self.names.down)
         outputs = (
             OutputTensor(names[0], self.dtype, (number, 2 * width, d_model)),
@@ -144,9 +171,11 @@ class _Writer:
         if names.fused:
             d_model, width = self.base.shape.d_model, self.workshop.width(action)
             gate, down = prefix + names.shared_gate, prefix + names.shared_down
+            # A bank of one expert in models of mixtura's own.
+            bank = (1,) if self.become.family == OWN else ()
             outputs = (
-                OutputTensor(gate, self.dtype, (2 * width, d_model)),
-                OutputTensor(down, self.dtype, (d_model, width)),
+                OutputTensor(gate, self.dtype, (*bank, 2 * width, d_model)),
+                OutputTensor(down, self.dtype, (*bank, d_model, width)),
             )
             place = Place((gate, gate, down), (0, width * d_model * self.dtype.itemsize, 0))
             return [WriteExperts(outputs, ((action, place),), self.workshop, scale)]

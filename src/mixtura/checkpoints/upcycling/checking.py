@@ -10,11 +10,13 @@ from torch import Tensor
 
 from mixtura.checkpoints.dense.families import head_dim
 from mixtura.checkpoints.dense.view import DenseView
-from mixtura.checkpoints.upcycling.experts import Workshop
+from mixtura.checkpoints.upcycling.experts import MATRICES, Workshop
+from mixtura.checkpoints.upcycling.own import widths_of
+from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.checkpoints.viewing.reader import compute_dtype
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.types import Plan
-from mixtura.types.upcycling import Approach, Become, Build, Carry, SetRouter
+from mixtura.types.upcycling import Approach, Become, Build, Carry, Fill, SetRouter
 
 _SHOWN = 5
 
@@ -29,6 +31,7 @@ class Layers:
     experts: Mapping[int, tuple[Build | Approach, ...]]
     shared: Mapping[int, Build]
     routers: Mapping[int, SetRouter]
+    fills: tuple[Fill, ...] = ()
 
 
 def check_sources(sources: Sequence[DenseView]) -> None:
@@ -106,13 +109,17 @@ def check_plan(sources: Sequence[DenseView], plan: Plan, arrays: Mapping[str, Te
             )
         for action in own:
             _check_expert(action, sources, arrays)
-            if workshop.width(action) != become.d_expert:
+            wanted = widths_of(become, layer)[0]
+            if workshop.width(action) != wanted:
                 raise UserError(
                     f"the plan makes expert {action.expert} of layer {layer} {workshop.width(action)} wide, "
-                    f"and the config says {become.d_expert}"
+                    f"and the config says {wanted}"
                 )
         _check_shared(layer, found, sources, arrays, workshop)
-        _check_router(found.routers.get(layer), layer, become, arrays, sources[0].shape.d_model)
+        if become.family != OWN or layer in found.routers:
+            _check_router(found.routers.get(layer), layer, become, arrays, sources[0].shape.d_model)
+    for fill in found.fills:
+        _check_fill(fill, sources, arrays)
     return found
 
 
@@ -131,10 +138,13 @@ def _sorted(plan: Plan) -> Layers:
             experts.setdefault(action.layer, {})[action.expert] = action
         elif isinstance(action, SetRouter):
             routers[action.layer] = action
-        elif not isinstance(action, Become | Carry):
+        elif not isinstance(action, Become | Carry | Fill):
             raise UserError(f"a plan's action {action.kind!r} is for models that have experts already")
     ordered = {layer: tuple(own[e] for e in sorted(own)) for layer, own in experts.items()}
-    return Layers(becomes[0], carries[0], ordered, shared, routers)
+    fills = tuple(action for action in plan.actions if isinstance(action, Fill))
+    if fills and becomes[0].family != OWN:
+        raise UserError(f"a plan's action fill is for models of mixtura's own, not for {becomes[0].family}")
+    return Layers(becomes[0], carries[0], ordered, shared, routers, fills)
 
 
 def _check_carry(carry: Carry, num_sources: int) -> None:
@@ -175,10 +185,10 @@ def _check_shared(
     if action is not None:
         _check_expert(action, sources, arrays)
     width = 0 if action is None else workshop.width(action)
-    if width != found.become.shared_width:
+    wanted = widths_of(found.become, layer)[1]
+    if width != wanted:
         raise UserError(
-            f"the plan makes the shared expert of layer {layer} {width} wide, and the config says "
-            f"{found.become.shared_width}"
+            f"the plan makes the shared expert of layer {layer} {width} wide, and the config says {wanted}"
         )
 
 
@@ -190,6 +200,18 @@ def _check_router(
     wanted = (become.num_experts, d_model)
     if action.init == "rows" and tuple(_array(str(action.rows), arrays).shape) != wanted:
         raise UserError(f"the rows of the router of layer {layer} must be of shape {wanted}")
+
+
+def _check_fill(fill: Fill, sources: Sequence[DenseView], arrays: Mapping[str, Tensor]) -> None:
+    _check_source(fill.source, len(sources))
+    if (fill.matrix is None) == (fill.values is None) or fill.matrix not in (None, *MATRICES):
+        raise UserError(
+            f"the plan fills {fill.name} of layer {fill.layer} with {fill.matrix!r}; give values or one of "
+            f"the matrices {', '.join(MATRICES)}"
+        )
+    for name in (fill.values, fill.rows, fill.times):
+        if name is not None:
+            _array(name, arrays)
 
 
 def _array(name: str, arrays: Mapping[str, Tensor]) -> Tensor:

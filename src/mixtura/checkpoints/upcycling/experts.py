@@ -11,8 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.checkpoints.applying.copying import damaged, read_range
-from mixtura.checkpoints.dense.view import DOWN, GATE, UP, DenseView, Piece
-from mixtura.types.upcycling import Approach, Build
+from mixtura.checkpoints.dense.view import DOWN, GATE, KEY, QUERY, UP, DenseView, Piece
+from mixtura.types.upcycling import Approach, Build, Fill
+
+# What actions call a matrix of a layer, and what it is called there.
+MATRICES: Mapping[str, str] = {"gate": GATE, "up": UP, "query": QUERY, "key": KEY}
 
 
 class Matrices(NamedTuple):
@@ -55,6 +58,17 @@ class Workshop:
         if isinstance(action.neurons, str):
             return len(self.arrays[action.neurons])
         return action.neurons[1] - action.neurons[0]
+
+    def filled(self, action: Fill) -> Tensor:
+        """The parameter of a router that an action makes.
+
+        Raises:
+            UserError: the matrix has too few rows.
+        """
+        if action.matrix is None:
+            return action.made(None, self.arrays)
+        piece = self.sources[action.source].layer_piece(action.layer, MATRICES[action.matrix])
+        return action.made(read_piece(piece), self.arrays)
 
     def _built(self, action: Build) -> Matrices:
         view, layer = self.sources[action.source], action.layer

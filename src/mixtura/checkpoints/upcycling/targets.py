@@ -1,4 +1,4 @@
-"""Ordinary MoE families that an upcycled model can be: what each computes, its config, its tensors' names."""
+"""MoE families that an upcycled model can be: what each computes, its config, its tensors' names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from mixtura.errors import UnknownNameError, UnsupportedModelError
 from mixtura.types.upcycling import Become
 
 Shared = Literal["none", "gated", "plain"]
+# Models of mixtura's own: any router that there is.
+OWN = "mixtura"
 
 
 @final
@@ -39,7 +41,8 @@ class Target:
     """An MoE family.
 
     Attributes:
-        norms: of queries and keys; and whether norms stand before or after a block.
+        query_key_norms: norms of queries and keys that it can have.
+        norms: whether norms stand before or after a block.
         biases: of attention that it can have.
         windows: whether attention may look back so many tokens only, in every layer.
         scales: whether embeddings may be multiplied with a number.
@@ -50,7 +53,7 @@ class Target:
 
     model_type: str
     architecture: str
-    query_key_norm: str = "none"
+    query_key_norms: tuple[str, ...] = ("none",)
     norms: str = "before"
     biases: tuple[str, ...] = ("none",)
     windows: bool = False
@@ -63,7 +66,7 @@ class Target:
     def objections(self, traits: Traits, become: Become) -> list[str]:
         """What of a dense model, or of what is made of it, the family has not, in words."""
         found = []
-        if traits.query_key_norm != self.query_key_norm:
+        if traits.query_key_norm not in self.query_key_norms:
             found.append(_NORMS[traits.query_key_norm])
         if traits.norms != self.norms:
             found.append(f"norms {traits.norms} attention and experts")
@@ -73,6 +76,10 @@ class Target:
             found.append(f"a sliding window of {traits.window} tokens in every layer")
         if traits.embedding_scale != 1.0 and not self.scales:
             found.append("embeddings that are scaled")
+        if self.model_type == OWN and traits.activation != "silu":
+            found.append(f"experts of {traits.activation}")
+        if self.model_type != OWN and become.settings:
+            found.append("routers or layers of mixtura's own")
         if become.shared_width and self.shared == "none":
             found.append("an expert that every token visits")
         if not become.shared_width and self.needs_shared and self.shared == "plain":
@@ -171,6 +178,28 @@ def _flex_olmo(config: Any, traits: Traits, become: Become) -> dict[str, Any]:
     }
 
 
+def _own(config: Any, traits: Traits, become: Become) -> dict[str, Any]:
+    router = {"name": "top_k", "top_k": become.top_k, "renormalize": True}
+    window: Any = "grouped_query"
+    if traits.window is not None:
+        window = {"name": "grouped_query", "window": traits.window}
+    common = {
+        "router": router,
+        "num_experts": become.num_experts,
+        "d_expert": become.d_expert,
+        "shared_width": become.shared_width,
+    }
+    settings = dict(become.settings)
+    return {
+        "intermediate_size": config.intermediate_size,
+        "query_key_norm": traits.query_key_norm,
+        "attention_bias": traits.bias == "all",
+        "attention": window,
+        **settings,
+        "moe": {**common, **settings.get("moe", {})},
+    }
+
+
 # In the order in which they are chosen where nothing else is asked for.
 TARGETS: Mapping[str, Target] = {
     "mixtral": Target(
@@ -188,7 +217,7 @@ TARGETS: Mapping[str, Target] = {
     "qwen3_moe": Target(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
-        query_key_norm="head",
+        query_key_norms=("head",),
         biases=("none", "all"),
         names=_PER_EXPERT,
         config=_qwen3_moe,
@@ -196,7 +225,7 @@ TARGETS: Mapping[str, Target] = {
     "flex_olmo": Target(
         model_type="flex_olmo",
         architecture="FlexOlmoForCausalLM",
-        query_key_norm="full",
+        query_key_norms=("full",),
         norms="after",
         biases=("none", "all"),
         names=_PER_EXPERT,
@@ -238,7 +267,7 @@ TARGETS: Mapping[str, Target] = {
     "dots1": Target(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
-        query_key_norm="head",
+        query_key_norms=("head",),
         biases=("none", "all"),
         shared="plain",
         needs_shared=True,
@@ -251,11 +280,32 @@ TARGETS: Mapping[str, Target] = {
         ),
         config=_dots1,
     ),
+    OWN: Target(
+        model_type=OWN,
+        architecture="MixturaForCausalLM",
+        query_key_norms=("none", "head", "full"),
+        biases=("none", "all"),
+        windows=True,
+        shared="plain",
+        names=Names(
+            router="mlp.router.weight",
+            gate="mlp.experts.bank.gate_up_proj",
+            up="mlp.experts.bank.gate_up_proj",
+            down="mlp.experts.bank.down_proj",
+            fused=True,
+            shared_gate="mlp.shared.experts.bank.gate_up_proj",
+            shared_up="mlp.shared.experts.bank.gate_up_proj",
+            shared_down="mlp.shared.experts.bank.down_proj",
+        ),
+        config=_own,
+    ),
 }
 
 
 def choose_target(traits: Traits, become: Become, wanted: str | None) -> Target:
     """The family that holds what is to be made: the one that is wanted, else the first that can.
+
+    A model of mixtura's own is made where it is asked for, or where the method makes what no other has.
 
     Raises:
         UnknownNameError: there is no such family.
@@ -264,14 +314,20 @@ def choose_target(traits: Traits, become: Become, wanted: str | None) -> Target:
     if wanted is not None and wanted not in TARGETS:
         raise UnknownNameError("target family", wanted, TARGETS)
     can = [name for name, one in TARGETS.items() if not one.objections(traits, become)]
+    own = bool(become.settings)
+    if wanted is None and not own:
+        can = [name for name in can if name != OWN]
     if wanted is not None and wanted not in can:
         missing = _listed(TARGETS[wanted].objections(traits, become))
-        others = f"{_listed(can)} can" if can else "no ordinary family can"
+        others = f"{_listed(can)} can" if can else "no family can"
         raise UnsupportedModelError(f"{wanted} cannot hold this model: it has not {missing}; {others}")
     if not can:
-        lacks = ((name, _listed(one.objections(traits, become))) for name, one in TARGETS.items())
+        known = [name for name in TARGETS if (name == OWN) == own]
+        lacks = ((name, _listed(TARGETS[name].objections(traits, become))) for name in known)
         reasons = "; ".join(f"{name} has not {lacking}" for name, lacking in lacks)
-        raise UnsupportedModelError(f"no ordinary MoE family can hold this model: {reasons}")
+        rescue = "" if own or TARGETS[OWN].objections(traits, become) else "; --target mixtura can"
+        kind = "no MoE family" if own else "no ordinary MoE family"
+        raise UnsupportedModelError(f"{kind} can hold this model: {reasons}{rescue}")
     return TARGETS[wanted or can[0]]
 
 
@@ -283,6 +339,9 @@ def config_of(target: Target, config: Any, traits: Traits, become: Become) -> An
     """
     from transformers import CONFIG_MAPPING
 
+    # Makes models of mixtura's own known to transformers.
+    import mixtura.modeling.family  # noqa: F401
+
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(
@@ -293,15 +352,15 @@ def config_of(target: Target, config: Any, traits: Traits, become: Become) -> An
     if rope.get("rope_type") == "longrope":
         common["original_max_position_embeddings"] = config.original_max_position_embeddings
     own = target.config(config, traits, become)
+    routed = {} if target.model_type == OWN else {"num_experts_per_tok": become.top_k, **become.settings}
     made = CONFIG_MAPPING[target.model_type](
         **{
             **common,
             "rope_parameters": rope,
             "head_dim": head_dim(config),
             "hidden_act": traits.activation,
-            "num_experts_per_tok": become.top_k,
             **own,
-            **become.settings,
+            **routed,
         }
     )
     made.architectures = [target.architecture]

@@ -12,7 +12,8 @@ from mixtura.checkpoints.applying.copying import CHUNK_BYTES
 from mixtura.checkpoints.applying.shards import OutputTensor, Sink, Unit
 from mixtura.checkpoints.dense.view import Piece
 from mixtura.checkpoints.upcycling.experts import Workshop, read_piece
-from mixtura.types.upcycling import Approach, Build
+from mixtura.errors import UserError
+from mixtura.types.upcycling import Approach, Build, Fill
 
 
 @final
@@ -96,3 +97,32 @@ class WriteValues(Unit):
     def write(self, sink: Sink) -> None:
         """Write it."""
         sink.write(self.output.name, self.values.to(self.output.dtype))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FillValues(Unit):
+    """Writes a parameter of a router that is made of a dense model's matrix."""
+
+    output: OutputTensor
+    action: Fill
+    workshop: Workshop
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """The one tensor."""
+        return (self.output,)
+
+    def write(self, sink: Sink) -> None:
+        """Make and write it.
+
+        Raises:
+            UserError: it is of another shape than the router's.
+        """
+        made = self.workshop.filled(self.action)
+        if tuple(made.shape) != self.output.shape:
+            raise UserError(
+                f"the plan makes {self.output.name} of shape {tuple(made.shape)}, and the router's is of "
+                f"{self.output.shape}"
+            )
+        sink.write(self.output.name, made.to(self.output.dtype).contiguous())

@@ -98,14 +98,17 @@ class Exam:
         return digest.hexdigest()
 
     def loss(self, plan: Plan) -> dict[str, Any]:
+        """`scored` of the model as a plan leaves it."""
+        return self.scored(self._pruned(plan))
+
+    def scored(self, changed: Any) -> dict[str, Any]:
         """KL divergence to the original, perplexity, equal top tokens and exact answers, by domain."""
         started = time.perf_counter()
-        pruned = self._pruned(plan)
         scored = []
         references = self._references()
         for part in self._held_out:
             chunks: list[Scores] = []
-            for (logits, targets), reference in zip(_predictions(pruned, part), references, strict=False):
+            for (logits, targets), reference in zip(_predictions(changed, part), references, strict=False):
                 chunks.append(score_chunk(reference, logits, targets))
             scored.append((join(chunks), part))
         quality = summarise(scored, 0.0)

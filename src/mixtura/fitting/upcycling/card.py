@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mixtura
 from mixtura.checkpoints.applying.card import card_metadata
+from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.upcycling.records import Upcycled
 from mixtura.report import counted, human_number
@@ -19,6 +20,16 @@ This is an ordinary {family} checkpoint; transformers and whatever else reads th
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+"""
+
+_USE_OWN = """\
+This is a model of mixtura's own, for what no ordinary family has:
+
+```python
+import mixtura
+
+model = mixtura.load("{name}")
 ```
 """
 
@@ -44,7 +55,7 @@ def card_of(made: Upcycled, name: str, paths: Sequence[Path], digests: Sequence[
         *_measured(made),
         "## Use",
         "",
-        _USE.format(family=made.family, name=name),
+        (_USE_OWN if made.family == OWN else _USE).format(family=made.family, name=name),
         "## Sources",
         "",
         *(f"- `{source}`: {digest}" for source, digest in zip(made.sources, digests, strict=True)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from mixtura.types.upcycling import Approach, Become, Build, Carry, DenseTrace, 
 
 # The width of a shared expert that adds nothing, where a family must have one and the method makes none.
 _EMPTY_WIDTH = 64
-_ON_TEXT, _ON_PROMPTS = {"activations"}, {"words", "prompts", "own", "products"}
+_ON_TEXT, _ON_PROMPTS = {"activations", "largest", "domains"}, {"words", "prompts", "own", "products"}
 
 
 def reads(method: str) -> set[str]:
@@ -40,7 +41,7 @@ def needs_text(method: str) -> bool:
     return bool(reads(method) & _ON_TEXT)
 
 
-def check_target(view: DenseView, wanted: str | None) -> None:
+def check_target(view: DenseView, wanted: str | None, method: str) -> None:
     """Refuse a family that cannot hold the model whatever its experts are, before anything is read for long.
 
     Raises:
@@ -48,7 +49,8 @@ def check_target(view: DenseView, wanted: str | None) -> None:
     """
     found = None if wanted is None else TARGETS.get(wanted)
     shared = 0 if found is None or found.shared == "none" else view.shape.d_ffn
-    choose_target(view.traits, Become("", 2, 1, view.shape.d_ffn, shared, {}), wanted)
+    own: dict[str, Any] = {"moe": {}} if "own" in header("upcyclers", method).tags else {}
+    choose_target(view.traits, Become("", 2, 1, view.shape.d_ffn, shared, own), wanted)
 
 
 def traced(
@@ -70,14 +72,15 @@ def plan_of(
     shape: UpcycleShape,
     trace: DenseTrace | None,
     wanted: str | None,
+    teach: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan and its arrays.
+    """The plan and its arrays; ``teach`` does what lessons a recipe asks for.
 
     Raises:
         UserError: the method cannot do it with these sizes, or no family can hold what it makes.
     """
     recipe = upcycler.recipe(tuple(view.shape for view in sources), shape, trace)
-    become = _become(recipe, sources, shape)
+    become = replace(_become(recipe, sources, shape), settings=dict(recipe.own))
     target = choose_target(sources[0].traits, become, wanted)
     become = replace(become, family=target.model_type)
     more: list[Action] = []
@@ -86,6 +89,7 @@ def plan_of(
         become = replace(become, shared_width=width)
         layers = range(sources[0].shape.num_layers)
         more = [Build(layer, None, 0, (0, width), scale=0.0) for layer in layers]
+    recipe = teach(recipe)
     first, *others = digests(sources)
     return Plan(first, (become, *recipe.actions, *more), tuple(others)), dict(recipe.arrays)
 
@@ -113,6 +117,9 @@ def _become(recipe: Recipe, sources: Sequence[DenseView], shape: UpcycleShape) -
         if isinstance(action, Build | Approach):
             (shared if action.expert is None else experts).add(workshop.width(action))
     shared = shared - {0} or {0}
+    if recipe.own.get("layers"):
+        # Layers say what is theirs; what is said for all is the widest.
+        experts, shared = {max(experts)}, {max(shared)}
     if len(experts) != 1 or len(shared) != 1:
         raise MixturaError(f"a method made experts of the widths {sorted(experts)} and {sorted(shared)}")
     return Become("", shape.num_experts, shape.top_k, experts.pop(), shared.pop(), {})

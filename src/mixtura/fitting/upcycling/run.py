@@ -19,6 +19,7 @@ from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.upcycling.apply import apply_upcycling, check_places, digests, load_plan, save_plan
 from mixtura.checkpoints.upcycling.blueprint import blueprint
 from mixtura.checkpoints.upcycling.checking import check_sources, settings_that_differ
+from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.data.tokens import num_embeddings_of
 from mixtura.errors import UserError
 from mixtura.fitting.journal import Journal, open_journal
@@ -41,11 +42,14 @@ from mixtura.fitting.upcycling.planning import (
     needs_prompts,
     needs_text,
     plan_of,
+    reads,
     traced,
 )
 from mixtura.fitting.upcycling.prompts import read_prompts
 from mixtura.fitting.upcycling.records import Request, Upcycled
+from mixtura.fitting.upcycling.teaching import by_domain, taught
 from mixtura.fitting.upcycling.trying import balance_of, tried, tried_beside
+from mixtura.fitting.upcycling.trying_own import tried_own
 from mixtura.methods import create
 from mixtura.methods.upcyclers import Upcycler
 from mixtura.running.dense_tracing import Group
@@ -97,7 +101,7 @@ def carry_out(request: Request, notify: Notify) -> Upcycled:
     check_places(request.out, request.sources)
     sources = tuple(DenseView(path) for path in request.sources)
     check_sources(sources)
-    check_target(sources[0], request.target)
+    check_target(sources[0], request.target, request.method)
     groups, texts = _read(request, sources[0])
     with open_journal(
         beside(request.out), _settings(request, sources, experts, groups, texts), "conversion", ""
@@ -143,7 +147,10 @@ def _read(request: Request, base: DenseView) -> tuple[tuple[Group, ...], Texts |
         given = (request.prompts, request.sources, request.names, tokenizer, base.config, length)
         return read_prompts(*given), texts
     if texts is not None and needs_text(request.method):
-        return (Group(as_batch(texts.calibration)),), texts
+        whole = as_batch(texts.calibration)
+        # A group of text for each domain, where the method tells domains apart.
+        parts = by_domain(whole) if "domains" in reads(request.method) else (whole,)
+        return tuple(Group(part) for part in parts), texts
     return (), texts
 
 
@@ -202,7 +209,14 @@ def _planned(work: _Work) -> tuple[Plan, dict[str, Tensor]]:
     if work.groups:
         work.notify("reading what text shows of the dense models")
     trace = traced(work.sources, work.request.method, work.groups, work.notify)
-    plan, arrays = plan_of(work.upcycler, work.sources, work.shape, trace, work.request.target)
+    plan, arrays = plan_of(
+        work.upcycler,
+        work.sources,
+        work.shape,
+        trace,
+        work.request.target,
+        lambda recipe: taught(work.sources[0], recipe, work.shape, work.groups, work.notify),
+    )
     save_plan(work.journal.path(_PLAN), plan, arrays)
     return plan, arrays
 
@@ -242,6 +256,10 @@ def _tried(work: _Work, made: Upcycled, plan: Plan) -> Upcycled:
         tried(view, name, held_out, work.notify)[0]
         for view, name in zip(work.sources[1:], names[1:], strict=True)
     ]
+    if made.family == OWN:
+        known = states if carry_of(plan).sources == (0,) else None
+        found = tried_own(work.model, work.request.out.name, held_out, known, work.notify)
+        return _with_card(work, replace(made, before=tuple(before), **found))
     view = open_checkpoint(work.model)
     beside = None
     if carry_of(plan).sources == (0,):
@@ -249,7 +267,11 @@ def _tried(work: _Work, made: Upcycled, plan: Plan) -> Upcycled:
     else:
         after = tried(view, work.request.out.name, held_out, work.notify)[0]
     balance = balance_of(work.model, held_out, work.notify)
-    made = replace(made, before=tuple(before), after=after, beside=beside, balance=balance)
+    return _with_card(work, replace(made, before=tuple(before), after=after, beside=beside, balance=balance))
+
+
+def _with_card(work: _Work, made: Upcycled) -> Upcycled:
+    """The facts, once the model card says them."""
     replace_text(work.model / _CARD, _card(work, made))
     return made
 

@@ -28,7 +28,7 @@ def tried(
     notify(f"trying {name} on held-out text")
     streamed = Streamed(view)
     found = [own_scores(streamed, text) for text in held_out]
-    return _summary(name, held_out, [scores for scores, _ in found]), [states for _, states in found]
+    return summary(name, held_out, [scores for scores, _ in found]), [states for _, states in found]
 
 
 def tried_beside(
@@ -57,15 +57,21 @@ def tried_beside(
             text.input_ids, text.attention_mask, beside=reference, on_both=on_both, wanted=text.predicted
         )
         scores.append(join(chunks))
+    return summary(name, held_out, scores), compared(scores, differences, moments)
+
+
+def compared(
+    scores: Sequence[Scores], differences: Sequence[float], moments: Sequence[tuple[float, float, int]]
+) -> Beside:
+    """What two models' logits came to: scores, largest differences, and sums of the other's logits."""
     total, squares, number = (sum(values) for values in zip(*moments, strict=True))
     kl, same = (np.concatenate([getattr(one, what) for one in scores]) for what in ("kl", "equal_top"))
-    beside = Beside(
+    return Beside(
         kl=float(kl.mean()),
         same_token=float(same.mean()),
         largest=max(differences),
         spread=math.sqrt(max(squares / number - (total / number) ** 2, 0.0)),
     )
-    return _summary(name, held_out, scores), beside
 
 
 def balance_of(out: Path, held_out: Sequence[HeldOut], notify: Notify) -> tuple[Balance, ...]:
@@ -82,7 +88,8 @@ def balance_of(out: Path, held_out: Sequence[HeldOut], notify: Notify) -> tuple[
     return tuple(found)
 
 
-def _summary(name: str, held_out: Sequence[HeldOut], scores: Sequence[Scores]) -> Tried:
+def summary(name: str, held_out: Sequence[HeldOut], scores: Sequence[Scores]) -> Tried:
+    """Perplexity by domain of a model's scores."""
     sums: dict[str, float] = {ALL: 0.0}
     counts: dict[str, int] = {ALL: 0}
     for text, own in zip(held_out, scores, strict=True):

@@ -50,9 +50,12 @@ class Adapter(nn.Module, Ranged, ABC):
     Attributes:
         site: where it is.
         dropout: the share of a token's features that its factors do not see in training.
+        idle: why it changes nothing at its site, whatever it learns; empty where it does. Losses are means
+            over the other sites.
     """
 
     dropout: float = 0.0
+    idle: str = ""
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -40,3 +40,18 @@ def give(ranks: Int[Tensor, " E"], saliency: Float[Tensor, " E"], given: int, mo
         grown[able] += 1
         given -= len(able)
     return grown
+
+
+def growths_left(step: int, num_steps: int, interval: int, share: float) -> int:
+    """The growths from a step on, its own included; 0 where it has none.
+
+    They are ``interval`` steps apart in the first ``share`` of the steps; where that has fewer steps, there
+    is one, at its end.
+
+    >>> [growths_left(step, 4, 2, 1.0) for step in range(4)], growths_left(1, 4, 100, 0.5)
+    ([0, 2, 0, 1], 1)
+    """
+    steps = max(int(num_steps * share), int(share > 0))
+    apart = max(min(interval, steps), 1)
+    turn, rest = divmod(step + 1, apart)
+    return 0 if rest or turn > steps // apart else steps // apart - turn + 1

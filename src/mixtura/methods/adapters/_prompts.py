@@ -94,6 +94,8 @@ class PromptExperts(LoraExperts, Joined, ABC):
             made=here,
         )
         self.with_base, self.task = with_base, task
+        if not here:
+            self.idle = f"what it changes begins in layer {first_layer} of layers 0 to {site.num_layers - 1}"
         if task is not None:
             self.within("task", task, -1 if with_base else 0, num_experts - 1)
         self.guidance = self.within("guidance", guidance, 0, 1e6)

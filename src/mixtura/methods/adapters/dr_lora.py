@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixtura.methods.adapters import Adapter
-from mixtura.methods.adapters._growing import give, importance_of
+from mixtura.methods.adapters._growing import give, growths_left, importance_of
 from mixtura.methods.adapters._prompts import Joined
 from mixtura.methods.adapters._shared import register_pairs, smallest_side
 from mixtura.types import Change, LowRank, Progress, RouterInput, Site
@@ -39,7 +39,7 @@ class DrLora(Joined):
         rank: mean rank in the end.
         alpha: what is learned is scaled by it over ``rank``.
         dropout: share of features that the thin matrices do not see in training.
-        interval: steps between two growths.
+        interval: steps between two growths; where fewer steps grow, there is one growth at their end.
         growing: the share of the steps in which ranks grow.
         decay: of the moving averages that saliency is made of.
         seed: of what ``a`` starts as.
@@ -128,10 +128,9 @@ class DrLora(Joined):
         first = self.first
         # Once all layers have been told.
         if isinstance(first, DrLora) and first._members and self is first._members[-1]:
-            last = int(progress.num_steps * self.growing) // self.interval
-            turn, rest = divmod(progress.step + 1, self.interval)
-            if not rest and 1 <= turn <= last:
-                first.grow(last - turn + 1)
+            growths = growths_left(progress.step, progress.num_steps, self.interval, self.growing)
+            if growths:
+                first.grow(growths)
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
         part = self.get_parameter

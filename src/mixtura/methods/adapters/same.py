@@ -69,7 +69,8 @@ class Same(Adapter):
     Differences from the paper:
         Each sequence has a decision of its own, by its prompt, where the code takes one for the whole batch,
         padding included. Directions are scaled by the inverse of their size over the mean size, without a
-        smoothing that is left open. What an expert matters is its mean parameter times gradient. 4 experts of
+        smoothing that is left open. What an expert matters is its mean parameter times gradient. Gradients
+        are held back along the directions of all earlier tasks, kept as one set. 4 experts of
         rank 8 in all linear layers, where the code has rank 64 in feed-forward layers.
 
     Reference:

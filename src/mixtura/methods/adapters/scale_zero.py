@@ -24,7 +24,8 @@ class ScaleZero(Adapter):
 
     For many tasks that are learned one after the other (dynamic parameter scaling): of stage s the LoRA
     number s learns, and how much of the base and of the earlier LoRAs is used: ``a0 W + sum of a_j s B_j
-    A_j``. What earlier stages learned is not written over. The stages are even parts of the steps.
+    A_j``. What earlier stages learned is not written over. The stages are even parts of the steps; an adapter
+    that is trained again goes on with its last LoRA.
 
     Args:
         rank: of each stage's LoRA.
@@ -98,9 +99,8 @@ class ScaleZero(Adapter):
         return Change(matrices={"weight": part}, base_scale=factors[0])
 
     def before_step(self, progress: Progress) -> None:
-        reached = progress.step * self.num_stages // max(progress.num_steps, 1)
-        stage = min(reached, self.num_stages - 1)
-        self.stage.fill_(stage)
+        # The gradients are of the stage that the passes ran in; the next step's passes run in its own.
+        stage = int(self.stage)
         for number in range(self.num_stages):
             if number != stage:
                 self.a[number].grad = self.b[number].grad = None
@@ -108,3 +108,6 @@ class ScaleZero(Adapter):
             # Of the base and the stages before; in the first one there are none.
             kept = torch.arange(1 + self.num_stages, device=self.theta.device) < (stage + 1) * (stage > 0)
             self.theta.grad.mul_(kept)
+        reached = (progress.step + 1) * self.num_stages // max(progress.num_steps, 1)
+        # Trained again, it stays in its last stage, so that all that was learned is in use.
+        self.stage.fill_(max(stage, min(reached, self.num_stages - 1)))

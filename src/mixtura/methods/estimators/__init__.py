@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixtura.methods import class_name, load_method, names
-from mixtura.methods.estimators._base import Estimator
+from mixtura.methods.estimators._base import Classifier, Estimator, Regressor, spread_of
 from mixtura.methods.estimators._networks import (
     Passed,
     dense_routing,
@@ -31,17 +31,23 @@ KIND = {
         "classifies": "`predict` says classes, `predict_proba` their probabilities",
         "regresses": "`predict` says numbers",
         "forecasts": "rows are the past of a series, oldest first, and targets what came next",
+        "embeds": "`transform` gives vectors; targets are the number of the row that each belongs with",
+        "evolves": "rows are states of systems, and targets the states one step later",
         "generates": "`sample` draws what may come",
         "streams": "`partial_fit` learns more without forgetting what was learned",
         "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",
+        "clusters": "`predict` says groups of rows that were found, and `fit_resample` draws rows of each",
+        "composes": "targets are an attribute and an object, and `predict` says pairs never learned, too",
         "multi_task": "targets are a column a task, NaN where a task has no label",
         "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",
         "reads:edges": "reads the edges of a graph between rows",
+        "reads:groups": "is told each row's domain, task or language (`groups=`)",
     },
 }
 __all__ = [
-    "KIND", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed", "dense_routing",
-    "everyone", "minimise", "perceptron", "routed", "router", "seeded", "told", "windows",
+    "KIND", "Classifier", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed",
+    "Regressor", "dense_routing", "everyone", "minimise", "perceptron", "routed", "router", "seeded",
+    "spread_of", "told", "windows",
 ]  # fmt: skip
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, final, get_type_hints
 
@@ -14,11 +16,12 @@ from torch import nn
 
 from mixtura.errors import CheckpointError, OutputError, SettingError, UserError, check_range, one_line
 from mixtura.methods.estimators._training import seeded
-from mixtura.methods.settings import construct, fits
+from mixtura.methods.settings import as_plain, construct, fits
 from mixtura.types import Routing
 
 try:
-    from sklearn.base import BaseEstimator
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.exceptions import NotFittedError
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ModuleNotFoundError as _error:
@@ -70,14 +73,18 @@ class Estimator(BaseEstimator, ABC):
 
     @final
     def check_settings(self) -> None:
-        """Raise `SettingError` unless every setting is of its type and in its range."""
+        """Raise `SettingError` unless every setting is of its type and in its range.
+
+        Numbers of numpy, which searches set, become Python's.
+        """
         hints = get_type_hints(type(self).__init__)
         for name, value in self.get_params(deep=False).items():
             if not fits(value, hints[name]):
                 raise SettingError(f"{name} of {type(self).__name__} must be {hints[name]}, got {value!r}")
             bounds = {**RANGES, **self.ranges}.get(name)
-            if bounds is not None and isinstance(value, int | float):
-                check_range(type(self).__name__, name, value, *bounds)
+            if bounds is not None and isinstance(value, Real):
+                check_range(type(self).__name__, name, as_plain(value), *bounds)
+            setattr(self, name, as_plain(value))
 
     @final
     def rows(self, X: Any) -> np.ndarray:
@@ -103,7 +110,8 @@ class Estimator(BaseEstimator, ABC):
                 f"{type(self).__name__} requires y to be passed, but the target y is None; give one a row"
             )
         rows, targets = self._checked({"X": X, "y": y, "dtype": np.float64, "ensure_min_samples": 2, **how})
-        return rows, targets
+        with self.in_words():
+            return rows, targets.astype(np.float64) if how.get("y_numeric") else targets
 
     @final
     def fresh_rows(self, X: Any, least: int = 2) -> np.ndarray:
@@ -125,7 +133,7 @@ class Estimator(BaseEstimator, ABC):
         try:
             check_classification_targets(y)
         except ValueError as error:
-            raise UserError(one_line(error)) from None
+            raise UserError(_sentence(error, type(self).__name__)) from None
         classes = np.unique(y)
         self.check_classes(classes)
         return classes
@@ -146,11 +154,27 @@ class Estimator(BaseEstimator, ABC):
                 "give rows of two or more"
             )
 
+    @final
+    @contextmanager
+    def in_words(self) -> Iterator[None]:
+        """Say what numpy or scikit-learn refuse as one sentence: `UserError`."""
+        try:
+            yield
+        except (UserError, NotFittedError):
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(_sentence(error, type(self).__name__)) from None
+
     def _checked(self, given: Mapping[str, Any]) -> Any:
         try:
             return validate_data(self, **given)
         except ValueError as error:
             raise UserError(_sentence(error, type(self).__name__)) from None
+        except TypeError:
+            if given.get("y_numeric"):
+                with self.in_words():
+                    np.asarray(given["y"], dtype=np.float64)
+            raise
 
     def rebuild(self) -> None:
         """Make the modules anew whose weights `load` then reads; by default there are none."""
@@ -171,7 +195,8 @@ class Estimator(BaseEstimator, ABC):
         facts: dict[str, Any] = {}
         for name, value in learned(self).items():
             _put_apart(self, name, value, tensors, facts)
-        words = {"format": _FORMAT, "name": self.method_name, "settings": self.get_params(), "facts": facts}
+        settings = as_plain(self.get_params())
+        words = {"format": _FORMAT, "name": self.method_name, "settings": settings, "facts": facts}
         kept = {name: one.contiguous().clone() for name, one in tensors.items()}
         try:
             save_file(kept, str(path), metadata={"mixtura": json.dumps(words)})
@@ -213,8 +238,57 @@ def learned(estimator: Estimator) -> dict[str, Any]:
     return {n: v for n, v in vars(estimator).items() if n.endswith("_") and not n.startswith("_")}
 
 
-def _sentence(error: ValueError, name: str) -> str:
+class Classifier(ClassifierMixin, Estimator, ABC):
+    """An estimator of classes."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of rows whose class is right.
+
+        Raises:
+            UserError: labels are not one class a row, such as was learned.
+        """
+        with self.in_words():
+            return float(super().score(X, y, sample_weight))
+
+
+class Regressor(RegressorMixin, Estimator, ABC):
+    """An estimator of numbers."""
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The share of the targets' variance that is explained.
+
+        Raises:
+            UserError: targets are no numbers, or others than was learned.
+        """
+        with self.in_words():
+            return float(super().score(X, y, sample_weight))
+
+
+def spread_of(values: np.ndarray) -> np.ndarray:
+    """The standard deviation of every column over what is known, and 1 where it differs by rounding alone.
+
+    >>> spread_of(np.array([[0.1, 3.0], [0.1, 5.0], [0.1, 4.0]])).round(4).tolist()
+    [1.0, 0.8165]
+    """
+    spread, largest = np.nanstd(values, axis=0), np.nanmax(np.abs(values), axis=0)
+    # A column of one number has a mean that is off by its rounding, and so a deviation of about 1e-16 of it.
+    return np.where(spread > 1e-14 * largest, spread, 1.0)
+
+
+def _sentence(error: ValueError | TypeError, name: str) -> str:
     text = one_line(error)
+    if "inhomogeneous" in text or "setting an array element" in text:
+        return f"rows of X or y of {name} have several lengths; give as many numbers in every row"
+    if "could not convert" in text or "must be a string or a real number" in text:
+        found = text.rpartition(": ")[2] if "convert" in text else text.rpartition("not ")[2]
+        return (
+            f"{name} takes numbers, got {found}; turn other values into numbers first "
+            "(sklearn.preprocessing.OrdinalEncoder)"
+        )
+    if any(
+        words in text for words in ("legacy multi-label", "Mix of label", "a mix of", "'<' not supported")
+    ):
+        return f"labels of {name} are one class a row, of one type, as it learned them; got others ({text})"
     if "NaN" in text or "infinity" in text:
         first = text.split(". ")[0].rstrip(".")
         return f"{first}; {name} takes finite numbers: fill gaps (sklearn.impute) or leave those rows out"
@@ -230,8 +304,8 @@ def _put_apart(
         tensors[name] = torch.from_numpy(value)
     elif isinstance(value, np.ndarray) and value.dtype.kind in "UO":
         facts[name] = {"array": value.tolist(), "dtype": str(value.dtype)}
-    elif isinstance(value, int | float | str | list | tuple | None):
-        facts[name] = value
+    elif isinstance(value, Real | str | list | tuple | None):
+        facts[name] = as_plain(value)
     else:
         raise UserError(
             f"{type(owner).__name__} learned models of another library ({type(value).__name__} in {name}), "

@@ -35,6 +35,21 @@ def perceptron(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+@final
+class SwiGlu(nn.Module):
+    """A gated feed-forward network without biases."""
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(d_model, d_hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(d_hidden, d_model, bias=False)
+
+    def forward(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T D"]:
+        """The rows after it."""
+        made: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return made
+
+
 def router(name: str, d_model: int, num_experts: int, seed: int, **settings: Any) -> Any:
     """A router of the catalogue for rows of a width."""
     shape = LayerShape(d_model=d_model, d_expert=1, num_experts=num_experts)

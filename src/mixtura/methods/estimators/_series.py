@@ -24,7 +24,10 @@ def windows(series: Any, past: int, future: int) -> tuple[np.ndarray, np.ndarray
     Raises:
         UserError: the series is no row of finite numbers, or shorter than one stretch.
     """
-    values = np.asarray(series, dtype=np.float64)
+    try:
+        values = np.asarray(series, dtype=np.float64)
+    except (ValueError, TypeError):
+        raise UserError("a series is one row of finite numbers, got something that is no number") from None
     if values.ndim != 1 or not np.isfinite(values).all():
         raise UserError(
             f"a series is one row of finite numbers, got an array of shape {values.shape}"

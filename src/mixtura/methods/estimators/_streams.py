@@ -15,26 +15,33 @@ from torch.nn import functional as F
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Number, sum and sum of squares of each column so far, in three rows of an array that is changed."""
+    """Number, mean and sum of squares about the mean of each column so far, in rows of an array.
+
+    The array is changed. About the mean, since far from zero squares themselves leave nothing of a variance.
+    """
 
     seen: Float[np.ndarray, "3 D"]
 
     def add(self, X: Float[np.ndarray, "n D"]) -> None:
         """Count more rows."""
-        more = np.stack([np.full(X.shape[1], float(len(X))), X.sum(0), np.square(X).sum(0)])
-        np.add(self.seen, more, out=self.seen)
+        number, mean, spread = self.seen
+        own = X.mean(0)
+        total, apart = number + len(X), own - mean
+        spread += np.square(X - own).sum(0) + apart**2 * number * len(X) / total
+        mean += apart * len(X) / total
+        number[:] = total
 
     @property
     def mean(self) -> Float[np.ndarray, " D"]:
         """The mean of each column."""
-        found: np.ndarray = self.seen[1] / np.maximum(self.seen[0], 1)
+        found: np.ndarray = self.seen[1]
         return found
 
     @property
     def variance(self) -> Float[np.ndarray, " D"]:
-        """The variance of each column; 1 where it does not vary."""
-        found = self.seen[2] / np.maximum(self.seen[0], 1) - self.mean**2
-        kept: np.ndarray = np.where(found > 1e-12 * (1 + self.mean**2), found, 1.0)
+        """The variance of each column; 1 where it does not vary by more than numbers are rounded."""
+        found = self.seen[2] / np.maximum(self.seen[0], 1)
+        kept: np.ndarray = np.where(found > (1e-14 * self.mean) ** 2, found, 1.0)
         return kept
 
     def standardised(self, X: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
@@ -48,12 +55,14 @@ class Moments:
 class NaiveBayes:
     """Several Gaussian naive Bayes classifiers as arrays, which learning changes.
 
+    Of each class the weight of its rows, their mean, and the weighted sum of squares about it.
+
     A class of which an expert has seen nothing has the moments of all rows, as one row of it would.
     """
 
     counts: Float[np.ndarray, "E C"]
-    sums: Float[np.ndarray, "E C D"]
-    squares: Float[np.ndarray, "E C D"]
+    means: Float[np.ndarray, "E C D"]
+    spreads: Float[np.ndarray, "E C D"]
     moments: Moments
 
     def probabilities(self, X: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "E n C"]:
@@ -61,12 +70,13 @@ class NaiveBayes:
         spread = self.moments.variance
         # One row of the common moments in each class keeps few rows from saying too much.
         num = self.counts[..., None] + 1
-        mean = (self.sums + self.moments.mean) / num
-        found = (self.squares + spread + self.moments.mean**2) / num - mean**2
+        apart = self.moments.mean - self.means
+        mean = self.means + apart / num
+        found = (self.spreads + spread + apart**2 * (num - 1) / num) / num
         variance = np.maximum(found, 1e-3 * spread)
         prior = np.log(self.counts + 1) - np.log((self.counts + 1).sum(1, keepdims=True))
-        apart = np.square(X[None, :, None] - mean[:, None]) / variance[:, None]
-        logs = prior[:, None] - 0.5 * (apart + np.log(variance)[:, None]).sum(-1)
+        far = np.square(X[None, :, None] - mean[:, None]) / variance[:, None]
+        logs = prior[:, None] - 0.5 * (far + np.log(variance)[:, None]).sum(-1)
         raised = np.exp(logs - logs.max(-1, keepdims=True))
         shares: np.ndarray = raised / raised.sum(-1, keepdims=True)
         return shares
@@ -81,11 +91,12 @@ class NaiveBayes:
         """Let each row's experts learn it; what they learned before counts ``forget`` times, a row each."""
         for row, (values, number) in enumerate(zip(X, numbers, strict=True)):
             for expert in chosen[row]:
-                for kept in (self.counts, self.sums, self.squares):
+                for kept in (self.counts, self.spreads):
                     kept[expert] *= forget
                 self.counts[expert, number] += 1
-                self.sums[expert, number] += values
-                self.squares[expert, number] += values**2
+                apart = values - self.means[expert, number]
+                self.means[expert, number] += apart / self.counts[expert, number]
+                self.spreads[expert, number] += apart * (values - self.means[expert, number])
 
 
 def wanted_experts(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Num
-from sklearn.base import ClassifierMixin, RegressorMixin
 from torch import Tensor, nn
 
-from mixtura.methods.estimators._base import Estimator
+from mixtura.methods.estimators._base import Classifier, Estimator, Regressor, spread_of
 from mixtura.methods.estimators._networks import Passed
 from mixtura.methods.estimators._training import minimise, seeded
 from mixtura.types import Routing
@@ -25,7 +24,12 @@ class Network(Estimator, ABC):
 
     A method says what the network is (`build`) and what it is trained by (`loss`), and has the settings
     ``epochs``, ``batch_size``, ``learning_rate`` and ``random_state``.
+
+    Attributes:
+        grouped: whether the network reads a last column more, the rows' groups by number, -1 for none known.
     """
+
+    grouped: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, d_in: int, d_out: int) -> nn.Module:
@@ -51,12 +55,11 @@ class Network(Estimator, ABC):
         """Tell the network settings that may change after it learned."""
 
     @final
-    def learn(self, X: np.ndarray, target: Tensor, d_out: int) -> None:
+    def learn(self, X: np.ndarray, target: Tensor, d_out: int, groups: np.ndarray | None = None) -> None:
         """Standardise rows, build the network and train it."""
-        scale = X.std(0)
-        self.mean_, self.scale_ = X.mean(0), np.where(scale > 0, scale, 1.0)
+        self.mean_, self.scale_ = X.mean(0), spread_of(X)
         self.num_outputs_ = d_out
-        x = self.standardised(X)
+        x = self._given(X, groups)
         with seeded(self.random_state):
             self.rebuild()
             self.prepare(self.module_, x, target)
@@ -77,38 +80,44 @@ class Network(Estimator, ABC):
         """Rows of mean 0 and deviation 1, as the network reads them: in float64, as scikit-learn computes."""
         return torch.from_numpy((X - self.mean_) / self.scale_)
 
+    def _given(self, X: np.ndarray, groups: np.ndarray | None) -> Float[Tensor, "T D"]:
+        """Rows as the network reads them, with their groups where it reads these."""
+        x = self.standardised(X)
+        if not self.grouped:
+            return x
+        numbers = np.full(len(X), -1) if groups is None else groups
+        return torch.cat([x, torch.from_numpy(numbers.astype(np.float64))[:, None]], dim=1)
+
     @final
     def rebuild(self) -> None:
         self.module_ = self.build(self.n_features_in_, self.num_outputs_).double()
         self.module_.eval()
 
     @final
-    def run(self, X: Any) -> Passed:
+    def run(self, X: Any, groups: np.ndarray | None = None) -> Passed:
         """What the network makes of rows, with the routing; nothing is trained."""
-        x = self.standardised(self.rows(X))
+        x = self._given(self.rows(X), groups)
         self.adjust(self.module_)
         with torch.no_grad(), seeded(self.random_state):
             passed: Passed = self.module_(x)
         return passed
 
     @final
-    def output(self, X: Any) -> Float[Tensor, "T O"]:
+    def output(self, X: Any, groups: np.ndarray | None = None) -> Float[Tensor, "T O"]:
         """The network's output of rows, some thousand at a time."""
-        x = self.standardised(self.rows(X))
+        x = self._given(self.rows(X), groups)
         self.adjust(self.module_)
         with torch.no_grad(), seeded(self.random_state):
             return torch.cat([self.module_(part).output for part in x.split(_AT_ONCE)])
 
-    @final
     def route(self, X: Any) -> Routing:
         """Which expert is given which row, with what weight."""
         return self.run(X).routing
 
 
-class NetworkClassifier(ClassifierMixin, Network, ABC):
+class NetworkClassifier(Classifier, Network, ABC):
     """A classifier whose network puts out a logit a class."""
 
-    @final
     def fit(self, X: Any, y: Any = None) -> NetworkClassifier:
         """Learn classes of rows.
 
@@ -122,18 +131,16 @@ class NetworkClassifier(ClassifierMixin, Network, ABC):
         self.learn(X, torch.from_numpy(np.searchsorted(self.classes_, y)), len(self.classes_))
         return self
 
-    @final
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of every class, in the order of ``classes_``."""
         return self.output(X).double().softmax(-1).numpy()
 
-    @final
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of every row."""
         return self.most_probable(self.predict_proba(X))
 
 
-class NetworkRegressor(RegressorMixin, Network, ABC):
+class NetworkRegressor(Regressor, Network, ABC):
     """A regressor of one number or several a row, which its network puts out standardised."""
 
     def __sklearn_tags__(self) -> Any:
@@ -141,7 +148,6 @@ class NetworkRegressor(RegressorMixin, Network, ABC):
         tags.target_tags.multi_output = True
         return tags
 
-    @final
     def fit(self, X: Any, y: Any = None) -> NetworkRegressor:
         """Learn numbers of rows.
 
@@ -151,15 +157,18 @@ class NetworkRegressor(RegressorMixin, Network, ABC):
         """
         self.check_settings()
         X, y = self.lessons(X, y, multi_output=True, y_numeric=True)
-        targets = y.reshape(len(y), -1).astype(np.float64)
-        scale = targets.std(0)
-        self.target_mean_, self.target_scale_ = targets.mean(0), np.where(scale > 0, scale, 1.0)
-        self.is_flat_ = y.ndim == 1
-        wanted = torch.from_numpy((targets - self.target_mean_) / self.target_scale_)
-        self.learn(X, wanted, targets.shape[1])
+        wanted = self.scaled(y)
+        self.learn(X, wanted, wanted.shape[1])
         return self
 
     @final
+    def scaled(self, y: np.ndarray) -> Float[Tensor, "T O"]:
+        """Targets of mean 0 and deviation 1, which are kept to undo it."""
+        targets = y.reshape(len(y), -1).astype(np.float64)
+        self.target_mean_, self.target_scale_ = targets.mean(0), spread_of(targets)
+        self.is_flat_ = y.ndim == 1
+        return torch.from_numpy((targets - self.target_mean_) / self.target_scale_)
+
     def predict(self, X: Any) -> np.ndarray:
         """The expected numbers of every row, in the shape that was learned."""
         return self.unscaled(self.output(X))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError
 from mixtura.methods.estimators._networks import Passed, dense_routing, everyone
+from mixtura.methods.estimators._tables import Network
 
 
 def labels_of(y: Any, num_rows: int, owner: str) -> Float[np.ndarray, "n K"]:
@@ -54,6 +56,54 @@ def masked_bce(logits: Float[Tensor, "T K"], labels: Float[Tensor, "T K"]) -> Fl
     known = ~labels.isnan()
     each = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return ((each * known).sum(0) / known.sum(0).clamp(min=1)).sum()
+
+
+class TaskNetwork(Network, ABC):
+    """A network that says yes or no to several questions of a row, of which some have no answer."""
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise `SettingError` unless settings fit so many tasks."""
+
+    @final
+    def fit(self, X: Any, y: Any = None) -> TaskNetwork:
+        """Learn of rows, and of a column of 0, 1 and NaN (no label) a task.
+
+        Raises:
+            UserError: a number is missing, labels are others, or a task has labels of one kind alone.
+            SettingError: a setting is out of range.
+        """
+        self.check_settings()
+        X = self.fresh_rows(X)
+        with self.in_words():
+            labels = labels_of(y, len(X), type(self).__name__)
+        self.check_tasks(labels.shape[1])
+        self.learn(X, torch.from_numpy(labels), labels.shape[1])
+        return self
+
+    @final
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of yes to every task."""
+        return self.output(X).sigmoid().numpy()
+
+    @final
+    def predict(self, X: Any) -> np.ndarray:
+        """Yes (1) or no (0) to every task."""
+        return (self.predict_proba(X) > 0.5).astype(int)
+
+    @final
+    def score(self, X: Any, y: Any) -> float:
+        """The area under the curve, the mean over tasks that have labels of both kinds."""
+        from sklearn.metrics import roc_auc_score
+
+        said = self.predict_proba(X)
+        with self.in_words():
+            labels = np.asarray(y, float)
+        areas = []
+        for task in range(labels.shape[1]):
+            known = ~np.isnan(labels[:, task])
+            if len(np.unique(labels[known, task])) == 2:
+                areas.append(roc_auc_score(labels[known, task], said[known, task]))
+        return float(np.mean(areas)) if areas else float("nan")
 
 
 @final

@@ -45,7 +45,8 @@ class DecoupledMixup(NetworkClassifier):
         The classifier is a mixture of experts on rows in place of a ResNet on images; the loss is what the
         paper is about, and rows are mixed whole. The term of a label is weighed by ``eta`` times its share;
         the released code can take a power of the share, or one term alone, and takes the order of shares from
-        the first row's classes, so that they can swap; here each label has its own.
+        the first row's classes, so that they can swap; here each label has its own. ``eta`` is 0.1, where the
+        paper has 0.01.
 
     Reference:
         Harnessing Hard Mixed Samples with Decoupled Regularizer (paper 154); Westlake-AI/openmixup.

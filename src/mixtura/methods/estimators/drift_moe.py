@@ -6,10 +6,9 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from sklearn.base import ClassifierMixin
 
 from mixtura.errors import UserError
-from mixtura.methods.estimators import Estimator, dense_routing, perceptron, seeded
+from mixtura.methods.estimators import Classifier, dense_routing, perceptron, seeded
 from mixtura.methods.estimators._streams import Moments, NaiveBayes, step_down, wanted_experts
 from mixtura.types import Routing
 
@@ -21,7 +20,7 @@ METHOD = {
 
 
 @final
-class DriftMoe(ClassifierMixin, Estimator):
+class DriftMoe(Classifier):
     """Classify rows of a stream that drifts, by experts that specialise because a router chooses who learns.
 
     Online, incremental learning under concept drift; ``partial_fit`` in the order of time. Of each small
@@ -90,7 +89,9 @@ class DriftMoe(ClassifierMixin, Estimator):
         first = not hasattr(self, "counts_")
         X, y = self.lessons(X, y, reset=first, ensure_min_samples=1)
         if first:
-            self._begin(self.classes_of(y if classes is None else np.asarray(classes)))
+            with self.in_words():
+                named = y if classes is None else np.asarray(classes)
+            self._begin(self.classes_of(named))
         if not np.isin(y, self.classes_).all():
             strange = next(one for one in y.tolist() if one not in self.classes_)
             raise UserError(f"class {strange!r} was not among the classes that DriftMoe began with; fit anew")
@@ -123,12 +124,12 @@ class DriftMoe(ClassifierMixin, Estimator):
         self.classes_ = classes
         shape = (self.num_experts, len(classes))
         self.counts_ = np.zeros(shape)
-        self.sums_, self.squares_ = (np.zeros((*shape, self.n_features_in_)) for _ in range(2))
+        self.means_, self.spreads_ = (np.zeros((*shape, self.n_features_in_)) for _ in range(2))
         self.seen_ = np.zeros((3, self.n_features_in_))
         self.rebuild()
 
     def _experts(self) -> NaiveBayes:
-        return NaiveBayes(self.counts_, self.sums_, self.squares_, Moments(self.seen_))
+        return NaiveBayes(self.counts_, self.means_, self.spreads_, Moments(self.seen_))
 
     def _logits(self, X: np.ndarray) -> torch.Tensor:
         with torch.no_grad():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mixtura.methods.estimators import Network, Passed
-from mixtura.methods.estimators._tasks import Hierarchy, groups_of, labels_of, masked_bce
+from mixtura.methods.estimators import Passed
+from mixtura.methods.estimators._tasks import Hierarchy, TaskNetwork, groups_of, masked_bce
 
 METHOD = {
     "paper": 7,
@@ -20,7 +18,7 @@ METHOD = {
 
 
 @final
-class Home(Network):
+class Home(TaskNetwork):
     """Say yes or no to several questions of a row, by experts of all questions, of kindred ones and of each.
 
     Multi-task learning, multi-gate mixture of experts, dense and sparse labels, click and like and follow.
@@ -39,6 +37,7 @@ class Home(Network):
         UserError: labels are none of 0, 1 and NaN, or a task has no label of one kind.
 
     Example:
+        >>> import numpy as np
         >>> X = np.random.default_rng(0).normal(size=(200, 4))
         >>> y = np.stack([X[:, 0] > 0, X[:, 0] > 1, X[:, 1] > 0], axis=1).astype(float)
         >>> y[50:, 1] = np.nan
@@ -79,33 +78,8 @@ class Home(Network):
         self.learning_rate = learning_rate
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any = None) -> Home:
-        self.check_settings()
-        X = self.fresh_rows(X)
-        labels = labels_of(y, len(X), "Home")
-        groups_of(self.task_groups, labels.shape[1])
-        self.learn(X, torch.from_numpy(labels), labels.shape[1])
-        return self
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """The probability of yes to every task."""
-        return self.output(X).sigmoid().numpy()
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Yes (1) or no (0) to every task."""
-        return (self.predict_proba(X) > 0.5).astype(int)
-
-    def score(self, X: Any, y: Any) -> float:
-        """The area under the curve, the mean over tasks that have labels of both kinds."""
-        from sklearn.metrics import roc_auc_score
-
-        said, labels = self.predict_proba(X), np.asarray(y, float)
-        areas = []
-        for task in range(labels.shape[1]):
-            known = ~np.isnan(labels[:, task])
-            if len(np.unique(labels[known, task])) == 2:
-                areas.append(roc_auc_score(labels[known, task], said[known, task]))
-        return float(np.mean(areas)) if areas else float("nan")
+    def check_tasks(self, num_tasks: int) -> None:
+        groups_of(self.task_groups, num_tasks)
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         groups = groups_of(self.task_groups, d_out)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, final
 
-import numpy as np
 import torch
-from sklearn.base import ClassifierMixin
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.methods.estimators import Estimator, dense_routing, seeded
-from mixtura.methods.estimators._graphs import WeakAndStrong, confidence, edges_of, nearest
+from mixtura.methods.estimators import dense_routing
+from mixtura.methods.estimators._graphs import NodeClassifier, WeakAndStrong, confidence
 from mixtura.types import Routing
 
 METHOD = {
@@ -22,7 +21,7 @@ METHOD = {
 
 
 @final
-class Mowst(ClassifierMixin, Estimator):
+class Mowst(NodeClassifier):
     """Classify nodes of a graph by a perceptron where it is sure, else by a graph network.
 
     Node classification, heterophily, noisy edges. The perceptron's confidence C is how far its softmax is
@@ -78,42 +77,17 @@ class Mowst(ClassifierMixin, Estimator):
         self.learning_rate = learning_rate
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any = None, edges: Any = None) -> Mowst:
-        """Learn of the rows that have a label, and of the edges between all."""
-        self.check_settings()
-        X, y = self.lessons(X, y)
-        known = np.ones(len(y), dtype=bool) if edges is None else y != -1
-        self.classes_ = self.classes_of(y[known])
-        spread = X.std(0)
-        self.mean_, self.scale_ = X.mean(0), np.where(spread > 0, spread, 1.0)
-        self.rows_ = (X - self.mean_) / self.scale_
-        graph = nearest(self.rows_, None, self.num_neighbours) if edges is None else edges
-        self.edges_ = edges_of(graph, len(X), "Mowst")
-        target = torch.from_numpy(np.searchsorted(self.classes_, y[known]))
-        self.rebuild()
-        self._learn(torch.from_numpy(known.nonzero()[0]), target)
-        return self
-
-    def predict_proba(self, X: Any, edges: Any = None) -> np.ndarray:
-        """The mixture of what both experts say of each row."""
-        sure, weak, strong = self._said(X, edges)
-        said: np.ndarray = (sure * weak.softmax(-1) + (1 - sure) * strong.softmax(-1)).numpy()
-        return said
-
-    def predict(self, X: Any, edges: Any = None) -> np.ndarray:
-        """The most probable class of every row."""
-        return self.most_probable(self.predict_proba(X, edges))
+    def build(self, d_in: int, num_classes: int) -> nn.Module:
+        return WeakAndStrong(d_in, self.d_hidden, num_classes)
 
     def route(self, X: Any, edges: Any = None) -> Routing:
-        sure = self._said(X, edges)[0]
+        x, joined, num = self.placed(X, edges)
+        sure = self._said(x, joined)[0][-num:]
         return dense_routing(torch.cat([sure, 1 - sure], dim=1))
 
-    def rebuild(self) -> None:
-        with seeded(self.random_state):
-            self.module_ = WeakAndStrong(self.n_features_in_, self.d_hidden, len(self.classes_)).double()
-
-    def _learn(self, rows: Tensor, target: Tensor) -> None:
-        x, edges = torch.from_numpy(self.rows_), torch.from_numpy(self.edges_)
+    def learn(
+        self, x: Float[Tensor, "n D"], edges: Int[Tensor, "2 m"], rows: Int[Tensor, " r"], target: Tensor
+    ) -> None:
         experts = [self.module_.weak, self.module_.strong]
         optimizers = [torch.optim.Adam(one.parameters(), lr=self.learning_rate) for one in experts]
         for turn in range(2 * self.rounds):
@@ -125,16 +99,11 @@ class Mowst(ClassifierMixin, Estimator):
                 (sure[:, 0] * each[0] + (1 - sure[:, 0]) * each[1]).mean().backward()
                 optimizers[turn % 2].step()
 
+    def shares(self, x: Float[Tensor, "n D"], edges: Int[Tensor, "2 m"]) -> Float[Tensor, "n C"]:
+        sure, weak, strong = self._said(x, edges)
+        return sure * weak.softmax(-1) + (1 - sure) * strong.softmax(-1)
+
     @torch.no_grad()
-    def _said(self, X: Any, edges: Any) -> tuple[Tensor, Tensor, Tensor]:
-        rows = (self.rows(X) - self.mean_) / self.scale_
-        x = torch.from_numpy(rows)
-        weak = self.module_.weak(x)
-        if edges is not None:
-            strong = self.module_.strong(x, torch.from_numpy(edges_of(edges, len(x), "Mowst")))
-        else:
-            to_new = nearest(self.rows_, rows, self.num_neighbours)
-            to_new[1] += len(self.rows_)
-            every = torch.from_numpy(np.concatenate([self.edges_, to_new], axis=1))
-            strong = self.module_.strong(torch.cat([torch.from_numpy(self.rows_), x]), every)[-len(x) :]
+    def _said(self, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weak, strong = self.module_.weak(x), self.module_.strong(x, edges)
         return confidence(weak, self.confidence, self.power), weak, strong

@@ -85,8 +85,8 @@ class UniversalPortfolio(Estimator):
     def score(self, X: Any, y: Any = None) -> float:
         """What one unit of money becomes over these periods, beginning without experience."""
         fresh = UniversalPortfolio(**self.get_params())
-        fresh.fit(np.ones_like(np.asarray(X, dtype=np.float64))[:1])
-        growth = fresh._growth(fresh.rows(X))
+        growth = fresh._growth(fresh.fresh_rows(X, least=1))
+        fresh.fit(np.ones_like(growth)[:1])
         return float((fresh.predict(X) * growth).sum(1).prod())
 
     def route(self, X: Any) -> Routing:

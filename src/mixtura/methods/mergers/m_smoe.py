@@ -44,8 +44,8 @@ class MSmoe(Merger):
         Every layer has the same number of groups; the paper shares groups out by use over all layers.
         Hidden features are aligned to each group's dominant expert, not to expert 0, and with gate, up and
         down together, by their inner products (the paper's code has no gate). The low-rank and sparse step
-        of MC-SMoE and the distillation that follows are not done. An expert that was never chosen has no
-        share in the average.
+        of MC-SMoE is the quantizer ``low_rank_sparse``; the distillation that follows is not done. An expert
+        that was never chosen has no share in the average.
 
     Reference:
         Merge, Then Compress: Demystify Efficient SMoE with Hints from Its Routing Policy (paper 120); its

@@ -19,6 +19,15 @@ _DAMPING = 0.01
 _MOST_DAMPING = 10.0
 
 
+def check_moments(moments: Float[Tensor, "C C"] | None) -> None:
+    """Refuse moments that are no numbers."""
+    if moments is not None and not bool(torch.isfinite(moments.diagonal()).all()):
+        raise UserError(
+            "what a weight matrix is multiplied with on the calibration text holds NaN or infinity; give "
+            "text on which the model computes numbers, or look whether its checkpoint is damaged"
+        )
+
+
 # What each thread made last.
 _last = threading.local()
 
@@ -44,11 +53,7 @@ class Compensation(NamedTuple):
         Raises:
             UserError: they are no numbers.
         """
-        if moments is not None and not bool(torch.isfinite(moments.diagonal()).all()):
-            raise UserError(
-                "what a weight matrix is multiplied with on the calibration text holds NaN or infinity; give "
-                "text on which the model computes numbers, or look whether its checkpoint is damaged"
-            )
+        check_moments(moments)
         if moments is None or not bool((moments.diagonal() > 0).any()):
             return Compensation(torch.arange(cols), torch.eye(cols))
         # A matrix is rounded to several widths in turn, by the very same moments.
@@ -165,11 +170,11 @@ def fitted_scales(
         wanted = wide * weight
         left.diagonal(dim1=1, dim2=2).copy_(_by_group(wide * wide, group).sum(-1))
     else:
-        # Scales are kept in bfloat16, and the errors of these products average out.
-        half, coarse = moments.to(torch.bfloat16), levels.to(torch.bfloat16)
-        wanted = wide * (weight.to(torch.bfloat16) @ half)
+        # Not in bfloat16: where one input dwarfs the others, nearly all of a product is to cancel.
+        whole = moments.float()
+        wanted = wide * (weight @ whole)
         for number, first in enumerate(range(0, cols, group)):
-            part = coarse[:, first : first + group] @ half[first : first + group]
+            part = wide[:, first : first + group] @ whole[first : first + group]
             left[:, number] = _by_group(wide * part, group).sum(-1)
     right = _by_group(wanted, group).sum(-1)
     size = left.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]

@@ -42,7 +42,8 @@ class Integers(Quantizer):
     is off is made up for by later ones, as GPTQ does it; then scales are fitted to the outputs.
 
     There is no compiled kernel for these codes: a layer decodes an expert before it multiplies.
-    ``round_to_nearest`` and ``gptq`` run packed, and at 2 to 4 bits their half-step levels lose less.
+    ``round_to_nearest`` and ``gptq`` run packed. Half-step levels as theirs lose less at 2 bits; at 4 bits
+    and in groups of 64 the specimen loses a KL of 0.00047 nats a token by these, and 0.00046 by ``gptq``.
 
     Shapes:
         ``[R, C]`` to ``packed [R, ceil(C * bits / 32)]``, an int32 that holds codes from its lowest bit on,

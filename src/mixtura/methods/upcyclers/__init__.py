@@ -14,9 +14,11 @@ KIND = {
         "without it, one (`mixtura upcycle`)",
         "initial:dense": "what comes out computes what the dense model does, to rounding; of several, where "
         "they are all alike",
+        "own": "what comes out is a model of mixtura's own, which plain transformers does not load",
         "reads:FIELD": "what it is told of text: `words` are mean embeddings of prompts for each source, "
         "`prompts` mean inputs of theirs in the first source, `own` those in each source's own feed-forward "
-        "parts, `products` their products, `activations` those of neurons on any text",
+        "parts, `products` their products, `activations` those of neurons on any text, `largest` each "
+        "token's neurons of largest activation, `domains` mean activations of neurons by domain of the text",
     },
 }
 

@@ -13,8 +13,9 @@ from typing import Final, final
 
 from mixtura.errors import UnknownNameError, UserError
 from mixtura.running.estimating.baselines import NAMES
+from mixtura.running.estimating.lessons import Problem
 from mixtura.running.estimating.measures import measure
-from mixtura.running.estimating.problems import PROBLEMS, Problem
+from mixtura.running.estimating.problems import PROBLEMS
 
 Say = Callable[[str], None]
 # Raised when a change makes earlier results not comparable.

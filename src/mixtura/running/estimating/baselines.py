@@ -48,6 +48,7 @@ def _trees(kind: str, d_out: int, seed: int) -> Any:
 
 
 LINEAR, NETWORK, TREES = "linear", "network of equal size", "boosted trees"
+_SEARCHES = f"random search of {LINEAR}", f"random search of {TREES}"
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "classes": (LINEAR, NETWORK, TREES),
     "numbers": (LINEAR, NETWORK, TREES),
@@ -55,6 +56,10 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "nodes": (LINEAR, NETWORK, TREES),
     "series": ("value a season ago", LINEAR, NETWORK, TREES),
     "streams": ("naive Bayes", LINEAR),
+    "plans": (LINEAR, NETWORK, TREES),
+    "pairs": (LINEAR, NETWORK, TREES),
+    "fronts": ("best rows learned", *_SEARCHES),
+    "draws": ("random rows", "even by k-means"),
     "markets": ("equal parts", "best asset in hindsight"),
 }
 SEASON: Final = 24

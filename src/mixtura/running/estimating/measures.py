@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from mixtura.methods import create, names
-from mixtura.running.estimating.baselines import LINEAR, SEASON, online_model, plain_model
-from mixtura.running.estimating.problems import Lesson, Problem
+from mixtura.running.estimating.baselines import LINEAR, NETWORK, SEASON, online_model, plain_model
+from mixtura.running.estimating.judges import JUDGES
+from mixtura.running.estimating.lessons import Lesson, Problem
 
 # Rows of a stream that are predicted before they are learned.
 _BATCH = 50
@@ -17,6 +18,9 @@ _BATCH = 50
 def measure(problem: Problem, entry: str, seed: int) -> float:
     """What an entry comes to on a problem; larger is better."""
     lesson = problem.draw(np.random.default_rng([seed, len(problem.name)]))
+    if problem.baselines in JUDGES:
+        size = num_weights(problem, lesson) if entry == NETWORK else 0
+        return JUDGES[problem.baselines](entry, _made(problem, entry, seed), lesson, size, seed)
     if problem.baselines == "streams":
         return _before_learning(_made(problem, entry, seed) or online_model(entry, seed), lesson)
     if problem.baselines == "markets":
@@ -31,6 +35,10 @@ def measure(problem: Problem, entry: str, seed: int) -> float:
     kind = "classes" if problem.baselines == "classes" else "numbers"
     model = model or _plain(problem, entry, kind, lesson, seed)
     model.fit(lesson.X, lesson.y)
+    if problem.measure == "log likelihood":
+        shares = model.predict_proba(lesson.new_x)
+        given = shares[np.arange(len(shares)), np.searchsorted(model.classes_, lesson.new_y)]
+        return float(np.log(np.maximum(given, 1e-6)).mean())
     return _judged(problem.measure, lesson.new_y, model.predict(lesson.new_x))
 
 
@@ -49,7 +57,8 @@ def _plain(problem: Problem, entry: str, kind: str, lesson: Lesson, seed: int) -
 def num_weights(problem: Problem, lesson: Lesson) -> int:
     """Trained numbers of the problem's first estimator, which a network of equal size has, too."""
     first = create("estimators", next(iter(problem.entries)), **next(iter(problem.entries.values())))
-    first.set_params(epochs=1).fit(lesson.X, lesson.y, **lesson.more)
+    more = {name: value for name, value in lesson.more.items() if name == "edges"}
+    first.set_params(epochs=1).fit(lesson.X, lesson.y, **more)
     return sum(one.numel() for one in first.module_.parameters() if one.requires_grad)
 
 

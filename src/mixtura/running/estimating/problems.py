@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, final
-
 import numpy as np
 
 from mixtura.methods.estimators import windows
-
-Draw = np.random.Generator
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
-    """Rows that are learned from and new ones that are tested on; ``more`` goes to those who read edges."""
-
-    X: np.ndarray
-    y: np.ndarray
-    new_x: np.ndarray
-    new_y: np.ndarray
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One comparison: who takes part, on what, and what counts.
-
-    Attributes:
-        name: in the table.
-        about: the data in a sentence.
-        measure: of `mixtura.running.estimating.measures`, larger is better.
-        baselines: the family of plain models.
-        entries: estimators by name with settings of theirs.
-        draw: the data of a seed.
-    """
-
-    name: str
-    about: str
-    measure: str
-    baselines: str
-    entries: Mapping[str, Mapping[str, Any]]
-    draw: Callable[[Draw], Lesson]
-
-
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    X, y = load_digits(return_X_y=True)
-    return X, y
-
-
-def _split(X: np.ndarray, y: np.ndarray, num: int, draw: Draw) -> Lesson:
-    order = draw.permutation(len(X))
-    return Lesson(X[order[:num]], y[order[:num]], X[order[num:]], y[order[num:]])
+from mixtura.running.estimating.designs import DESIGNS
+from mixtura.running.estimating.lessons import Draw, Lesson, Problem, digits, split
 
 
 def rare_digits(draw: Draw) -> Lesson:
     """Digits of which the rarest has a hundredth of the rows of the most frequent, tested on even ones."""
-    X, y = _digits()
+    X, y = digits()
     order = draw.permutation(len(X))
     test, rest = order[:600], order[600:]
     kept = []
@@ -74,7 +24,7 @@ def rare_digits(draw: Draw) -> Lesson:
 
 def few_digits(draw: Draw) -> Lesson:
     """Ten rows of every digit."""
-    X, y = _digits()
+    X, y = digits()
     order = draw.permutation(len(X))
     rows = np.concatenate([order[y[order] == label][:10] for label in range(10)])
     rest = np.setdiff1d(order, rows)
@@ -95,7 +45,7 @@ def ships(draw: Draw) -> Lesson:
     # The envelope's spectrum shows the shaft, the signal's the machinery.
     envelope = np.abs(np.fft.rfft((modulated + tone) ** 2, axis=1))[:, 1:32]
     spectrum = np.abs(np.fft.rfft(modulated + tone, axis=1))[:, 30:80]
-    return _split(np.log(np.concatenate([envelope, spectrum], axis=1)), y, 500, draw)
+    return split(np.log(np.concatenate([envelope, spectrum], axis=1)), y, 500, draw)
 
 
 def diabetes(draw: Draw) -> Lesson:
@@ -103,7 +53,7 @@ def diabetes(draw: Draw) -> Lesson:
     from sklearn.datasets import load_diabetes
 
     X, y = load_diabetes(return_X_y=True)
-    return _split(X, y, 300, draw)
+    return split(X, y, 300, draw)
 
 
 def photons(draw: Draw) -> Lesson:
@@ -114,14 +64,14 @@ def photons(draw: Draw) -> Lesson:
     decay = np.exp(-(time - time[0]) / lifetime[:, None])
     curve = np.stack([np.convolve(a, d)[: len(time)] for a, d in zip(arrive, decay, strict=True)])
     counts = draw.poisson(400 * curve / curve.sum(1, keepdims=True))
-    return _split(np.sqrt(counts), np.stack([depth, lifetime], axis=1), 500, draw)
+    return split(np.sqrt(counts), np.stack([depth, lifetime], axis=1), 500, draw)
 
 
 def digit_tasks(draw: Draw) -> Lesson:
     """Three questions of a digit: even, above four, and whether it is an eight, which few rows are told."""
-    X, digit = _digits()
+    X, digit = digits()
     y = np.stack([digit % 2 == 0, digit > 4, digit == 8], axis=1).astype(float)
-    found = _split(X, y, 500, draw)
+    found = split(X, y, 500, draw)
     known = draw.random(500) < 0.2
     # One row of each kind, or there is nothing to learn.
     for kind in (0.0, 1.0):
@@ -147,7 +97,7 @@ def wave(draw: Draw) -> Lesson:
 
 def friends(draw: Draw) -> Lesson:
     """Digits with noise, a hundred of 500 with a label; about two of three edges join rows of one digit."""
-    X, y = _digits()
+    X, y = digits()
     rows = draw.permutation(len(X))[:500]
     X, y = X[rows] + 6 * draw.normal(size=(500, 64)), y[rows]
     ends = np.repeat(np.arange(500), 6)
@@ -177,6 +127,7 @@ def market(draw: Draw) -> Lesson:
 
 
 _IMAGES = {"patch_moe": {"grid": [8, 8], "side": 4, "patches": 2}}
+_SERIES = {"seg_moe": {}, "multi_expert_ldl": {}, "lesa": {"reads": 24}}
 PROBLEMS: tuple[Problem, ...] = (
     Problem("rare digits", rare_digits.__doc__ or "", "even accuracy", "classes", {"ride": {}}, rare_digits),
     Problem(
@@ -184,7 +135,7 @@ PROBLEMS: tuple[Problem, ...] = (
         few_digits.__doc__ or "",
         "accuracy",
         "classes",
-        {"decoupled_mixup": {}, **_IMAGES},
+        {"decoupled_mixup": {}, **_IMAGES, "mova": {}},
         few_digits,
     ),
     Problem("ships", ships.__doc__ or "", "accuracy", "classes", {"uatr_cmoe": {}}, ships),
@@ -195,11 +146,14 @@ PROBLEMS: tuple[Problem, ...] = (
         digit_tasks.__doc__ or "",
         "area of the sparse task",
         "tasks",
-        {"home": {"task_groups": [[0, 1], [2]]}},
+        {"home": {"task_groups": [[0, 1], [2]]}, "task_prompted": {}},
         digit_tasks,
     ),
-    Problem("wave", wave.__doc__ or "", "R²", "series", {"seg_moe": {}, "multi_expert_ldl": {}}, wave),
-    Problem("friends", friends.__doc__ or "", "accuracy of the rest", "nodes", {"mowst": {}}, friends),
+    Problem("wave", wave.__doc__ or "", "R²", "series", _SERIES, wave),
+    Problem(
+        "friends", friends.__doc__ or "", "accuracy of the rest", "nodes", {"mowst": {}, "gmope": {}}, friends
+    ),
     Problem("drift", drift.__doc__ or "", "accuracy before learning", "streams", {"drift_moe": {}}, drift),
     Problem("market", market.__doc__ or "", "log of wealth", "markets", {"universal_portfolio": {}}, market),
+    *DESIGNS,
 )

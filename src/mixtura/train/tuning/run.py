@@ -211,14 +211,14 @@ def _chosen(
     score = settings.get("score", settings_of(cls)["score"].default)
     if settings.get("experts") is not None or score == "all":
         return {}
-    tokens = _tokens(examples, config.adapter.choose_tokens, config.data.sequence_length)
+    tokens = first_tokens(examples, config.adapter.choose_tokens, config.data.sequence_length)
     trace = observe(model, tokens, progress=progress, source_digest="tuning")
     made: dict[str, Any] = cls.settings_from(trace, settings)
     _put(file, json.dumps(made))
     return made
 
 
-def _tokens(examples: Sequence[Example], most: int, length: int) -> TokenBatch:
+def first_tokens(examples: Sequence[Example], most: int, length: int) -> TokenBatch:
     """The first tokens of the examples as text to observe."""
     rows, total = [], 0
     for example in examples:

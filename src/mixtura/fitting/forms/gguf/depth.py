@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 
-from mixtura.checkpoints.gguf.libraries import encode
+from mixtura.checkpoints.gguf.libraries import encode, llama_library
 from mixtura.checkpoints.gguf.types import storage_type
 from mixtura.checkpoints.skeleton import CheckpointView
 from mixtura.fitting.depth import Depth, Work, shortened
@@ -20,7 +20,7 @@ from mixtura.fitting.pace import best_of, measure_pace
 from mixtura.fitting.texts import Texts
 from mixtura.kernels.compiled import num_threads
 
-_MOST_BLOCKS = 64
+MOST_BLOCKS = 64
 # From most to least: calibration tokens, held-out tokens, blocks of tensors, types.
 _LESS = (
     (8192, 8192, 24, len(PALETTE.stored)),
@@ -51,7 +51,7 @@ class FileDepth:
 
     calibration_tokens: int | None = None
     held_out_tokens: int | None = None
-    blocks: int = _MOST_BLOCKS
+    blocks: int = MOST_BLOCKS
     options: tuple[int, ...] = PALETTE.stored
 
     @property
@@ -74,30 +74,55 @@ class FileDepth:
         )
 
 
-def choose_file_depth(
-    view: CheckpointView, units: Sequence[Unit], texts: Texts, time_s: float, budget_bytes: int
-) -> FileDepth:
+@final
+@dataclass(frozen=True, slots=True)
+class FileWork:
+    """Seconds that the steps of a fit to a file are predicted to take on this machine.
+
+    Attributes:
+        work: what running the model takes.
+        units: what gets types.
+        encode_s: for each weight that is rounded, on one thread.
+    """
+
+    work: Work
+    units: Sequence[Unit]
+    encode_s: float
+
+    @staticmethod
+    def timed(view: CheckpointView, units: Sequence[Unit]) -> FileWork:
+        """Run a layer of the model, and llama.cpp's quantizers where they are installed, for a moment."""
+        encode_s = 0.0 if llama_library() is None else _encode_seconds()
+        return FileWork(Work(view, measure_pace(view, ())), units, encode_s)
+
+    def passes(self, blocks: int, count: int) -> int:
+        """Candidates that are judged: of the blocks, mixtures, and every type where none is left out."""
+        kinds = len({unit.kind for unit in self.units})
+        return _CANDIDATES + max(blocks, kinds) + (count if count == len(PALETTE.stored) else 0)
+
+    def needed_s(self, texts: Texts, blocks: int, count: int) -> float:
+        """Observing and searching with so much text, so many blocks of tensors and so many types."""
+        weights = sum(math.prod(tensor.shape) for unit in self.units for tensor in unit.tensors)
+        seconds = self.work.pass_s(texts.calibration)
+        seconds += self.work.pass_s(texts.held_out) * (1 + self.passes(blocks, count))
+        sampled = len(self.units) * count * SAMPLED_WEIGHTS
+        return seconds + self.encode_s * (sampled + _ROUNDINGS * weights / num_threads())
+
+
+def choose_file_depth(work: FileWork, texts: Texts, time_s: float, budget_bytes: int) -> FileDepth:
     """The most that is predicted to fit the time, or the least there is.
 
     Args:
-        view: the model.
-        units: what gets types.
+        work: what steps take.
         texts: in full.
         time_s: for observing and searching.
         budget_bytes: what the units may take: types near it are tried first.
     """
-    work, encode_s = Work(view, measure_pace(view, ())), _encode_seconds()
-    near = options_near(units, budget_bytes)
-    kinds = len({unit.kind for unit in units})
-    weights = sum(math.prod(tensor.shape) for unit in units for tensor in unit.tensors)
-    for calibration, held_out, blocks, count in ((None, None, _MOST_BLOCKS, len(near)), *_LESS):
+    near = options_near(work.units, budget_bytes)
+    for calibration, held_out, blocks, count in ((None, None, MOST_BLOCKS, len(near)), *_LESS):
         depth = FileDepth(calibration, held_out, blocks, tuple(sorted(near[:count])))
         cut = shortened(texts, depth.of_text)
-        passes = _CANDIDATES + max(blocks, kinds) + (len(near) if count == len(near) else 0)
-        seconds = work.pass_s(cut.calibration)
-        seconds += work.pass_s(cut.held_out) * (1 + passes)
-        seconds += encode_s * (len(units) * count * SAMPLED_WEIGHTS + _ROUNDINGS * weights / num_threads())
-        if _CAUTION * seconds <= time_s:
+        if _CAUTION * work.needed_s(cut, blocks, count) <= time_s:
             break
     return depth
 

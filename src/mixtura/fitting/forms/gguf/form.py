@@ -29,7 +29,7 @@ from mixtura.fitting.depth import shortened
 from mixtura.fitting.forms.base import Form, Told
 from mixtura.fitting.forms.gguf.budget import gguf_allowance
 from mixtura.fitting.forms.gguf.codes import Codes
-from mixtura.fitting.forms.gguf.depth import FileDepth, choose_file_depth, options_near
+from mixtura.fitting.forms.gguf.depth import FileDepth, FileWork, choose_file_depth, options_near
 from mixtura.fitting.forms.gguf.pricing import errors_of, kept_from, kept_in
 from mixtura.fitting.forms.gguf.stream import changed_stream
 from mixtura.fitting.forms.gguf.units import (
@@ -103,6 +103,12 @@ class GgufForm(Form):
         """See `Form.allowance`."""
         return self._allowed
 
+    def allowance_for_estimate(self) -> Allowance:
+        """The same where nothing is to be rounded: the library is asked only what it takes itself."""
+        if self.request.memory_bytes is not None:
+            return self._allowed
+        return gguf_allowance(self.request, self.view, self.planned, self.units)
+
     @cached_property
     def _depth(self) -> FileDepth:
         tools = self.tools
@@ -116,7 +122,8 @@ class GgufForm(Form):
         known = tools.journal.notes().get(_DEPTH)
         if known is None:
             tools.notify("timing a layer of this model on this machine")
-            depth = choose_file_depth(self.view, self.units, texts, tools.clock.left_s, room)
+            work = FileWork.timed(self.view, self.units)
+            depth = choose_file_depth(work, texts, tools.clock.left_s, room)
             tools.journal.note(_DEPTH, asdict(depth))
         elif not set(near := options_near(self.units, room)[:4]) <= set(known["options"]):
             # Begun for another budget; the text stays, and so do codes.

@@ -1,0 +1,157 @@
+"""The arena of upcyclers as a whole: what has no result yet is made and trained on, then all are compared."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+
+from mixtura.errors import UnknownNameError
+from mixtura.fitting.upcycling import compose, upcycle
+from mixtura.fitting.upcycling.arena.models import (
+    LENGTH,
+    Steps,
+    held_out_loss,
+    prompts_of,
+    sources,
+    train,
+)
+from mixtura.fitting.upcycling.planning import needs_prompts
+from mixtura.methods import header
+from mixtura.methods import names as method_names
+from mixtura.running.loading import load
+from mixtura.train.arena.paired import Row, judge, kept
+from mixtura.train.arena.text import Text, load_text
+
+Say = Callable[[str], None]
+# Raised when a change makes earlier results not comparable.
+VERSION: Final = 1
+ONE, SEVERAL = "one dense model", "three models"
+DENSE, SCRATCH, MEAN = "dense, trained on", "copies, from nothing", "average, trained on"
+BASELINES: Final = {DENSE: ONE, SCRATCH: ONE, MEAN: SEVERAL}
+REFERENCES: Final = {ONE: DENSE, SEVERAL: MEAN}
+COLUMNS: Final = ("loss", "start", "parameters")
+# What a method is to make, where that is not four experts of which a token takes two.
+_SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "dynamic_dino": {"experts": 8, "top_k": 4},
+    "c_moe": {"experts": 6, "top_k": 2},
+    "read_me": {"experts": 3, "top_k": 1},
+}
+_CALIBRATION_TOKENS = 4096
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """What is to be run: names (all where empty), seeds, steps, and where results are kept."""
+
+    only: tuple[str, ...] = ()
+    num_seeds: int = 2
+    steps: Steps = field(default_factory=Steps)
+    runs: Path = Path("build/arena")
+
+
+def hold(contest: Contest, say: Say) -> list[Row]:
+    """Make and train what has no result yet, seed by seed, and compare.
+
+    Raises:
+        UnknownNameError: there is no such upcycler.
+    """
+    known = method_names("upcyclers")
+    for name in contest.only:
+        if name not in known:
+            raise UnknownNameError("upcycler in the arena", name, known)
+    rows = {name: Row(name, group) for name, group in BASELINES.items()}
+    rows |= {name: Row(name, group_of(name)) for name in contest.only or known}
+    text = load_text(LENGTH)
+    for seed in range(contest.num_seeds):
+        for name, row in rows.items():
+            terms = {"version": VERSION, "name": name, "seed": seed, "steps": asdict(contest.steps)}
+            words = name.replace(",", "").replace(" ", "_")
+            file = contest.runs / "upcyclers" / f"{words}-{seed}.json"
+            found = kept(file, terms, partial(_tried, contest, text, seed, name))
+            row.runs.append(found)
+            say(f"{name}, seed {seed}: held-out loss {found['start']:.4f}, then {found['loss']:.4f}")
+    for row in rows.values():
+        if row.name not in BASELINES:
+            judge(row, rows[REFERENCES[row.group]])
+    return sorted(rows.values(), key=lambda row: (row.group, row.mean("loss")))
+
+
+def group_of(name: str) -> str:
+    """Whether a method begins with one model or with several."""
+    return SEVERAL if "composes" in header("upcyclers", name).tags else ONE
+
+
+def _tried(contest: Contest, text: Text, seed: int, name: str) -> dict[str, float]:
+    return _Try(contest, text, seed).of(name)
+
+
+@final
+class _Try:
+    """One seed's dense models, and what is made of them."""
+
+    def __init__(self, contest: Contest, text: Text, seed: int) -> None:
+        self.steps, self.text, self.seed = contest.steps, text, seed
+        kept_in = "-".join(map(str, (seed, self.steps.dense, self.steps.special)))
+        self.folder = contest.runs / "upcyclers" / f"dense-{kept_in}"
+        with torch.random.fork_rng(devices=[]):
+            self.base, self.specialists = sources(self.folder, text, seed, self.steps)
+
+    def of(self, name: str) -> dict[str, float]:
+        """Make a model, measure it, train it on, and measure it again."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = self._model(name)
+            start = held_out_loss(model, self.text)
+            # The same sequences in the same order for all.
+            train(model, self.text.streams, self.seed + 500_000, self.steps.further, self.steps.rate)
+            loss = held_out_loss(model, self.text)
+        return {
+            "loss": loss,
+            "start": start,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+
+    def _model(self, name: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        if name == DENSE:
+            return AutoModelForCausalLM.from_pretrained(self.base)
+        if name == MEAN:
+            return self._average()
+        made = self._made("copies" if name == SCRATCH else name)
+        if name != SCRATCH:
+            return made
+        return AutoModelForCausalLM.from_config(made.config)
+
+    def _made(self, name: str) -> Any:
+        out = self.folder / "made"
+        for left in (out, out.with_name("made.work")):
+            shutil.rmtree(left, ignore_errors=True)
+        common: dict[str, Any] = {"method": name, "length": LENGTH, "measure": False, "seed": self.seed}
+        if group_of(name) == ONE:
+            shape: dict[str, Any] = {"experts": 4, "top_k": 2} | dict(_SHAPES.get(name, {}))
+            upcycle(self.base, out, tokens=_CALIBRATION_TOKENS, **shape, **common)
+        else:
+            prompts = prompts_of(self.specialists, self.seed, self.folder / "prompts.json")
+            given: dict[str, Any] = {"prompts": prompts} if needs_prompts(name) else {}
+            given |= {"experts": 12, "top_k": 4} if name == "innovator" else {"top_k": 2}
+            compose([*self.specialists.values()], out, **given, **common)
+        model = load(out)
+        shutil.rmtree(out)
+        return model.requires_grad_(True)
+
+    def _average(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        models = [AutoModelForCausalLM.from_pretrained(path) for path in self.specialists.values()]
+        states = [model.state_dict() for model in models]
+        mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+        models[0].load_state_dict(mean)
+        return models[0]

@@ -1,0 +1,105 @@
+"""Losses of methods and baselines by seed: kept as they come, and compared in pairs with a baseline."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from mixtura.errors import UserError
+
+
+@final
+@dataclass(slots=True)
+class Row:
+    """A method or baseline: what was measured by seed; ``loss`` is what is compared, smaller is better.
+
+    Attributes:
+        group: what it is compared within.
+        difference: of the loss from the group's reference on the same seeds; 0 for baselines.
+        half_width: of the 95 % interval of the difference; None with one seed.
+        verdict: "better", "worse", "not separated" or "baseline".
+    """
+
+    name: str
+    group: str = ""
+    runs: list[Mapping[str, float]] = field(default_factory=list)
+    difference: float = 0.0
+    half_width: float | None = None
+    verdict: str = "baseline"
+
+    def mean(self, what: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(run[what] for run in self.runs)
+
+
+def judge(row: Row, reference: Row) -> None:
+    """Compare a method's losses with the reference's, seed by seed."""
+    pairs = [a["loss"] - b["loss"] for a, b in zip(row.runs, reference.runs, strict=True)]
+    row.difference, row.half_width = statistics.fmean(pairs), half_width(pairs)
+    row.verdict = "not separated"
+    if row.half_width is not None and abs(row.difference) > row.half_width:
+        row.verdict = "better" if row.difference < 0 else "worse"
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % interval of a mean; None of a single value."""
+    if len(values) < 2:
+        return None
+    try:
+        from scipy import stats
+    except ModuleNotFoundError:
+        raise UserError("arenas need scipy; install mixtura[train]") from None
+    widest = float(stats.t.ppf(0.975, len(values) - 1))
+    half: float = widest * statistics.stdev(values) / len(values) ** 0.5
+    return half
+
+
+def kept(file: Path, terms: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What was measured before on the same terms, or is now, and kept: whole or not at all."""
+    wanted = json.loads(json.dumps(dict(terms)))
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        if found.get("terms") == wanted:
+            return dict(found["result"])
+    result = dict(measure())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".part")
+    aside.write_text(json.dumps({"terms": wanted, "result": result}) + "\n", encoding="utf-8")
+    aside.replace(file)
+    return result
+
+
+def as_csv(table: Sequence[Row], columns: Sequence[str]) -> str:
+    """Every seed's numbers, a line each."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["group", "name", "seed", *columns, "verdict"])
+    for row in table:
+        for seed, run in enumerate(row.runs):
+            numbers = [f"{run[column]:.6g}" for column in columns]
+            lines.writerow([row.group, row.name, seed, *numbers, row.verdict])
+    return out.getvalue()
+
+
+def difference_cells(row: Row) -> list[str]:
+    """The cells of a page's table that say how a row compares."""
+    if row.verdict == "baseline":
+        return ["", "", ""]
+    half = "–" if row.half_width is None else f"{row.half_width:.4f}"
+    return [f"{row.difference:+.4f}", half, row.verdict]
+
+
+def name_cell(row: Row, kind: str) -> str:
+    """A row's name: a link to the method's page, or a baseline in italics."""
+    if row.verdict == "baseline":
+        return f"*{row.name}*"
+    return f"[`{row.name}`](../methods/{kind}/{row.name}.md)"
