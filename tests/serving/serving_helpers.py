@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,11 +69,3 @@ def send(engine: Engine, *requests: Asked) -> list[Answer]:
 
 def answered(engine: Engine, *requests: Asked) -> list[Answer]:
     return [answer.wait() for answer in send(engine, *requests)]
-
-
-def is_freed(engine: Engine) -> bool:
-    """Whether nothing is set apart any more, soon after the last piece is told."""
-    end = time.monotonic() + PATIENCE_S
-    while engine.prefixes.running_bytes and time.monotonic() < end:
-        time.sleep(0.01)
-    return engine.prefixes.running_bytes == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_helpers import SPECIMEN, Answer, answered, asked, is_freed
+from serving_helpers import SPECIMEN, Answer, answered, asked
 from tiny_checkpoints import run_mixtura, save_tiny, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,7 +88,7 @@ def check_mixed(engine: Engine, model: Any) -> None:
     for answer, (name, ids) in zip(answered(engine, *requests), expected, strict=True):
         assert answer.error is None, name
         assert answer.ids == ids, name
-    assert is_freed(engine)
+    assert engine.prefixes.running_bytes == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "deepseek_v3"])
@@ -157,7 +157,7 @@ def test_memory_is_set_apart_for_every_view(path: Path) -> None:
         assert isinstance(both.error, TooLongError)
         (short,) = answered(engine, asked(prompt[:20], 10, decoder=made("scmoe", {})))
         assert short.error is None
-        assert is_freed(engine)
+        assert engine.prefixes.running_bytes == 0
     finally:
         engine.close(0)
 
@@ -168,7 +168,7 @@ def test_taking_back_frees_every_view(engine: Engine) -> None:
     assert answer.began.wait(60)
     take_back()
     answer.wait()
-    assert is_freed(engine)
+    assert engine.prefixes.running_bytes == 0
 
 
 def test_dense_models_and_settings_of_other_models_are_refused(engine: Engine) -> None:

@@ -101,8 +101,7 @@ def serve(
         is_local = is_loopback(host)
         if not is_local and not keys:
             warn_of_strangers(host, "MIXTURA_API_KEYS or --keys-file")
-        own_name = _told_apart(name or own_name, named)
-        answers = _Answers(own_name, tuple(named), deciding, max_tokens, most_body)
+        answers = _Answers(name or own_name, tuple(named), deciding, max_tokens, most_body)
         _run(found, listening, answers, keys, is_local, grace)
 
 
@@ -135,7 +134,7 @@ def _run(
     from mixtura.serving.listening import serve_until_told
     from mixtura.serving.watching import Watch
 
-    name = settings.name
+    name = _told_apart(settings.name, settings.adapters)
     service = Service(
         found.engine,
         found.tokenizer,

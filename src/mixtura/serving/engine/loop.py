@@ -207,15 +207,10 @@ class Engine:
             self._fail(row, ClosingError("the server was shut down before the answer was complete"))
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self._running if row.is_cancelled]:
-            self._end(row, row.finish("cancelled"))
         with self._lock:
-            gone = [row for row in self._waiting if row.is_cancelled]
-            for row in gone:
-                self._waiting.remove(row)
+            gone = [row for row in (*self._running, *self._waiting) if row.is_cancelled]
         for row in gone:
-            row.finish("cancelled")
-            self.counts.ended("cancelled")
+            self._end(row, row.finish("cancelled"))
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.limits.running:
@@ -346,12 +341,16 @@ class Engine:
                 self._running.remove(row)
             elif row in self._waiting:
                 self._waiting.remove(row)
-        for lane in row.lanes:
-            self.prefixes.release(lane)
-            self._said.pop(lane, None)
-        if not any(lane.view.steering for lane in self._lanes()):
-            self.passes.steers.rest()
-        self.counts.ended(how)
+        try:
+            for lane in row.lanes:
+                self.prefixes.release(lane)
+                self._said.pop(lane, None)
+            if not any(lane.view.steering for lane in self._lanes()):
+                self.passes.steers.rest()
+            self.counts.ended(how)
+        finally:
+            # Whoever hears of the end may count on the memory being free.
+            row.tell_end()
 
 
 def engine_of(

@@ -41,6 +41,7 @@ class Row:
         self._decider: Decider | None = None
         self._prompt_tokens: list[Token] = []
         self._first = True
+        self._last: Piece | None = None
 
     def open(self, decider: Decider) -> None:
         """Let a decoder decide how it grows; before it starts."""
@@ -95,7 +96,7 @@ class Row:
                 self._prompt_tokens.append(described(row, self.ids[place], num_top))
 
     def grow(self, logits: Sequence[Float[Tensor, " V"]]) -> Finish | None:
-        """Pick a token from what the lanes say and tell; returns why it is the last, or None."""
+        """Pick a token from what the lanes say and tell, unless it is the last; returns why it is, or None."""
         assert self._picker is not None
         if self.asked.max_new_tokens == 0:
             return self.finish("length")
@@ -115,17 +116,22 @@ class Row:
         return None
 
     def finish(self, why: Finish, token: Token | None = None, text: str = "") -> Finish:
-        """Tell the last piece."""
+        """Make the last piece; `tell_end` tells it."""
         if why != "cancelled" and not self._reader.is_stopped:
             text += self._reader.end()
             why = "stop" if self._reader.is_stopped else why
         tokens = () if token is None else (token,)
-        self._tell(Piece(text=text, tokens=tokens, finish=why, **self._beginning()))
+        self._last = Piece(text=text, tokens=tokens, finish=why, **self._beginning())
         return why
 
     def fail(self, error: Exception) -> None:
-        """Tell that it cannot go on."""
-        self._tell(Piece(error=error))
+        """It cannot go on, which `tell_end` tells."""
+        self._last = Piece(error=error)
+
+    def tell_end(self) -> None:
+        """Tell the last piece, once all that the row held is free."""
+        if self._last is not None:
+            self._tell(self._last)
 
     def _beginning(self) -> dict[str, Any]:
         if not self._first:
