@@ -33,7 +33,10 @@ class Server:
     def __init__(self, path: Path, keys: tuple[str, ...] = (), context: int = 256, **serving: Any) -> None:
         self.opened = open_model(path, Serving(context=context, running=4, waiting=8, **serving))
         chosen = tuple(serving.get("adapters", ()))
-        settings = Settings(name="tiny", adapters=chosen, default_tokens=16, most_body_bytes=LARGE)
+        settings = Settings(
+            name="tiny", adapters=chosen, decoder=serving.get("decoder"), default_tokens=16,
+            most_body_bytes=LARGE,
+        )  # fmt: skip
         service = Service(self.opened.engine, self.opened.tokenizer, settings)
         watch = Watch(self.opened.engine, "tiny", self.opened.loads)
         self.listening = bound("127.0.0.1", 0)

@@ -17,11 +17,12 @@ from mixtura.errors import CheckpointError, UserError
 from mixtura.running.generation import new_tokens
 from mixtura.running.tiers.opening import Wish
 from mixtura.serving.engine.caches import measured_cost
+from mixtura.serving.engine.deciding import Steers
+from mixtura.serving.engine.lanes import Lane
 from mixtura.serving.engine.loop import Engine, Limits, engine_of
 from mixtura.serving.engine.passing import Passes
 from mixtura.serving.engine.prefixes import Prefixes
 from mixtura.serving.engine.records import BusyError, ClosingError, Sampling, TooLongError
-from mixtura.serving.engine.rows import Row
 
 CONTEXT = 96
 ROOM = 4 << 20
@@ -121,12 +122,12 @@ def test_a_kept_beginning_is_gone_on_from_where_it_must_go_and_a_running_text_sh
     path: Path,
 ) -> None:
     model = mixtura.load(path)
-    passes, cost = Passes(model), measured_cost(model)
+    passes, cost = Passes(model, Steers(model, None)), measured_cost(model)
     prefixes = Prefixes(model, cost, cost.of(100))
 
-    def admitted(prompt: list[int], running: Sequence[Row] = ()) -> Row:
-        row = Row(asked(prompt, 4), lambda piece: None, None, frozenset())
-        assert prefixes.admit(row, running)
+    def admitted(prompt: list[int], running: Sequence[Lane] = ()) -> Lane:
+        row = Lane(asked(prompt, 4), list(prompt))
+        assert prefixes.admit([row], running)
         while row.is_reading:
             passes.read(row)
         return row

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 
 import typer
 
+from mixtura.cli._settings import parse_settings
 from mixtura.cli._tiers import wish_of
 from mixtura.errors import MixturaWarning, SettingError, UserError
 
 if TYPE_CHECKING:
+    from mixtura.methods.decoders import Decoder
     from mixtura.serving.opening import Opened
 
 Context = Annotated[
@@ -37,6 +39,23 @@ Grace = Annotated[float, typer.Option(min=0.0, help="Seconds that answers have t
 Keys = Annotated[
     Path | None,
     typer.Option(help="A file of API keys, one a line; MIXTURA_API_KEYS in the environment has some, too."),
+]
+
+ServedModel = Annotated[
+    str | None,
+    typer.Argument(help="Directory or hub id; without it, the specimen.", show_default=False),
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        help="An adapter's directory; NAME=DIR, as often as you like, for requests to choose as model."
+    ),
+]
+Calibrations = Annotated[
+    list[Path],
+    typer.Option(
+        help="A file that `mixtura calibrate` made, for decoders that need one; as often as you like."
+    ),
 ]
 
 _SERVING = ("fastapi", "uvicorn", "prometheus_client")
@@ -61,6 +80,8 @@ class Served:
     adapter: Path | None = None
     merge: bool = True
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    calibrations: tuple[Path, ...] = ()
+    decoder: Decoder | None = None
 
 
 def warn_of_strangers(host: str, how: str) -> None:
@@ -130,6 +151,33 @@ def named_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
     return None, named
 
 
+def served_decoder(
+    names: str, changes: list[str], calibrations: Sequence[Path], adapters: Mapping[str, Path]
+) -> Decoder | None:
+    """What decides how answers are made where a request does not say; None for the model as it is.
+
+    Raises:
+        UserError: there is no such decoder, it cannot go token by token, or it lacks what it needs.
+    """
+    for path in calibrations:
+        if not path.is_file():
+            raise UserError(f"there is no file {path}; make one by 'mixtura calibrate'")
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        if changes:
+            raise UserError("--set is for a --decoder; name one")
+        return None
+    if changes and len(wanted) > 1:
+        raise UserError("--set is for one decoder; leave it out, or name one")
+    if adapters:
+        raise UserError("no decoder runs beside adapters that requests choose; leave one of them out")
+    from mixtura.methods import create
+    from mixtura.serving.engine.deciding import require_served
+
+    settings = parse_settings(changes)
+    return require_served([create("decoders", name, **settings) for name in wanted])
+
+
 def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str]:
     """A model with its engine, and its name.
 
@@ -164,6 +212,8 @@ def opened(model: str | None, served: Served, *, yes: bool) -> tuple[Opened, str
         keeps_prefixes=served.keeps,
         bits=served.bits,
         adapters=served.adapters,
+        calibrations=served.calibrations,
+        decoder=served.decoder,
     )
     adapter = served.adapter
 

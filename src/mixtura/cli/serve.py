@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from mixtura.cli._generating import Bits, Cache, Memory, Prefetch, TraceFile, Unmerged
+from mixtura.cli._generating import (
+    Bits,
+    Cache,
+    Changes,
+    DecoderNames,
+    Memory,
+    Prefetch,
+    TraceFile,
+    Unmerged,
+)
 from mixtura.cli._serving import (
+    Adapters,
     CacheMemory,
+    Calibrations,
     Concurrency,
     Context,
     Grace,
     Host,
     Keys,
     Served,
+    ServedModel,
     let_go_of_full_disks,
     named_adapters,
     opened,
     require_extra,
+    served_decoder,
     shown_address,
     tell,
     warn_of_strangers,
@@ -28,13 +41,12 @@ from mixtura.cli._tiers import DEFAULT_CACHE, NO_PREFETCH, check_words
 from mixtura.errors import SettingError
 
 if TYPE_CHECKING:
+    from mixtura.methods.decoders import Decoder
     from mixtura.serving.opening import Opened
 
 
 def serve(
-    model: str | None = typer.Argument(
-        None, help="Directory or hub id; without it, the specimen.", show_default=False
-    ),
+    model: ServedModel = None,
     host: Host = "127.0.0.1",
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes one that is free."),
     memory: Memory = None,
@@ -52,10 +64,11 @@ def serve(
     no_prefix_cache: bool = typer.Option(False, "--no-prefix-cache", help="Read every prompt anew."),
     grace: Grace = 30.0,
     bits: Bits = None,
-    adapter: list[str] = typer.Option(
-        [], help="An adapter's directory; NAME=DIR, as often as you like, for requests to choose as model."
-    ),
+    adapter: Adapters = [],  # noqa: B006
     unmerged: Unmerged = False,
+    decoder: DecoderNames = "",
+    changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own
+    calibration: Calibrations = [],  # noqa: B006
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
 ) -> None:
     """Serve a model to OpenAI's clients: chat and text completions, metrics, and a page to watch it at /.
@@ -63,6 +76,8 @@ def serve(
     Examples: `mixtura serve`
 
     `mixtura serve ./Qwen3-30B-A3B --memory 8GiB --context 8192`
+
+    `mixtura serve --decoder scmoe --set beta=0.5`
     """
     check_words(memory, cache, prefetch, trace)
     from mixtura.report.units import parse_bytes
@@ -73,19 +88,31 @@ def serve(
 
     keys = read_keys(keys_file)
     one, named = named_adapters(adapter)
+    deciding = served_decoder(decoder, changes, calibration, named)
     listening = bound(host, port)
     with listening:
         served = Served(
             memory=memory, cache=cache, prefetch=prefetch, trace=trace, context=context,
             cache_memory=cache_memory, running=concurrency, waiting=queue, keeps=not no_prefix_cache,
-            bits=bits, adapter=one, merge=not unmerged, adapters=named,
+            bits=bits, adapter=one, merge=not unmerged, adapters=named, calibrations=tuple(calibration),
+            decoder=deciding,
         )  # fmt: skip
         found, own_name = opened(model, served, yes=yes)
         is_local = is_loopback(host)
         if not is_local and not keys:
             warn_of_strangers(host, "MIXTURA_API_KEYS or --keys-file")
-        settings = (_told_apart(name or own_name, named), tuple(named), max_tokens, most_body)
-        _run(found, listening, settings, keys, is_local, grace)
+        answers = _Answers(name or own_name, tuple(named), deciding, max_tokens, most_body)
+        _run(found, listening, answers, keys, is_local, grace)
+
+
+class _Answers(NamedTuple):
+    """How answers are given."""
+
+    name: str
+    adapters: tuple[str, ...]
+    decoder: Decoder | None
+    max_tokens: int
+    most_body: int
 
 
 def _told_apart(name: str, adapters: Collection[str]) -> str:
@@ -97,7 +124,7 @@ def _told_apart(name: str, adapters: Collection[str]) -> str:
 def _run(
     found: Opened,
     listening: Any,
-    settings: tuple[str, tuple[str, ...], int, int],
+    settings: _Answers,
     keys: tuple[str, ...],
     is_local: bool,
     grace: float,
@@ -107,12 +134,15 @@ def _run(
     from mixtura.serving.listening import serve_until_told
     from mixtura.serving.watching import Watch
 
-    name, adapters, max_tokens, most_body = settings
+    name = _told_apart(settings.name, settings.adapters)
     service = Service(
         found.engine,
         found.tokenizer,
-        Settings(name=name, adapters=adapters, default_tokens=max_tokens, most_body_bytes=most_body),
-    )
+        Settings(
+            name=name, adapters=settings.adapters, decoder=settings.decoder,
+            default_tokens=settings.max_tokens, most_body_bytes=settings.most_body,
+        ),
+    )  # fmt: skip
     app = build_app(service, Watch(found.engine, name, found.loads), keys=keys, is_local=is_local)
     address = shown_address(listening)
     try:

@@ -160,6 +160,9 @@ class _Step:
         around = Around(Tables(tables[0], tables[1]), mask, cached, getattr(attention, "layer_idx", 0))
         _check_keys(implementation, around, x)
         found = self.found
+        if found is not None and found.is_watched():
+            # What was found without somebody looking on holds again when they have gone.
+            raise Declined(WATCHED)
         if found is None or not found.is_intact(layer):
             if not bool(around.tables.sines[:, -1].any()):
                 # At the first place no rotation turns anything: they cannot be told apart.

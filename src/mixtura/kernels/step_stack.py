@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 from weakref import WeakKeyDictionary
@@ -24,11 +25,13 @@ from mixtura.kernels.step_cache import can_grow
 from mixtura.kernels.step_embedding import embedded, plain_table
 from mixtura.kernels.step_layer import QuickLayer, found_of, remade_from, under
 from mixtura.kernels.step_parts import Part, norm_part, others_in
+from mixtura.kernels.step_passes import asked_besides, check_usual, is_step, stand_behind
 from mixtura.kernels.step_rows import place_of, texts_of
+from mixtura.kernels.step_steering import SteeredStep, UnsteeredError, current_steering
 from mixtura.kernels.step_trial import WATCHED, Found
 from mixtura.kernels.step_turning import Turning
 from mixtura.kernels.step_watch import Unchanged
-from mixtura.machine.releases import CACHE, CACHE_NAMES, given_cache, with_cache
+from mixtura.machine.releases import CACHE, given_cache, with_cache
 
 _NAMES: Final = {
     "BaseModelOutputWithPast", "DynamicCache", "MoeModelOutputWithPast", "ValueError", "arange", "config",
@@ -37,10 +40,7 @@ _NAMES: Final = {
     "shape", "sliding_window", "torch", "unsqueeze",
 }  # fmt: skip
 _PARTS: Final = ("embed_tokens", "layers", "norm", "rotary_emb")
-_ASKED: Final = ("output_attentions", "output_hidden_states", "output_router_logits")
-_USUAL: Final = {"attention_mask", "position_ids", "use_cache", "cache_position", *CACHE_NAMES}
 _RESULTS: Final = {"last_hidden_state", CACHE}
-_MOST_SEQUENCES: Final = 64
 UNTRIED: Final = "no text of it was continued yet"
 
 
@@ -69,13 +69,19 @@ class QuickStack(nn.Module, ABC):
 
     def forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The decoder's own result."""
+        steered, why = current_steering(), "it is no pass that compiled calls run"
         if not args and not torch.is_grad_enabled() and not self.training and options().mode == "fast":
             stack = _stacks.get(self)
             if stack is None:
                 stack = _stacks[self] = Stack()
-            made = stack.run(self, input_ids, kwargs)
+            made = stack.run(self, input_ids, kwargs, steered)
             if made is not None:
+                if steered is not None:
+                    steered.num_heeded += 1
                 return made
+            why = stack.why
+        if steered is not None:
+            raise UnsteeredError(why)
         return super().forward(input_ids, *args, **kwargs)
 
     __reduce_ex__ = remade_from
@@ -185,26 +191,26 @@ class Stack:
         """Whether a step of it came out as from the model itself."""
         return self._looked is not None and not self._looked.refused
 
-    def run(self, model: Any, ids: Any, named: dict[str, Any]) -> Any:
+    def run(self, model: Any, ids: Any, named: dict[str, Any], steered: SteeredStep | None = None) -> Any:
         """The decoder's result for one new token of each sequence; None where it must compute it itself."""
-        if not _is_step(ids):
+        if not is_step(ids):
             self.why = "its decoder is given no token ids" if ids is None else self.why
             return None
         try:
-            made = self._run(model, ids, named)
+            made = self._run(model, ids, named, steered)
         except Declined as reason:
             self.why = str(reason)
             return None
         self.why = ""
         return made
 
-    def _run(self, model: Any, ids: Tensor, named: dict[str, Any]) -> Any:
+    def _run(self, model: Any, ids: Tensor, named: dict[str, Any], steered: SteeredStep | None) -> Any:
         cached = given_cache(named)
         if type(cached) not in (DynamicCache, SideBySide):
             raise Declined(f"its cache is a {type(cached).__name__}")
-        if asked := _asked_besides(named):
+        if asked := asked_besides(named):
             raise Declined(f"its decoder is asked for {asked}")
-        if not _stand_behind(cached, named.get("attention_mask"), named.get("position_ids"), ids):
+        if not stand_behind(cached, named.get("attention_mask"), named.get("position_ids"), ids):
             raise Declined("a sequence begins, is padded, or stands elsewhere than right behind its cache")
         looked = self._looked
         if looked is None or not looked.unchanged.holds_for(model):
@@ -217,14 +223,17 @@ class Stack:
         for one in texts_of(cached):
             if not checked.windows_fit(one, one.get_seq_length() + 1):
                 raise Declined("its cache holds more than the window that its layers see")
-        return output.of(_step(model, ids, checked, cached), cached)
+        records = {} if steered is None else steered.records
+        if steered is not None and steered.num_tokens != ids.shape[0]:
+            raise Declined("its steering is of another number of tokens")
+        return output.of(_step(model, ids, checked, cached, records), cached)
 
     def _look(self, model: Any) -> _Looked:
         """Look through a decoder and try it; a refusal is kept until something changes."""
         founds = [found for layer in model.layers if (found := found_of(layer)) is not None]
         if len(founds) < len(model.layers):
-            # They are tried when they run alone, which changes nothing that would be seen here.
-            self._looked = None
+            # They are tried when they run alone, which changes nothing that would be seen here. What was
+            # found before is kept, for when all is as it was.
             raise Declined("its layers were not tried yet, or something of them changed since")
         refused, checked, output = "", None, None
         try:
@@ -243,7 +252,7 @@ class Stack:
 def _checked(model: Any, founds: list[Found]) -> _Checked:
     """What a step takes of a decoder; `Declined` where its layers cannot run together."""
     config = model.config
-    _check_usual(config)
+    check_usual(config)
     if _are_watched(model) or any(found.is_watched() for found in founds):
         raise Declined(WATCHED)
     if partly := next((found for found in founds if not found.is_whole()), None):
@@ -287,7 +296,9 @@ def _tried(model: Any, checked: _Checked) -> _Output:
     return _Output(type(expected), dict.fromkeys(vars(expected)))
 
 
-def _step(model: Any, ids: Tensor, checked: _Checked, cached: Any) -> Tensor:
+def _step(
+    model: Any, ids: Tensor, checked: _Checked, cached: Any, steered: Mapping[int, Any] | None = None
+) -> Tensor:
     extension = native()
     assert extension is not None
     dtype = checked.dtype
@@ -306,7 +317,12 @@ def _step(model: Any, ids: Tensor, checked: _Checked, cached: Any) -> Tensor:
     kinds = {one.kind for one in checked.layers}
     turned = checked.turning.at(x, [one.get_seq_length() for one in texts], kinds)
     steps = [
-        (one.attention, one.mixture, place_of([t.layers[number] for t in texts], turned[one.kind].turns))
+        (
+            one.attention,
+            one.mixture,
+            place_of([t.layers[number] for t in texts], turned[one.kind].turns),
+            steered.get(number) if steered else None,
+        )
         for number, one in enumerate(checked.layers)
     ]
     # Nobody else has these tokens: what comes out of each layer may take their place.
@@ -321,6 +337,11 @@ def why_not_together(model: nn.Module) -> str:
     return UNTRIED if stack is None else stack.why
 
 
+def has_stack(model: nn.Module) -> bool:
+    """Whether a model's decoder tries to run its layers in one call."""
+    return any(isinstance(module, QuickStack) for module in model.modules())
+
+
 def runs_together(model: nn.Module) -> bool:
     """Whether a quickened decoder was found to run its layers in one call."""
     stack = _stacks.get(model)
@@ -328,52 +349,6 @@ def runs_together(model: nn.Module) -> bool:
 
 
 _stacks: WeakKeyDictionary[nn.Module, Stack] = WeakKeyDictionary()
-
-
-def _is_step(ids: Any) -> bool:
-    return type(ids) is Tensor and ids.ndim == 2 and ids.shape[1] == 1 and 0 < ids.shape[0] <= _MOST_SEQUENCES
-
-
-def _asked_besides(named: dict[str, Any]) -> str:
-    """What a call wants but the next hidden states, or what of it keeps them from being all."""
-    asked = [n for n, value in named.items() if value is not None and value is not False and n not in _USUAL]
-    if named.get("use_cache") is False:
-        asked.append("no cache")
-    if torch.is_autocast_enabled("cpu"):
-        asked.append("autocast")
-    return ", ".join(asked)
-
-
-def _check_usual(config: Any) -> None:
-    """Decline a configuration that wants more than hidden states, or attention that is not known."""
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise Declined(f"its attention runs by the implementation {config._attn_implementation!r}")
-    if asked := [name for name in _ASKED if getattr(config, name, False)]:
-        raise Declined(f"its configuration asks for {', '.join(asked)}")
-
-
-def _stand_behind(cached: Any, mask: Any, places: Any, ids: Tensor) -> bool:
-    """Whether the tokens come right behind what the cache holds, and see all of it."""
-    if type(cached) is DynamicCache:
-        past = cached.get_seq_length()
-        return bool(past) and _all_seen(mask, places, ids, past)
-    if len(cached.lengths) != ids.shape[0] or not all(cached.lengths):
-        return False
-    return _is(mask, cached.mask()) and _is(places, cached.places())
-
-
-def _is(given: Any, expected: Tensor) -> bool:
-    fits = type(given) is Tensor and given.shape == expected.shape
-    return fits and bool((given == expected).all())
-
-
-def _all_seen(mask: Any, places: Any, ids: Tensor, past: int) -> bool:
-    """Whether each sequence sees all of itself, and the new token stands right behind."""
-    if mask is not None:
-        fits = type(mask) is Tensor and mask.shape == (ids.shape[0], past + 1)
-        if not fits or not bool(mask.all()):
-            return False
-    return places is None or (type(places) is Tensor and places.ndim == 2 and bool((places == past).all()))
 
 
 def _are_watched(model: Any) -> bool:

@@ -70,15 +70,44 @@ class Rerouting:
         self.swaps: list[Swap] = []
         self.balancers: list[tuple[str, dict[str, Any]]] = []
         # A loss of one's own may be computed on the states of the model inside, called by itself.
-        self._handles = [
+        self._owners = (model, *_models_inside(model, [layer.router_name for layer in view.layers]))
+        self._handles = self._hooked()
+
+    def _hooked(self) -> list[Any]:
+        return [
             handle
-            for owner in (model, *_models_inside(model, [layer.router_name for layer in view.layers]))
+            for owner in self._owners
             for handle in (
                 owner.register_forward_pre_hook(self._before, with_kwargs=True),
                 owner.register_forward_hook(self._after, with_kwargs=True),
                 owner.register_forward_hook(self._finally, always_call=True),
             )
         ]
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the model runs as if nothing were changed, until `resume`."""
+        return not self._handles
+
+    def pause(self) -> None:
+        """Take every hook away for a while, so that what looks for none finds none."""
+        if self.is_paused:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.passes.remove()
+        for seat in self.seats.values():
+            seat.stand()
+
+    def resume(self) -> None:
+        """Put back what `pause` took away; nothing where it took nothing."""
+        if not self.is_paused:
+            return
+        self._handles = self._hooked()
+        self.passes.hook()
+        for seat in self.seats.values():
+            seat.sit()
 
     @staticmethod
     def of(model: nn.Module) -> Rerouting:
@@ -155,6 +184,7 @@ class Rerouting:
 
     def restore(self) -> None:
         """Give the model its own routers back."""
+        self.resume()
         for handle in self._handles:
             handle.remove()
         self.passes.remove()

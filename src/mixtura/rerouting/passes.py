@@ -9,6 +9,7 @@ its own of which nothing is known.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -117,9 +118,15 @@ class Passes:
         self.num_outside = 0
         self._latest = Pass()
         self._of_input: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._layers = _checkpointed(model, gates)
+        self._handles: list[Any] = []
+        self.hook()
+
+    def hook(self) -> None:
+        """Begin to look at layers, or begin again after `remove`."""
         self._handles = [
             handle
-            for layer in _checkpointed(model, gates)
+            for layer in self._layers
             for handle in (
                 layer.register_forward_pre_hook(self._enter),
                 *(child.register_forward_pre_hook(self._find) for child in layer.children()),
@@ -182,6 +189,7 @@ class Passes:
         copied.number, copied.active, copied.owner, copied.num_outside = self.number, None, None, 0
         copied._latest, copied._of_input = Pass(), WeakIdKeyDictionary()
         copied._handles = list(self._handles)
+        copied._layers = [copy.deepcopy(layer, memo) for layer in self._layers]
         return copied
 
 

@@ -22,6 +22,7 @@ from mixtura.methods import declared_tags
 from mixtura.methods.routers import Router
 from mixtura.modeling.balance import LayerBalance
 from mixtura.modeling.layer import require_decodable
+from mixtura.rerouting.choices import padded
 from mixtura.rerouting.experts import experts_of
 from mixtura.rerouting.inside import Inside, Outline
 from mixtura.rerouting.passes import Pass, Passes, Seen
@@ -74,10 +75,8 @@ class Seat:
         self.passes = passes
         self.clock = clock
         self.keeps_correction = False
-        self._own = vars(self.gate).get("forward")
         self._extra: Tensor | None = None
         self._normalizes: bool | None = None
-        self._adding = layer.experts.register_forward_hook(self._add_extra)
         self._outline = Outline(
             matrix=_two(self.matrix),
             num_experts=layer.num_experts,
@@ -85,18 +84,33 @@ class Seat:
             num_groups=layer.num_groups,
             top_groups=layer.top_groups,
         )
+        self.sit()
+
+    def sit(self) -> None:
+        """Stand in for the router's forward."""
+        self._own = vars(self.gate).get("forward")
+        self._adding = self.layer.experts.register_forward_hook(self._add_extra)
         self.gate.forward = self
 
     def remove(self) -> None:
-        """Give the router module its own forward back."""
-        self._adding.remove()
+        """Give the router module its own forward back, and let go of what was set here."""
         for name in (ROUTER, BALANCE):
             if hasattr(self.gate, name):
                 delattr(self.gate, name)
+        self.stand()
+
+    def stand(self) -> None:
+        """Give the router module its own forward back, until `sit`.
+
+        Raises:
+            UserError: somebody else has wrapped it since.
+        """
+        self._adding.remove()
         own = self._own
         if vars(self.gate).get("forward") is self:
-            del self.gate.forward
-            if own is not None:
+            if own is None:
+                del self.gate.forward
+            else:
                 self.gate.forward = own
         elif vars(self.gate).get("_old_forward") is self:
             # Offloaded since: what brings the parameters wraps this now, and has to wrap the own one again.
@@ -379,20 +393,6 @@ class Seat:
         if isinstance(each, Tensor):
             weights = weights * each[ids.clamp(max=len(each) - 1)]
         return weights
-
-
-def padded(routing: Routing) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
-    """Each token's experts and weights in rows as long as the longest; absent ones are E with weight 0."""
-    num_tokens, num_experts = routing.scores.shape
-    order = torch.sort(routing.token_ids, stable=True).indices
-    tokens = routing.token_ids[order]
-    counts = torch.bincount(tokens, minlength=num_tokens)
-    places = torch.arange(len(tokens), device=tokens.device) - (counts.cumsum(0) - counts)[tokens]
-    most = max(int(counts.max()) if num_tokens else 0, 1)
-    ids = torch.full((num_tokens, most), num_experts, device=tokens.device)
-    weights = routing.weights.new_zeros(num_tokens, most)
-    where = (tokens, places)
-    return ids.index_put(where, routing.expert_ids[order]), weights.index_put(where, routing.weights[order])
 
 
 def _two(matrix: Tensor) -> tuple[int, int]:

@@ -131,7 +131,7 @@ def _followed(runner: Runner, prompt: Prompt, branch: Branch, rest: Sequence[int
     if len(branch.views) != 1:
         raise UserError("a decoder of several views mixes them, which a given text does not show")
     cost = Cost()
-    bundle = Bundle(runner.model, runner.facts, runner.steerer, branch.views[0].skipped, cost)
+    bundle = Bundle(runner.model, runner.facts, runner.stepping, branch.views[0].skipped, cost)
     one = Candidate(prompt=prompt, branch=branch, token_ids=[])
     made = [bundle.read([Row(one, 0)], len(rest))]
     before, tiers = cost.num_assignments, tiers_of(runner.model)

@@ -13,13 +13,15 @@ from mixtura.checkpoints.skeleton import CheckpointView, open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.errors import SettingError
 from mixtura.kernels.loads import count_loads
+from mixtura.methods.decoders import Decoder
 from mixtura.running.adapters import adapter_bytes, with_adapter
+from mixtura.running.decoders.composing import parts_of
 from mixtura.running.loading import is_own_model, load
 from mixtura.running.memory.accounting import account
 from mixtura.running.tiers.opening import DEFAULT_CONTEXT, Wish
+from mixtura.serving.engine.lanes import PROMPT_LOGITS
 from mixtura.serving.engine.loop import DEFAULT_TEXTS, Engine, Limits, engine_of
 from mixtura.serving.engine.records import Adapters
-from mixtura.serving.engine.rows import PROMPT_LOGITS
 
 # What answering takes beside the model: libraries (33 MiB measured), requests, answers that wait to be read.
 _ANSWERING_BYTES: Final = 64 << 20
@@ -41,6 +43,8 @@ class Serving:
         keeps_prefixes: whether beginnings are kept to not be read again.
         bits: as `mixtura.load` takes them.
         adapters: directories of adapters by the names that requests choose them by.
+        calibrations: files that decoders read.
+        decoder: that is to be ready, as nothing would be answered without it.
     """
 
     memory: Wish | None = None
@@ -51,6 +55,8 @@ class Serving:
     keeps_prefixes: bool = True
     bits: int | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    calibrations: tuple[Path, ...] = ()
+    decoder: Decoder | None = None
 
 
 @final
@@ -81,7 +87,7 @@ def open_model(
 
     Raises:
         SettingError: the context is longer than the model was made for.
-        UserError: the adapters cannot be on one model.
+        UserError: the adapters cannot be on one model, or the decoder does not suit it.
         UnmetError: there is not so much memory.
         BudgetError: the model cannot be served in so little; the message says the smallest that is enough.
         CheckpointError: the directory is missing, incomplete or damaged.
@@ -109,7 +115,12 @@ def open_model(
         require_servable(model)
     limits = Limits(context=context, running=serving.running, waiting=serving.waiting)
     keeps = serving.keeps_prefixes
-    engine = engine_of(model, tokenizer, limits, cache_bytes, keeps_prefixes=keeps, adapters=chosen)
+    engine = engine_of(
+        model, tokenizer, limits, cache_bytes, keeps_prefixes=keeps, adapters=chosen,
+        calibrations=serving.calibrations,
+    )  # fmt: skip
+    if serving.decoder is not None:
+        engine.passes.steers.ready(parts_of(serving.decoder))
     for _, counts in loads:
         # What trials of the model's paths counted.
         counts.zero_()

@@ -343,7 +343,7 @@ void attend_held(const Pass& pass, const Attention& attention, const Place& plac
     finish_attention(pass, attention, x, attended);
 }
 
-void mix_held(const Pass& pass, const Mixture& mixture) {
+void mix_held(const Pass& pass, const Mixture& mixture, const Steered* steered = nullptr) {
     const std::int64_t num = pass.tokens();
     const float* x = read_x(pass);
     float* normed = rooms().attended.of<float>(num * pass.width);
@@ -354,13 +354,16 @@ void mix_held(const Pass& pass, const Mixture& mixture) {
         const Router& router = mixture.router;
         float* logits = rooms().logits.of<float>(num * router.gate.matrix.rows);
         multiply(pass, normed, {{&router.gate, logits, router.rounds_logits}});
-        auto* ids = rooms().ids.of<std::int64_t>(num * router.top_k);
-        float* weights = rooms().weights.of<float>(num * router.top_k);
-        choose(router, pass.number, logits, num, ids, weights);
+        const std::int64_t each = steered ? steered->columns : router.top_k;
+        auto* ids = rooms().ids.of<std::int64_t>(num * each);
+        float* weights = rooms().weights.of<float>(num * each);
+        choose(router, pass.number, logits, num, ids, weights, steered);
         if (mixture.loads) {
-            for (std::int64_t i = 0; i < num * router.top_k; ++i) ++mixture.loads[ids[i]];
+            for (std::int64_t i = 0; i < num * each; ++i) {
+                if (ids[i] < router.gate.matrix.rows) ++mixture.loads[ids[i]];
+            }
         }
-        const Assignments assignments = {ids, nullptr, router.top_k, num * router.top_k, num};
+        const Assignments assignments = {ids, nullptr, each, num * each, num};
         run_experts_held(pass.way, *mixture.experts, assignments, {normed, Number::f32, pass.width},
                          {weights, Number::f32, 1}, mixture.activation, {made, Number::f32, pass.width});
         round_row(pass.number, made, num * pass.width);
@@ -387,7 +390,7 @@ void run_layers(const Pass& pass, const std::vector<Step>& steps, const Norm& la
     for (const Step& step : steps) {
         attend_held(next, *step.attention, *step.place);
         next.x = next.out;
-        mix_held(next, *step.mixture);
+        mix_held(next, *step.mixture, step.steered);
     }
     float* normed = rooms().normed.of<float>(pass.tokens() * pass.width);
     normalize(next, last, read_x(next), pass.tokens(), normed);

@@ -121,16 +121,35 @@ void run_attending(const Pass& pass, const Attention& attention, const Place& pl
 // out = x + mixture(norm(x)).
 void run_mixture(const Pass& pass, const Mixture& mixture);
 
+// How choices of experts differ from a router's own: a row for each of `num` tokens, no data where they do not. They
+// act in this order; what the router does besides stays where it is in between.
+struct Steered {
+    std::int64_t num = 0, num_experts = 0;
+    const float* logits = nullptr;          // added to logits
+    const float* spread = nullptr;          // times the deviation of a token's logits, added to them, too
+    const bool* highest = nullptr;          // logits raised above the token's highest
+    const float *mixture = nullptr, *share = nullptr;  // probabilities mixed into a softmax's
+    const float* bias = nullptr;            // added to what is compared, never to weights
+    const bool* allowed = nullptr;          // others are not chosen
+    const std::int64_t* ranks = nullptr;    // the first place that is kept, and the place after the last
+    const float* least = nullptr;           // of a token's weights: experts of a smaller share are left out
+    const float* scale = nullptr;           // times weights in the end
+    std::int64_t columns = 0;               // choices that a token may come to
+    std::int64_t* kept = nullptr;           // how many a token has in the end
+};
+
 // Layers one after the other, and a last norm: `pass.out` holds what comes out of each, `pass.x` stays.
 struct Step {
     const Attention* attention;
     const Mixture* mixture;
     const Place* place;
+    const Steered* steered;  // or none
 };
 void run_layers(const Pass& pass, const std::vector<Step>& steps, const Norm& last);
 
-// Each token's choices and their weights, from its logits.
+// Each token's choices and their weights, from its logits: `top_k` of each, steered as many as it has columns. What is
+// left out has a number that no expert has.
 void choose(const Router& router, Number number, const float* logits, std::int64_t num, std::int64_t* ids,
-            float* weights);
+            float* weights, const Steered* steered = nullptr);
 
 }  // namespace mixtura

@@ -75,7 +75,38 @@ void check(const Pass& pass, const Attention& attention, const Place& place) {
     }
 }
 
+// How a token's places are counted that a steering may name, or what is wrong with it.
+void check(const Pass& pass, const Mixture& mixture, const Steered& steered) {
+    const std::int64_t num_experts = mixture.router.gate.matrix.rows, k = mixture.router.top_k;
+    if (!mixture.experts || steered.num != pass.tokens() || steered.num_experts != num_experts) {
+        throw std::invalid_argument("a steering is of other tokens or experts");
+    }
+    std::int64_t most = k;
+    for (std::int64_t t = 0; steered.ranks && t < steered.num; ++t) {
+        if (steered.ranks[2 * t] < 0) throw std::invalid_argument("places are counted from 0");
+        most = std::max(most, std::min(steered.ranks[2 * t + 1], num_experts));
+    }
+    if (steered.columns < most || steered.columns > num_experts) {
+        throw std::invalid_argument("a steering has too few columns for its places, or too many");
+    }
+}
+
+Steered make_steered(std::int64_t num, std::int64_t num_experts, std::int64_t columns, const nb::dict& given) {
+    Steered made;
+    made.num = num, made.num_experts = num_experts, made.columns = columns;
+    const auto set = [&](const char* name, auto& field) {
+        if (given.contains(name)) field = at<std::remove_reference_t<decltype(*field)>>(nb::cast<Address>(given[name]));
+    };
+    set("logits", made.logits), set("spread", made.spread), set("highest", made.highest), set("mixture", made.mixture);
+    set("share", made.share), set("bias", made.bias), set("allowed", made.allowed), set("ranks", made.ranks);
+    set("least", made.least), set("scale", made.scale), set("kept", made.kept);
+    return made;
+}
+
 void bind_parts(nb::module_& m) {
+    nb::class_<Steered>(m, "Steered").def("__init__", [](Steered* self, std::int64_t num, std::int64_t num_experts, std::int64_t columns, const nb::dict& given) {
+        new (self) Steered(make_steered(num, num_experts, columns, given));
+    });
     nb::class_<Attention>(m, "Attention").def("__init__", [](Attention* self, const Norm& norm, const Norm& q_norm, const Norm& k_norm, const Linear& q, const Linear& k, const Linear& v, const Linear& o, std::int64_t head, float scaling, int rotation) {
         new (self) Attention{norm, q_norm, k_norm, q, k, v, o, head, scaling, static_cast<Rotation>(rotation)};
     });
@@ -120,8 +151,10 @@ void bind_step(nb::module_& m) {
     m.def("run_layers", [](const Pass& pass, const nb::list& given, const Norm& last) {
         std::vector<Step> steps;
         for (const nb::handle one : given) {
-            const Step step = {nb::cast<const Attention*>(one[0]), nb::cast<const Mixture*>(one[1]), nb::cast<const Place*>(one[2])};
+            const Steered* const steered = one[3].is_none() ? nullptr : nb::cast<const Steered*>(one[3]);
+            const Step step = {nb::cast<const Attention*>(one[0]), nb::cast<const Mixture*>(one[1]), nb::cast<const Place*>(one[2]), steered};
             check(pass, *step.attention, *step.place);
+            if (steered) check(pass, *step.mixture, *steered);
             steps.push_back(step);
         }
         nb::gil_scoped_release released;

@@ -17,7 +17,8 @@ from mixtura.errors import UnsupportedModelError
 from mixtura.machine.releases import returned_cache, with_cache
 from mixtura.methods.decoders import Candidate, ModelFacts, View
 from mixtura.running.decoders.skipping import AfterLayer, shortened
-from mixtura.running.decoders.steering import Steerer, stacked
+from mixtura.running.decoders.steering import stacked
+from mixtura.running.decoders.stepping import Stepping
 from mixtura.running.generation import chunk_tokens, prefills_in_chunks, reserved_cache
 from mixtura.types.steering import Steering
 
@@ -67,14 +68,14 @@ class Bundle:
         self,
         model: PreTrainedModel,
         facts: ModelFacts,
-        steerer: Steerer | None,
+        stepping: Stepping,
         skipped: frozenset[int],
         cost: Cost,
     ) -> None:
         self.model = model
         self.rows: list[Row] = []
         self._facts = facts
-        self._steerer = steerer
+        self._stepping = stepping
         self._skipped = skipped
         self._cost = cost
         self._cache: Any = None
@@ -110,7 +111,7 @@ class Bundle:
             self._steering = stacked(self._facts, views, 1, prefill=False, last=True)
         given = {"input_ids": tokens[:, None]} if embeddings is None else {"inputs_embeds": embeddings}
         with shortened(self.model, self._skipped, after) as ran:
-            logits = self._forward(given, 1, self._steering)
+            logits = self._forward(given, 1, self._steering, steps=not self._skipped and after is None)
         shortly = len(ran) if ran else self._facts.num_layers
         self._cost.layer_passes += shortly - self._facts.num_layers
         return logits
@@ -171,7 +172,12 @@ class Bundle:
         return logits
 
     def _forward(
-        self, given: dict[str, Tensor], columns: int, steering: dict[int, Steering]
+        self,
+        given: dict[str, Tensor],
+        columns: int,
+        steering: dict[int, Steering],
+        *,
+        steps: bool = False,
     ) -> Float[Tensor, "R V"]:
         device = self.model.device
         options: dict[str, Any] = {name: value.to(device) for name, value in given.items()}
@@ -181,9 +187,14 @@ class Bundle:
             options["position_ids"] = places[:, -columns:].to(device)
         if "logits_to_keep" in self._takes:
             options["logits_to_keep"] = 1
-        if self._steerer is not None:
-            self._steerer.current = steering
-        output: Any = self.model(**options, use_cache=True, return_dict=True, **with_cache(self._cache))
+
+        def forward() -> Any:
+            return self.model(**options, use_cache=True, return_dict=True, **with_cache(self._cache))
+
+        stepping = self._stepping
+        output = (
+            stepping.step(forward, steering, len(self.rows)) if steps else stepping.read(forward, steering)
+        )
         self._cache = returned_cache(output) if self._cache is None else self._cache
         self._count(columns)
         # A view of them would keep those of a whole prompt.
@@ -196,9 +207,8 @@ class Bundle:
         self._cost.num_passes += 1
         self._cost.num_tokens += number
         self._cost.layer_passes += self._facts.num_layers
-        here = None if self._steerer is None else self._steerer.last
         for layer in self._facts.layers:
-            kept = None if here is None else here.kept.get(layer.index)
+            kept = self._stepping.kept.get(layer.index)
             if kept is None or len(kept) != len(valid):
                 self._cost.num_assignments += number * layer.top_k
             else:

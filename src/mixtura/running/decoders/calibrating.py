@@ -15,7 +15,7 @@ from mixtura.data.tokens import encode_text, num_embeddings_of
 from mixtura.errors import UserError
 from mixtura.methods.decoders import Calibration, Decoder, Sample
 from mixtura.running.decoders.bundle import Cost
-from mixtura.running.decoders.composing import tags_of
+from mixtura.running.decoders.composing import name_of, tags_of
 from mixtura.running.decoders.entry import prepared
 from mixtura.running.decoders.probing import ModelProbe
 
@@ -53,7 +53,7 @@ def calibrate_on(
         runner = runners[0]
         probe = ModelProbe(runner.model, runner.facts, runner.steerer, Cost())
         values, tensors = decoder.calibrate(probe, encoded, runner.facts)
-        method = type(decoder).__module__.rpartition(".")[2]
+        method = name_of(decoder)
         return Calibration(method=method, mark=runner.facts.mark, values=values, tensors=tensors)
 
 

@@ -15,12 +15,22 @@ from mixtura.methods.decoders import Branch, Candidate, Decoder, Head, Prompt, V
 from mixtura.running.decoders.steering import merged
 
 # What only one of several may do.
-_ALONE = ("soften", "force", "revise", "ends_step", "choose", "select", "leave")
+ALONE = ("soften", "force", "revise", "ends_step", "choose", "select", "leave")
 
 
 def tags_of(decoders: Sequence[Decoder]) -> frozenset[str]:
     """The tags of all."""
     return frozenset().union(*(declared_tags(type(one)) for one in decoders))
+
+
+def name_of(decoder: Decoder) -> str:
+    """What a decoder is asked for by."""
+    return type(decoder).__module__.rpartition(".")[2]
+
+
+def parts_of(decoder: Decoder) -> tuple[Decoder, ...]:
+    """The decoders that one is made of, or it alone."""
+    return decoder.decoders if isinstance(decoder, Composed) else (decoder,)
 
 
 def composed(decoders: Sequence[Decoder]) -> Decoder:
@@ -34,14 +44,18 @@ def composed(decoders: Sequence[Decoder]) -> Decoder:
 
 @final
 class Composed(Decoder):
-    """Each branch of each decoder with each branch of the others; views, likewise, within a branch."""
+    """Each branch of each decoder with each branch of the others; views, likewise, within a branch.
+
+    Attributes:
+        decoders: those that it is made of.
+    """
 
     def __init__(self, decoders: Sequence[Decoder]) -> None:
-        self._decoders = tuple(decoders)
+        self.decoders = tuple(decoders)
         self._owners: dict[str, Decoder] = {}
         # How many views each has; the same in every branch.
         self._sizes: tuple[int, ...] = ()
-        for name in _ALONE:
+        for name in ALONE:
             owners = [one for one in decoders if getattr(type(one), name) is not getattr(Decoder, name)]
             if len(owners) > 1:
                 said = " and ".join(type(one).__name__ for one in owners)
@@ -52,7 +66,7 @@ class Composed(Decoder):
     def open(self, prompt: Prompt) -> tuple[Branch, ...]:
         made = [Branch()]
         sizes = []
-        for decoder in self._decoders:
+        for decoder in self.decoders:
             own = decoder.open(prompt)
             sizes.append(len(own[0].views))
             made = [self._both(first, second) for first in made for second in own]
@@ -61,7 +75,7 @@ class Composed(Decoder):
 
     def mix(self, logits: Float[Tensor, "B W V"], candidates: Sequence[Candidate]) -> Float[Tensor, "B V"]:
         made = logits.view(len(logits), *self._sizes, -1)
-        for decoder, size in zip(reversed(self._decoders), reversed(self._sizes), strict=True):
+        for decoder, size in zip(reversed(self.decoders), reversed(self._sizes), strict=True):
             vocabulary = made.shape[-1]
             rest = made.shape[1:-2]
             flat = made.reshape(len(logits), -1, size, vocabulary)
@@ -108,7 +122,7 @@ class Composed(Decoder):
         )
 
     def _merged(self, first: View, second: View) -> View:
-        names = " and ".join(type(one).__name__ for one in self._decoders)
+        names = " and ".join(type(one).__name__ for one in self.decoders)
         try:
             steering = merged(first.steering, second.steering)
         except ValueError as error:

@@ -19,12 +19,13 @@ from mixtura.methods import create
 from mixtura.methods.decoders import Calibration, Candidate, Decoder, Prompt, Verifier
 from mixtura.rerouting.core import Rerouting
 from mixtura.running.decoders.bundle import Cost
-from mixtura.running.decoders.composing import composed, tags_of
+from mixtura.running.decoders.composing import composed, name_of, tags_of
 from mixtura.running.decoders.drawing import Drawing
 from mixtura.running.decoders.facts import facts_of, steered
 from mixtura.running.decoders.loop import Loop, Runner
 from mixtura.running.decoders.probing import ModelProbe, load_calibration
 from mixtura.running.decoders.steering import Steerer
+from mixtura.running.decoders.stepping import Stepping
 from mixtura.running.decoding import StopStrings, decoding_config
 from mixtura.running.generation import Clock, OnText, check_positions, encode_prompt
 
@@ -183,10 +184,12 @@ def _runner(model: PreTrainedModel, *, steers: bool) -> Iterator[Runner]:
             raise UnsupportedModelError(
                 "a table of token ids chooses the experts of every layer, so that no router can be steered"
             )
-        yield Runner(model=model, facts=facts, steerer=steerer)
+        stepping = Stepping(model, facts, steerer)
+        yield Runner(model=model, facts=facts, steerer=steerer, stepping=stepping)
     finally:
         model.train(was_training)
         if steerer is not None:
+            steerer.sit()
             steerer.remove()
         if found is not None and not was_there:
             found.restore()
@@ -328,8 +331,7 @@ def _calibration(decoders: Sequence[Decoder], wanted: Wanted, runner: Runner) ->
         return None
     if len(needing) > 1 or len(wanted.calibrations) > 1:
         raise UserError("only one of several decoders may read a calibration")
-    method = type(needing[0]).__module__.rpartition(".")[2]
-    return load_calibration(Path(wanted.calibrations[0]), method, runner.facts)
+    return load_calibration(Path(wanted.calibrations[0]), name_of(needing[0]), runner.facts)
 
 
 def checked(verifier: Verifier) -> Verifier:

@@ -18,6 +18,7 @@ from mixtura.running.decoders.drawing import Drawing
 from mixtura.running.decoders.probing import head_of
 from mixtura.running.decoders.skipping import AfterLayer
 from mixtura.running.decoders.steering import Steerer
+from mixtura.running.decoders.stepping import Stepping
 
 OnToken = Callable[[int], None]
 
@@ -30,6 +31,7 @@ class Runner:
     model: PreTrainedModel
     facts: ModelFacts
     steerer: Steerer | None
+    stepping: Stepping
 
 
 @final
@@ -103,7 +105,7 @@ class Loop:
         found = []
         for key, own in rows.items():
             runner = self.runners[key[0]]
-            bundle = Bundle(runner.model, runner.facts, runner.steerer, key[1], self.cost)
+            bundle = Bundle(runner.model, runner.facts, runner.stepping, key[1], self.cost)
             if "searches" in self.tags:
                 bundle.require_pausing(type(self.decoder).__name__)
             if key[1] or "exits" in self.tags:

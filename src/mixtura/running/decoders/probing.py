@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -48,19 +48,20 @@ class ModelProbe:
     ) -> Ran:
         """Read a text from its beginning."""
         steerer, ids = self._steerer, torch.tensor([list(token_ids)], device=self._model.device)
-        if steerer is not None:
-            view = View(dict(steering or {}))
-            steerer.current = stacked(self._facts, [view], ids.shape[1], prefill=True, last=True)
-            steerer.collecting, steerer.caught = True, {}
-        try:
-            with torch.set_grad_enabled(gradients), _frozen(self._model) if gradients else _as_it_is():
-                output: Any = self._model(
-                    input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
-                )
-        finally:
-            caught = {} if steerer is None else steerer.caught
+        with ExitStack() as undo:
             if steerer is not None:
-                steerer.collecting, steerer.current, steerer.caught = False, {}, {}
+                made = stacked(
+                    self._facts, [View(dict(steering or {}))], ids.shape[1], prefill=True, last=True
+                )
+                undo.enter_context(steerer.seated(made))
+                undo.enter_context(steerer.collecting())
+            undo.enter_context(torch.set_grad_enabled(gradients))
+            if gradients:
+                undo.enter_context(_frozen(self._model))
+            output: Any = self._model(
+                input_ids=ids, use_cache=False, output_hidden_states=True, return_dict=True
+            )
+            caught = {} if steerer is None else dict(steerer.caught)
         self._cost.num_passes += 1
         self._cost.num_tokens += ids.shape[1]
         self._cost.layer_passes += self._facts.num_layers
@@ -111,11 +112,6 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for one in trained:
             one.requires_grad_(True)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def save_calibration(made: Calibration, path: Path) -> None:

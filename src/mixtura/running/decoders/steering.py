@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, final
 
@@ -24,27 +25,26 @@ class Steerer:
     Attributes:
         current: by decoder layer, for all tokens of the next pass.
         last: the pass that ran last.
-        collecting: whether what routers return is to be kept for `caught`.
-        caught: by decoder layer, what they returned in the last pass that was collected.
+        caught: by decoder layer, what routers returned in the last pass in `collecting`.
     """
 
     def __init__(self, rerouting: Rerouting) -> None:
         self._rerouting = rerouting
         self.current: Mapping[int, Steering] = {}
         self.last: Pass | None = None
-        self.collecting = False
         self.caught: dict[int, Any] = {}
+        self._collects = False
         rerouting.listeners.append(self)
 
     def before(self, here: Pass) -> None:
         """Set the steering of a pass that begins."""
         here.steering.update(self.current)
-        here.collecting = here.collecting or self.collecting
+        here.collecting = here.collecting or self._collects
         self.last = here
 
     def after(self, here: Pass, routings: Mapping[int, Routing]) -> Float[Tensor, ""] | None:
         """Keep what was collected."""
-        if self.collecting:
+        if self._collects:
             self.caught = {
                 index: (routing, here.seen[index].weights, here.seen[index].expert_ids)
                 for index, routing in routings.items()
@@ -53,6 +53,48 @@ class Steerer:
 
     def finish_step(self) -> None:
         """Nothing to do."""
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """What routers return in passes in here is kept in `caught`, until it ends."""
+        self._collects, self.caught = True, {}
+        try:
+            yield
+        finally:
+            self._collects, self.caught = False, {}
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing else wants to know of the model's passes or changes its routing."""
+        found = self._rerouting
+        return found.listeners == [self] and not found.swaps and not found.balancers
+
+    def stand_by(self) -> None:
+        """Leave the model as it is, but for passes that are run in `seated`; only where it `is_alone`."""
+        if self.is_alone:
+            self._rerouting.pause()
+
+    @property
+    def is_standing_by(self) -> bool:
+        """Whether the model is as it is, but for passes in `seated`."""
+        return self._rerouting.is_paused
+
+    def sit(self) -> None:
+        """Stand by no more."""
+        self._rerouting.resume()
+
+    @contextmanager
+    def seated(self, steering: Mapping[int, Steering]) -> Iterator[None]:
+        """Passes in here are steered so, by the seats of the model's routers."""
+        was_paused = self._rerouting.is_paused
+        self._rerouting.resume()
+        self.current = steering
+        try:
+            yield
+        finally:
+            self.current = {}
+            if was_paused:
+                self._rerouting.pause()
 
     def remove(self) -> None:
         """Steer no more."""

@@ -112,6 +112,15 @@ class Tool(BaseModel):
     function: Function
 
 
+@final
+class DecoderChoice(BaseModel):
+    """A decoder of the catalogue, or several with commas, and the settings of one."""
+
+    model_config = _STRICT
+    name: Annotated[str, Field(max_length=1024)]
+    settings: Annotated[dict[str, Any], Field(max_length=64)] = Field(default_factory=dict)
+
+
 class _Common(BaseModel, ABC):
     """What both kinds of requests may say; the last fields change nothing here, but clients send them."""
 
@@ -127,6 +136,7 @@ class _Common(BaseModel, ABC):
     stream_options: StreamOptions | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
+    decoder: DecoderChoice | Annotated[str, Field(max_length=1024)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None

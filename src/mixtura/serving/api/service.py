@@ -13,10 +13,14 @@ from typing import Any, final
 
 from mixtura.data.tokens import check_ids, encode_text, num_embeddings_of
 from mixtura.errors import suggest
+from mixtura.methods import create
+from mixtura.methods import names as method_names
+from mixtura.methods.decoders import Decoder
 from mixtura.serving.api.guiding import Grammars
 from mixtura.serving.api.refusals import ApiError
-from mixtura.serving.api.schemas import ChatRequest, CompletionRequest
+from mixtura.serving.api.schemas import ChatRequest, CompletionRequest, DecoderChoice
 from mixtura.serving.api.wording import Answering
+from mixtura.serving.engine.deciding import require_served
 from mixtura.serving.engine.loop import Engine
 from mixtura.serving.engine.records import Asked, Piece, Sampling
 
@@ -29,12 +33,14 @@ class Settings:
     Attributes:
         name: of the model, as clients call it.
         adapters: names of models that are this one with an adapter.
+        decoder: decides how answers are made, where a request does not say.
         default_tokens: of an answer, where a request does not say how many.
         most_body_bytes: of a request.
     """
 
     name: str
     adapters: tuple[str, ...] = ()
+    decoder: Decoder | None = None
     default_tokens: int = 1024
     most_body_bytes: int = 4 << 20
 
@@ -121,6 +127,7 @@ class Service:
         guide = self._grammars.guide(request.response_format)
         group = object() if request.n > 1 else None
         name = self.named(request.model)
+        decoder = self._decoder(request, reads_prompt=reads_prompt)
         return [
             Asked(
                 prompt=prompt,
@@ -133,9 +140,34 @@ class Service:
                 keeps_special=keeps_special,
                 group=group,
                 adapter=name if name in self.settings.adapters else None,
+                decoder=decoder,
             )
             for place in range(request.n)
         ]
+
+    def _decoder(self, request: ChatRequest | CompletionRequest, *, reads_prompt: bool) -> Decoder | None:
+        """What decides how a request is answered; None for the model as it is.
+
+        Raises:
+            ApiError: there is no such decoder, or this server cannot run it here.
+            UserError: a setting is wrong, or the decoder cannot go token by token.
+        """
+        if "decoder" not in request.model_fields_set:
+            made = self.settings.decoder
+        else:
+            made = None if request.decoder is None else _made(request.decoder)
+        if made is not None and reads_prompt:
+            raise ApiError(
+                "log-probabilities of a prompt are the model's as it is; leave echo or the decoder out",
+                param="decoder",
+            )
+        if made is not None and self.settings.adapters:
+            raise ApiError(
+                "this server has adapters for requests to choose, beside which no decoder runs; leave the "
+                "decoder out",
+                param="decoder",
+            )
+        return made
 
     def _sampling(self, request: ChatRequest | CompletionRequest, place: int) -> Sampling:
         # Several answers of one seed differ, and are the same each time.
@@ -184,6 +216,21 @@ class Service:
             yield _until_all_end(queue, len(asked))
         finally:
             take_back()
+
+
+def _made(choice: DecoderChoice | str) -> Decoder:
+    """A decoder of the catalogue, and of nowhere else: a name from outside opens no file."""
+    wanted = DecoderChoice(name=choice) if isinstance(choice, str) else choice
+    names = [one.strip() for one in wanted.name.split(",") if one.strip()]
+    known = method_names("decoders")
+    for one in names:
+        if one not in known:
+            raise ApiError(
+                f"this server knows no decoder {one[:200]!r}; {suggest(one, known)}", param="decoder"
+            )
+    if not names or (wanted.settings and len(names) > 1):
+        raise ApiError("decoder wants a name, such as scmoe; settings belong to one alone", param="decoder")
+    return require_served([create("decoders", one, **wanted.settings) for one in names])
 
 
 async def _until_all_end(

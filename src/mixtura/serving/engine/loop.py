@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -20,7 +21,10 @@ from mixtura.running.decoding import StopStrings, decoding_config
 from mixtura.running.memory.available import available_bytes
 from mixtura.serving.engine.caches import measured_cost
 from mixtura.serving.engine.counting import Counts
+from mixtura.serving.engine.deciding import Steers
+from mixtura.serving.engine.lanes import Lane
 from mixtura.serving.engine.passing import Passes
+from mixtura.serving.engine.picking import default_temperature, end_ids_of
 from mixtura.serving.engine.prefixes import Prefixes
 from mixtura.serving.engine.records import (
     Adapters,
@@ -78,10 +82,12 @@ class Engine:
         self.passes = passes
         self.counts = Counts()
         self._tokenizer = tokenizer
-        self.end_ids = _end_ids(model)
+        self.end_ids = end_ids_of(model)
         self._stops = StopStrings(model, tokenizer, 0).strings
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
+        # Logits behind the last token, in each way that the model runs on a text.
+        self._said: dict[Lane, Float[Tensor, " V"]] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._is_closing = False
@@ -201,15 +207,10 @@ class Engine:
             self._fail(row, ClosingError("the server was shut down before the answer was complete"))
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self._running if row.is_cancelled]:
-            self._end(row, row.finish("cancelled"))
         with self._lock:
-            gone = [row for row in self._waiting if row.is_cancelled]
-            for row in gone:
-                self._waiting.remove(row)
+            gone = [row for row in (*self._running, *self._waiting) if row.is_cancelled]
         for row in gone:
-            row.finish("cancelled")
-            self.counts.ended("cancelled")
+            self._end(row, row.finish("cancelled"))
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.limits.running:
@@ -217,7 +218,8 @@ class Engine:
             if self._sibling_reads(row):
                 return
             try:
-                if not self.prefixes.admit(row, self._running):
+                self._open(row)
+                if not self.prefixes.admit(row.lanes, self._lanes()):
                     return
                 row.start(self.model)
             except Exception as error:
@@ -227,6 +229,27 @@ class Engine:
                 self._waiting.popleft()
                 self._running.append(row)
             self.counts.cached_tokens += row.num_cached
+
+    def _open(self, row: Row) -> None:
+        """Let a row's decoder say in which ways the model runs on it.
+
+        Raises:
+            UserError: the model does not suit the decoder.
+            TooLongError: in so many ways there is no memory for it.
+        """
+        if row.is_open:
+            return
+        row.open(self.passes.steers.open(row.asked, default_temperature(self.model)))
+        needed = sum(self.prefixes.cost.of(lane.room) for lane in row.lanes)
+        if needed > self.prefixes.limit_bytes:
+            raise TooLongError(
+                f"the decoder runs the model in {len(row.lanes)} ways at once, whose keys and values take "
+                f"{format_bytes(needed)} of the {format_bytes(self.prefixes.limit_bytes)} that this server "
+                "has for them; shorten the prompt or lower max_tokens"
+            )
+
+    def _lanes(self) -> list[Lane]:
+        return [lane for row in self._running for lane in row.lanes]
 
     def _sibling_reads(self, row: Row) -> bool:
         """Whether another of its group reads the prompt just now, which it then need not do."""
@@ -241,43 +264,59 @@ class Engine:
         row = next((one for one in self._running if one.is_reading), None)
         if row is None:
             return
-        before = row.num_read
+        lane = next(lane for lane in row.lanes if lane.is_reading)
+        before = lane.num_read
         try:
-            logits = self.passes.read(row)
+            logits = self.passes.read(lane)
         except Exception as error:
             self._fail(row, error)
             return
-        self.counts.prompt_tokens += row.num_read - before
-        if logits is not None:
-            self._grow(row, logits)
+        self.counts.prompt_tokens += lane.num_read - before
+        if row.asked.reads_prompt:
+            row.see_prompt(logits, before)
+        if not lane.is_reading:
+            self._said[lane] = logits[-1]
+        if not row.is_reading:
+            self._grow(row)
 
     def _step(self) -> None:
         rows = [row for row in self._running if not row.is_reading and row.num_new]
-        for part in self.passes.parts(rows) if rows else ():
+        lanes = [lane for row in rows for lane in row.lanes]
+        for part in self.passes.parts(lanes) if lanes else ():
             self.counts.steps += 1
             self.counts.step_rows += len(part)
-            for row, logits in self._stepped(part):
-                self._grow(row, logits)
+            self._stepped(part)
+        for row in rows:
+            if row in self._running:
+                self._grow(row)
 
-    def _stepped(self, rows: Sequence[Row]) -> list[tuple[Row, Float[Tensor, " V"]]]:
-        """A step of some rows; those that it fails for are ended."""
+    def _stepped(self, lanes: Sequence[Lane]) -> None:
+        """A step of some texts; those that it fails for are ended."""
+        # Another of a text's ways may have failed before.
+        lanes = [lane for lane in lanes if lane.cache is not None]
+        if not lanes:
+            return
         try:
-            return [*zip(rows, self.passes.step(rows), strict=True)]
+            for lane, logits in zip(lanes, self.passes.step(lanes), strict=True):
+                self._said[lane] = logits
         except CheckpointError as error:
-            if len(rows) == 1:
-                self._fail(rows[0], error)
-                return []
+            if len(lanes) == 1:
+                self._fail_of(lanes, error)
+                return
             # Only who needs what cannot be read fails for it.
-            return [pair for row in rows for pair in self._stepped([row])]
+            for lane in lanes:
+                self._stepped([lane])
         except Exception as error:
-            for row in rows:
-                self._fail(row, error)
-            return []
+            self._fail_of(lanes, error)
 
-    def _grow(self, row: Row, logits: Float[Tensor, " V"]) -> None:
+    def _fail_of(self, lanes: Sequence[Lane], error: Exception) -> None:
+        for row in [row for row in self._running if any(lane in lanes for lane in row.lanes)]:
+            self._fail(row, error)
+
+    def _grow(self, row: Row) -> None:
         try:
             before = row.num_new
-            why = row.grow(logits)
+            why = row.grow([self._said.pop(lane) for lane in row.lanes])
         except Exception as error:
             self._fail(row, error)
             return
@@ -302,14 +341,16 @@ class Engine:
                 self._running.remove(row)
             elif row in self._waiting:
                 self._waiting.remove(row)
-        self.prefixes.release(row)
-        self.counts.ended(how)
-
-
-def _end_ids(model: Any) -> frozenset[int]:
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [] if found is None else found if isinstance(found, list) else [found]
-    return frozenset(int(token) for token in ids if isinstance(token, int) and token >= 0)
+        try:
+            for lane in row.lanes:
+                self.prefixes.release(lane)
+                self._said.pop(lane, None)
+            if not any(lane.view.steering for lane in self._lanes()):
+                self.passes.steers.rest()
+            self.counts.ended(how)
+        finally:
+            # Whoever hears of the end may count on the memory being free.
+            row.tell_end()
 
 
 def engine_of(
@@ -320,6 +361,7 @@ def engine_of(
     *,
     keeps_prefixes: bool = True,
     adapters: Adapters | None = None,
+    calibrations: Sequence[Path] = (),
 ) -> Engine:
     """An engine that runs.
 
@@ -330,6 +372,7 @@ def engine_of(
         cache_bytes: for the caches of all texts; by default what four texts of the whole context take.
         keeps_prefixes: whether beginnings are kept to not be read again.
         adapters: on the model, of which requests choose.
+        calibrations: files that decoders read.
 
     Raises:
         UserError: the model cannot generate.
@@ -349,4 +392,5 @@ def engine_of(
             "that are free; give less, or a shorter context"
         )
     prefixes = Prefixes(model, cost, limit, keeps=keeps_prefixes)
-    return Engine(model, tokenizer, Passes(model, adapters), prefixes, limits)
+    passes = Passes(model, Steers(model, tokenizer, calibrations), adapters)
+    return Engine(model, tokenizer, passes, prefixes, limits)

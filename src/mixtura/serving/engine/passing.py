@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +21,11 @@ from mixtura.running.generation import (
     spread_ids,
 )
 from mixtura.serving.engine.caches import shorten
+from mixtura.serving.engine.deciding import Steers
+from mixtura.serving.engine.lanes import PROMPT_LOGITS, Lane
 from mixtura.serving.engine.records import Adapters, Asked
-from mixtura.serving.engine.rows import PROMPT_LOGITS, Row
 
+_Made = TypeVar("_Made")
 # Texts that run together: what the compiled step takes.
 MOST_TOGETHER: Final = 64
 # Lengths of the texts that are tried, and by how much logits of a step may differ from those alone.
@@ -42,57 +44,77 @@ class Passes:
 
     Args:
         model: a causal language model.
+        steers: runs passes in the ways of texts' decoders.
         adapters: on it, of which texts choose.
 
     Attributes:
+        steers: as given.
         together: whether steps of several texts are one pass.
         mixes: whether texts with different adapters are.
     """
 
-    def __init__(self, model: PreTrainedModel, adapters: Adapters | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, steers: Steers, adapters: Adapters | None = None) -> None:
         self.model = model
+        self.steers = steers
         self._adapters = adapters
         self.chunk_tokens = chunk_tokens(model)
         self.together = self._try((None,))
         names = () if adapters is None else adapters.names
         self.mixes = self.together and adapters is not None and adapters.mixes and self._try((None, *names))
 
-    def read(self, row: Row) -> Float[Tensor, " V"] | None:
-        """Read the next part of a row's prompt; returns the logits behind it once all is read.
+    def read(self, lane: Lane) -> Float[Tensor, "T V"]:
+        """Read the next part of a text's prompt in one way; returns the logits behind what is asked of it.
 
         Raises:
-            CheckpointError: an expert cannot be read; the row has not changed.
+            CheckpointError: an expert cannot be read; the lane has not changed.
         """
-        keeps_all = row.asked.reads_prompt
+        keeps_all = lane.asked.reads_prompt
         size = PROMPT_LOGITS if keeps_all else self.chunk_tokens
-        if row.cache is None or not prefills_in_chunks(row.cache):
-            size = row.num_prompt
-        ids = row.ids[row.num_read : min(row.num_read + size, row.num_prompt)]
-        logits = self._pass(row, torch.tensor([ids]), 0 if keeps_all else 1)
-        if keeps_all:
-            row.see_prompt(logits, row.num_read)
-        row.num_read += len(ids)
-        return None if row.is_reading else logits[-1]
+        if lane.cache is None or not prefills_in_chunks(lane.cache):
+            size = lane.num_prompt
+        end = min(lane.num_read + size, lane.num_prompt)
+        ids = torch.tensor([lane.ids[lane.num_read : end]])
+        keep = 0 if keeps_all else 1
+        num, is_last = ids.shape[1], end == lane.num_prompt
+        logits = self._changing(
+            [lane],
+            lambda: self.steers.read(lambda: self._pass(lane, ids, keep), lane, num, is_last=is_last),
+        )
+        lane.num_read = end
+        return logits
 
-    def step(self, rows: Sequence[Row]) -> list[Float[Tensor, " V"]]:
+    def step(self, rows: Sequence[Lane]) -> list[Float[Tensor, " V"]]:
         """One token of each row; returns the logits behind it.
 
         Raises:
             CheckpointError: an expert cannot be read; no row has changed.
         """
         if len(rows) > 1 and self.together and self._fit(rows):
-            logits = self._step_together(rows)
+            logits = self._changing(rows, lambda: self.steers.step(lambda: self._step_together(rows), rows))
         else:
-            logits = [self._pass(row, torch.tensor([row.ids[-1:]]), 1)[-1] for row in rows]
+            logits = [self._step_alone(row) for row in rows]
         for row in rows:
             row.num_read += 1
         return logits
 
-    def parts(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def _step_alone(self, row: Lane) -> Float[Tensor, " V"]:
+        ids = torch.tensor([row.ids[-1:]])
+        made = self._changing([row], lambda: self.steers.step(lambda: self._pass(row, ids, 1), [row]))
+        return made[-1]
+
+    def _changing(self, rows: Sequence[Lane], run: Callable[[], _Made]) -> _Made:
+        """Run a pass; where it fails, caches are as they were."""
+        try:
+            return run()
+        except Exception:
+            self._take_back(rows)
+            raise
+
+    def parts(self, rows: Sequence[Lane]) -> list[list[Lane]]:
         """The rows of a step by which of them go together."""
         if not self.together:
             return [[row] for row in rows]
-        fit = [row for row in rows if self._fit([row])]
+        fit = [row for row in rows if not row.view.skipped and self._fit([row])]
         made = [
             own[first : first + MOST_TOGETHER]
             for own in self._apart(fit)
@@ -100,23 +122,19 @@ class Passes:
         ]
         return made + [[row] for row in rows if row not in fit]
 
-    def _apart(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Rows by their adapter, where these do not mix."""
+    def _apart(self, rows: Sequence[Lane]) -> list[list[Lane]]:
+        """Lanes by their adapter, where these do not mix."""
         if self.mixes:
             return [[*rows]]
-        by_name: dict[str | None, list[Row]] = {}
+        by_name: dict[str | None, list[Lane]] = {}
         for row in rows:
             by_name.setdefault(row.asked.adapter, []).append(row)
         return [*by_name.values()]
 
-    def _pass(self, row: Row, ids: Int[Tensor, "1 T"], keep: int) -> Float[Tensor, "K V"]:
+    def _pass(self, row: Lane, ids: Int[Tensor, "1 T"], keep: int) -> Float[Tensor, "K V"]:
         cache = row.cache
         self._choose([row])
-        try:
-            outputs = self._forward(ids, cache, keep)
-        except Exception:
-            self._take_back([row])
-            raise
+        outputs = self._forward(ids, cache, keep)
         if cache is None:
             row.cache = returned_cache(outputs)
         return outputs.logits[0]  # type: ignore[no-any-return]
@@ -132,24 +150,20 @@ class Passes:
                 **with_cache(cache),
             )
 
-    def _step_together(self, rows: Sequence[Row]) -> list[Float[Tensor, " V"]]:
+    def _step_together(self, rows: Sequence[Lane]) -> list[Float[Tensor, " V"]]:
         ids = torch.tensor([[row.ids[-1]] for row in rows])
         cache = SideBySide([row.cache for row in rows])
         device = self.model.device
         self._choose(rows)
         seen = {"attention_mask": cache.mask().to(device), "position_ids": cache.places().to(device)}
-        try:
-            outputs = self._forward(ids, cache, 1, **seen)
-        except Exception:
-            self._take_back(rows)
-            raise
+        outputs = self._forward(ids, cache, 1, **seen)
         return list(outputs.logits[:, -1])
 
-    def _choose(self, rows: Sequence[Row]) -> None:
+    def _choose(self, rows: Sequence[Lane]) -> None:
         if self._adapters is not None:
             self._adapters.choose([row.asked.adapter for row in rows])
 
-    def _take_back(self, rows: Sequence[Row]) -> None:
+    def _take_back(self, rows: Sequence[Lane]) -> None:
         """After a pass that failed: caches as they were, or none where they cannot be."""
         for row in rows:
             if row.cache is not None and self._can_gather(row.cache):
@@ -157,7 +171,7 @@ class Passes:
             else:
                 row.cache = None
 
-    def _fit(self, rows: Sequence[Row]) -> bool:
+    def _fit(self, rows: Sequence[Lane]) -> bool:
         """Whether no layer of the rows has let go of a token, so that one mask is right for all layers."""
         longest = max(row.num_read for row in rows) + 1
         windows = [
@@ -190,15 +204,15 @@ class Passes:
         expected = [self._pass(row, torch.tensor([row.ids[-1:]]), 1)[-1] for row in alone]
         return all(_are_alike(one, other) for one, other in zip(found, expected, strict=True))
 
-    def _tried_rows(self, adapters: Sequence[str | None]) -> list[Row]:
+    def _tried_rows(self, adapters: Sequence[str | None]) -> list[Lane]:
         rows = []
         for place in range(max(len(_TRIED), len(adapters))):
             length = _TRIED[place % len(_TRIED)]
             ids = spread_ids(self.model, length + 1).roll(length).tolist()
             asked = Asked(prompt=tuple(ids), max_new_tokens=1, adapter=adapters[place % len(adapters)])
-            row = Row(asked, lambda piece: None, None, frozenset())
+            row = Lane(asked, ids[:-1])
             row.cache = reserved_cache(self.model, length + 1)
-            self._pass(row, torch.tensor([ids[:-1]]), 1)
+            self._pass(row, torch.tensor([row.ids]), 1)
             row.num_read = length
             rows.append(row)
         return rows

@@ -26,6 +26,13 @@ def default_temperature(model: PreTrainedModel) -> float:
     return float(found)
 
 
+def end_ids_of(model: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    return frozenset(int(token) for token in ids if isinstance(token, int) and token >= 0)
+
+
 def processors_for(
     model: PreTrainedModel, sampling: Sampling, num_prompt_tokens: int
 ) -> tuple[float, LogitsProcessorList]:
@@ -127,5 +134,7 @@ def described(logits: Float[Tensor, " V"], token: int, num_top: int | None) -> T
         return Token(token)
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
-    top = tuple(Likely(int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+    # What a decoder has ruled out is not among the likeliest, and its logarithm is no JSON.
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    top = tuple(Likely(int(i), float(v)) for i, v in pairs if v > -torch.inf)
     return Token(token, float(logprobs[token]), top)

@@ -10,8 +10,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from mixtura.running.generation import reserved_cache
-from mixtura.serving.engine.caches import CacheCost, beginning_of, holds_all, trim
-from mixtura.serving.engine.rows import Row
+from mixtura.serving.engine.caches import CacheCost, beginning_of, holds_all, shorten, trim
+from mixtura.serving.engine.lanes import Lane
 
 # A beginning of fewer tokens is read again: copying its cache costs more than it saves.
 LEAST_SHARED: Final = 16
@@ -20,9 +20,9 @@ LEAST_SHARED: Final = 16
 @final
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A text that was read: its tokens, and their keys and values, which an adapter changes."""
+    """A text that was read: its tokens, and their keys and values, which adapters and decoders change."""
 
-    adapter: str | None
+    read_as: tuple[str | None, str]
     ids: np.ndarray[Any, np.dtype[np.int64]]
     cache: Any
     num_bytes: int
@@ -65,11 +65,20 @@ class Prefixes:
         """How many beginnings there are."""
         return len(self._entries)
 
-    def admit(self, row: Row, running: Sequence[Row]) -> bool:
-        """Set memory apart for a row, and give it what was read of it before; False for no room now."""
-        needed = self.cost.of(row.room)
-        if self.running_bytes + needed > self.limit_bytes:
+    def admit(self, rows: Sequence[Lane], running: Sequence[Lane]) -> bool:
+        """Set memory apart for all ways to read a text, and give them what was read before.
+
+        Returns:
+            False for no room now.
+        """
+        if self.running_bytes + sum(self.cost.of(row.room) for row in rows) > self.limit_bytes:
             return False
+        for row in rows:
+            self._admit(row, running)
+        return True
+
+    def _admit(self, row: Lane, running: Sequence[Lane]) -> None:
+        needed = self.cost.of(row.room)
         entry, shared = self._best(row) if self._may_share(row) else (None, 0)
         other, more = self._best_running(row, running) if self._may_share(row) else (None, 0)
         if other is not None and more > shared:
@@ -89,28 +98,30 @@ class Prefixes:
         if row.cache is None:
             row.cache, row.num_read = reserved_cache(self._model, row.room), 0
         row.num_cached = row.num_read
-        return True
 
-    def release(self, row: Row) -> None:
+    def release(self, row: Lane) -> None:
         """A row has ended: its memory is free, but for what is kept of it."""
         self.running_bytes -= row.reserved_bytes
         row.reserved_bytes = 0
         cache, row.cache = row.cache, None
-        if not getattr(cache, "layers", None) or not self._keeps or row.num_read < LEAST_SHARED:
+        num = row.num_alike
+        if not getattr(cache, "layers", None) or not self._keeps or num < LEAST_SHARED:
             return
         whole = holds_all(cache, row.num_read)
-        if not whole and row.num_read < row.num_prompt:
+        if not whole and (row.num_read < row.num_prompt or num < row.num_read):
             return
-        num_bytes = self.cost.of(row.num_read)
+        num_bytes = self.cost.of(num)
         if num_bytes > self.limit_bytes - self.running_bytes:
             return
-        ids = np.array(row.ids[: row.num_read], dtype=np.int64)
-        own = [one for one in self._entries if one.adapter == row.asked.adapter]
+        if num < row.num_read:
+            shorten(cache, num)
+        ids = np.array(row.ids[:num], dtype=np.int64)
+        own = [one for one in self._entries if one.read_as == row.read_as]
         for entry in [one for one in own if one.is_whole <= whole and _begins(ids, one.ids)]:
             self._drop(entry)
         self._make_room(num_bytes, None)
-        trim(cache, row.num_read)
-        entry = Entry(row.asked.adapter, ids, cache, num_bytes, whole)
+        trim(cache, num)
+        entry = Entry(row.read_as, ids, cache, num_bytes, whole)
         self._entries.append(entry)
         self._touch(entry)
 
@@ -118,7 +129,7 @@ class Prefixes:
         """Forget every beginning."""
         self._entries.clear()
 
-    def _may_share(self, row: Row) -> bool:
+    def _may_share(self, row: Lane) -> bool:
         # Whoever wants log-probabilities of the prompt needs all of it read.
         return self._keeps and not row.asked.reads_prompt
 
@@ -127,12 +138,12 @@ class Prefixes:
         own = 0 if entry is None else entry.num_bytes
         return self.running_bytes + needed + own <= self.limit_bytes
 
-    def _best(self, row: Row) -> tuple[Entry | None, int]:
+    def _best(self, row: Lane) -> tuple[Entry | None, int]:
         """The beginning that shares most with a row's prompt; at least one token is left to be read."""
         best: tuple[Entry | None, int] = None, 0
         ids = np.array(row.ids[: row.num_prompt - 1], dtype=np.int64)
         for entry in self._entries:
-            if entry.adapter != row.asked.adapter:
+            if entry.read_as != row.read_as:
                 continue
             shared = _shared(ids, entry.ids)
             if not entry.is_whole and shared < len(entry.ids):
@@ -141,13 +152,13 @@ class Prefixes:
                 best = entry, shared
         return best
 
-    def _best_running(self, row: Row, running: Sequence[Row]) -> tuple[Row | None, int]:
-        best: tuple[Row | None, int] = None, 0
+    def _best_running(self, row: Lane, running: Sequence[Lane]) -> tuple[Lane | None, int]:
+        best: tuple[Lane | None, int] = None, 0
         ids = np.array(row.ids[: row.num_prompt - 1], dtype=np.int64)
         for other in running:
-            if other.asked.adapter != row.asked.adapter:
+            if other.read_as != row.read_as:
                 continue
-            shared = _shared(ids, np.array(other.ids[: other.num_read], dtype=np.int64))
+            shared = _shared(ids, np.array(other.ids[: other.num_alike], dtype=np.int64))
             if shared >= LEAST_SHARED and shared > best[1] and holds_all(other.cache, other.num_read):
                 best = other, shared
         return best

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import UserError
+from mixtura.methods.decoders import Decoder
 
 # Why an answer ended: an end token or a stop string; as many tokens as were asked for; somebody took it back.
 Finish = Literal["stop", "length", "cancelled"]
@@ -99,6 +100,7 @@ class Asked:
         keeps_special: keep special tokens in the text, for parsers that look for them.
         group: requests of one group have the same prompt, which is read once.
         adapter: the adapter that it runs with; None for the model as it is.
+        decoder: what decides how it is continued; None for the model as it is.
     """
 
     prompt: tuple[int, ...]
@@ -111,6 +113,7 @@ class Asked:
     keeps_special: bool = False
     group: object = None
     adapter: str | None = None
+    decoder: Decoder | None = None
 
 
 class Likely(NamedTuple):
