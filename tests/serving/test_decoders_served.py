@@ -97,7 +97,8 @@ def test_all_in_one_batch(family: str, tmp_path: Path) -> None:
     engine = open_model(path, Serving(context=CONTEXT, running=16)).engine
     try:
         check_mixed(engine, mixtura.load(path))
-        assert engine.counts.step_rows > 3 * engine.counts.steps
+        # Caches with a window, as mixtral's, take a text a step.
+        assert family == "mixtral" or engine.counts.step_rows > 3 * engine.counts.steps
     finally:
         engine.close(0)
 
