@@ -96,7 +96,7 @@ class Row:
                 self._prompt_tokens.append(described(row, self.ids[place], num_top))
 
     def grow(self, logits: Sequence[Float[Tensor, " V"]]) -> Finish | None:
-        """Pick a token from what the lanes say and tell, unless it is the last; returns why it is, or None."""
+        """Pick a token from what lanes say and tell, unless it is the last; returns why it is, or None."""
         assert self._picker is not None
         if self.asked.max_new_tokens == 0:
             return self.finish("length")
