@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adapting.adapted_models import adapted, plain
 from families import tiny_inputs
 
+from mixtura.adapting.layers import ExpertsLayer
 from mixtura.adapting.linears import LinearLayer
+from mixtura.errors import SettingError
 from mixtura.machine.releases import checkpoint_layers
-from mixtura.types import RouterInput
+from mixtura.methods.adapters import expert_lora
+from mixtura.methods.adapters.expert_lora import ExpertLora
+from mixtura.types import Change, RouterInput
 
 SETTINGS = {"rank": 2, "num_experts": 3, "top_k": 1, "balance": 0.5, "seed": 4}
 IDS = tiny_inputs(plain("qwen3_moe"))["input_ids"]
@@ -61,3 +67,45 @@ def test_nothing_is_added_where_nothing_is_learned() -> None:
     with torch.no_grad():
         loss = model(input_ids=IDS, labels=IDS).loss
         torch.testing.assert_close(loss, model_of(0.0).eval()(input_ids=IDS, labels=IDS).loss)
+
+
+@pytest.mark.parametrize("implementation", ["mixtura", "eager"])
+def test_losses_of_changes_of_experts_are_added_too(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of experts that punishes large matrices: loss and gradient have the punishment."""
+    monkeypatch.setitem(expert_lora.METHOD, "tags", ["changes:experts", "mergeable", "adds_loss"])
+    unpunished = ExpertLora.change
+
+    def punished(adapter: ExpertLora, inputs: RouterInput) -> Change:
+        sizes = [matrix.square().mean() for matrix in adapter.parameters()]
+        return replace(unpunished(adapter, inputs), losses={"size": torch.stack(sizes).sum()})
+
+    losses, gradients = [], []
+    for change in (unpunished, punished):
+        monkeypatch.setattr(ExpertLora, "change", change)
+        model = adapted("qwen3_moe", "expert_lora", implementation).train()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    layers = [module for module in model.modules() if isinstance(module, ExpertsLayer)]
+    assert len(layers) > 1
+    wanted = sum(p.square().mean() for one in layers for p in one.adapter("default").parameters()) / len(
+        layers
+    )
+    torch.testing.assert_close(losses[1] - losses[0], wanted.detach(), rtol=1e-3, atol=1e-5)
+    parameters = dict(model.named_parameters())
+    for name, gradient in gradients[1].items():
+        matrix = parameters[name]
+        more = 2 * matrix.detach() / matrix.numel() / len(layers)
+        torch.testing.assert_close(gradient - gradients[0][name], more, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_not_told_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    change = ExpertLora.change
+    lost = {"size": torch.ones(())}
+    monkeypatch.setattr(ExpertLora, "change", lambda self, inputs: replace(change(self, inputs), losses=lost))
+    model = adapted("qwen3_moe", "expert_lora").train()
+    with pytest.raises(SettingError, match="ExpertLora has a loss of its own; it needs the tag adds_loss"):
+        model(input_ids=IDS, labels=IDS)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from mixtura.adapting.changing import changed_parameters, nothing, only_thin
 from mixtura.adapting.losses import LossBox
 from mixtura.adapting.meeting import Met
-from mixtura.errors import UserError
+from mixtura.errors import SettingError, UserError
 from mixtura.kernels import backend
 from mixtura.methods import declared_tags
 from mixtura.methods.adapters import Adapter
@@ -65,7 +65,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
                 adapter.start(self.matrices())
         # What can be merged makes the same of every token, but may want to be told what it met.
         tags = declared_tags(type(adapter))
-        told = "mergeable" not in tags or any(tag.startswith("reads:") for tag in tags)
+        told = "mergeable" not in tags or any(t.startswith(("reads:", "adds_loss")) for t in tags)
         self.losses.reads = self.losses.reads or told
         self.mixtura_adapter[name] = adapter
         self._shared[name] = f"{name}|{shared}"
@@ -217,6 +217,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
         """What a layer made, with the losses of an adapter: their mean over its sites."""
         if not (self.training and change.losses):
             return made
+        if not self.losses.reads:
+            what = type(self.adapter(name)).__name__
+            raise SettingError(f"{what} has a loss of its own; it needs the tag adds_loss")
         total = torch.stack(list(change.losses.values())).sum() / self.num_sites[name]
         return self.losses.attach(self, made, total)
 
@@ -251,6 +254,7 @@ class ExpertsLayer(AdapterLayer):
         changes = [self._change(name, given[0]) for name in running]
         if self.training and not goes_backward():
             self._count_weights(running, *given)
+        told = list(zip(running, changes, strict=True))
         if not torch.is_grad_enabled():
             changes = [change for change in changes if not self._is_nothing(change)]
         changes = self._with_merged(changes)
@@ -261,6 +265,8 @@ class ExpertsLayer(AdapterLayer):
         else:
             made = self._built(changes, given + args, kwargs)
         assert isinstance(made, Tensor)
+        for name, change in told:
+            made = self._with_losses(name, made, change)
         return made
 
     def _built(self, changes: Sequence[Change], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -28,6 +28,7 @@ KIND = {
         "per_prompt": "decides once for a sequence, by its prompt, and keeps to that for all that follows",
         "takes_library": "its LoRA experts can begin as LoRAs that were trained before",
         "reads:FIELD": "is told of `token_ids`, of `embeddings`, or before a step of `loads` and a `moment`",
+        "adds_loss": "has a loss of its own, though what it learned can be merged",
         "acts_on_steps": "acts before each step of the optimizer, of which its trainer has to tell it",
         "looks_ahead": "a token's output may depend on later tokens",
         "batch_dependent": "a sequence's output may depend on the other sequences of the batch",
