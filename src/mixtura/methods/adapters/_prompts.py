@@ -133,8 +133,8 @@ class PromptExperts(LoraExperts, Joined, ABC):
             )
         *before, last = first.layers
         for matrix in before:
-            state = torch.relu(exact_logits(state, matrix))
-        return exact_logits(state, last)
+            state = torch.relu(exact_logits(state, matrix.to(state.device)))
+        return exact_logits(state, last.to(state.device))
 
     def choice(
         self, logits: Float[Tensor, "T R"], inputs: RouterInput

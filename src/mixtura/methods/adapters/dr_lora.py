@@ -138,8 +138,9 @@ class DrLora(Joined):
 
     def grow(self, growths: int) -> None:
         """Give the most salient experts of the model one rank more each, of so many growths the first."""
-        saliency = torch.cat([one.use * one.importance for one in self._members])
-        ranks = torch.cat([one.ranks for one in self._members])
+        # A model may lie on several devices.
+        saliency = torch.cat([(one.use * one.importance).cpu() for one in self._members])
+        ranks = torch.cat([one.ranks.cpu() for one in self._members])
         left = self.rank * len(ranks) - int(ranks.sum())
         grown = give(ranks, saliency, -(-left // growths), self.widest)
         for one, own in zip(

@@ -119,4 +119,4 @@ class Glider(LoraExperts, Joined):
                 f"tasks of Glider have {tasks.shape[1]} features, and {self.site.name}, which runs first, "
                 f"reads {state.shape[1]}; target layers that read the residual stream first, such as q_proj"
             )
-        return exact_logits(F.normalize(state, dim=-1), F.normalize(exact(tasks), dim=-1))
+        return exact_logits(F.normalize(state, dim=-1), F.normalize(exact(tasks).to(state.device), dim=-1))

@@ -109,6 +109,14 @@ class Mos(Joined):
 
     def change(self, inputs: RouterInput) -> Change:
         del inputs
-        a = self.first.get_parameter("pool_a")[self.ids_a].reshape(1, self.rank_here, -1)
-        b = self.first.get_parameter("pool_b")[self.ids_b].reshape(1, self.rank_here, -1)
+        a = (
+            self.first.get_parameter("pool_a")
+            .to(self.ids_a.device)[self.ids_a]
+            .reshape(1, self.rank_here, -1)
+        )
+        b = (
+            self.first.get_parameter("pool_b")
+            .to(self.ids_b.device)[self.ids_b]
+            .reshape(1, self.rank_here, -1)
+        )
         return Change(matrices={"weight": low_rank(a, b.mT, self.alpha, [self.rank_here])})
