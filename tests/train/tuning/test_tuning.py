@@ -66,9 +66,14 @@ def start(model: Path, data: Path, out: Path, *more: str) -> Forked:
     return Forked([*command, "--threads", "1", "--json", *changes, *more])
 
 
+# One that only learns, and those that act on the steps of the optimizer.
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_weights(model: Path, data: Path, tmp_path: Path) -> None:
-    more = ("--set", "num_steps=10", "--set", "dropout=0.1", "--set", "num_accumulated=2")
+@pytest.mark.parametrize("adapter", ["expert_lora", "dr_lora", "scale_zero", "s_mora", "same"])
+def test_killed_and_resumed_gives_the_same_weights(
+    adapter: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    more = ("--adapter", adapter, "--set", "num_steps=10", "--set", "dropout=0.1")
+    more += ("--set", "num_accumulated=2", *(("--set", "top_k=1") if adapter == "s_mora" else ()))
     whole = start(model, data, tmp_path / "whole", *more)
     out, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
