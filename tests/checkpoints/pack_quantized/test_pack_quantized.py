@@ -139,8 +139,9 @@ def test_what_is_not_so_is_rounded_on_request_and_measured(source: Path, text: P
     assert made.quality is not None
     assert 0 < made.quality.kl < 0.01
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    off = (logits_of(read) - logits_of(load(packed))).abs().max()
-    assert 0 < off < 0.05
+    # In the mean, as a token whose experts nearly tie may go to another one.
+    off = (logits_of(read) - logits_of(load(packed))).abs().mean()
+    assert 0 < off < 0.005
     assert str(made.quality.num_tokens) in (tmp_path / "out" / "README.md").read_text().replace(",", "")
     again = export_compressed_tensors(
         packed, tmp_path / "again", bits=8, group_size=16, text=text, tokens=256, measure=False

@@ -165,6 +165,24 @@ class Estimator(BaseEstimator, ABC):
         except (ValueError, TypeError) as error:
             raise UserError(_sentence(error, type(self).__name__)) from None
 
+    def targets(self, y: Any) -> np.ndarray:
+        """Targets as an array of numbers.
+
+        Raises:
+            UserError: they are something else, or rows of several lengths.
+        """
+        with self.in_words():
+            return np.asarray(y, dtype=np.float64)
+
+    def labels(self, y: Any) -> np.ndarray:
+        """Targets as an array of whatever they are.
+
+        Raises:
+            UserError: they are rows of several lengths.
+        """
+        with self.in_words():
+            return np.asarray(y)
+
     def _checked(self, given: Mapping[str, Any]) -> Any:
         try:
             return validate_data(self, **given)

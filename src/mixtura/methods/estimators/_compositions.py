@@ -5,11 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final, final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixtura.errors import UserError
 from mixtura.methods.estimators._networks import Passed, dense_routing, perceptron
 
 # Of cosines, when the likeliest is looked for.
@@ -127,3 +129,14 @@ class ComposedPairs(nn.Module):
         best = torch.stack([one.amax(1) for one in (things, manners, pairs)], dim=1)
         routing = dense_routing(torch.full_like(best, 1 / 3), best)
         return Passed(output=sums, routing=routing, more=(things, manners, pairs, seen, both))
+
+
+def pairs_of(y: np.ndarray, num_rows: int) -> np.ndarray:
+    """Pairs of an attribute and an object, one a row.
+
+    Raises:
+        UserError: they are something else.
+    """
+    if y.shape != (num_rows, 2):
+        raise UserError(f"y of Cot is {num_rows} rows of an attribute and an object, got {y.shape}")
+    return y

@@ -31,12 +31,18 @@ def solved(field: Any, x: Float[Tensor, "T D"], context: Float[Tensor, "T C"]) -
     return x + (first + 2 * second + 2 * third + slope(x + third)) / 6
 
 
-def require_states(X: np.ndarray, y: np.ndarray) -> None:
-    """Raise `UserError` unless targets are states as rows are."""
+def states_of(X: Any, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States and those one step later.
+
+    Raises:
+        UserError: targets are not states as rows are.
+    """
+    X = np.asarray(X, float)
     if y.shape != X.shape:
         raise UserError(
             f"targets of SystemFamily are states, of shape {X.shape} like the rows, got {y.shape}"
         )
+    return X, y
 
 
 @final

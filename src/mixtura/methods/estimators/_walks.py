@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.errors import UserError
 from mixtura.methods.estimators._training import minimise
 
 
@@ -125,3 +126,18 @@ def even_draw(
     order = np.lexsort((generator.random(len(label)), turns))
     drawn: np.ndarray = np.sort(order[:num])
     return drawn
+
+
+def kinds_of(y: np.ndarray, num_rows: int) -> np.ndarray:
+    """The number of each row's label, from 0.
+
+    Raises:
+        UserError: there is not one label a row, or labels are of several types.
+    """
+    if y.shape != (num_rows,):
+        raise UserError(f"y of MasterySampler is a label a row, {num_rows} of them, or None")
+    try:
+        numbers: np.ndarray = np.unique(y, return_inverse=True)[1]
+    except TypeError:
+        raise UserError("labels of MasterySampler are of one type, got several") from None
+    return numbers

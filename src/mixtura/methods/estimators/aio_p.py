@@ -94,7 +94,7 @@ class AioP(Regressor, Network):
     def fit(self, X: Any, y: Any = None) -> AioP:
         """Learn the first measure, then the others from what was learned of it."""
         self.check_settings()
-        self.is_flat_ = y is None or np.asarray(y).ndim < 2
+        self.is_flat_ = y is None or self.targets(y).ndim < 2
         if self.is_flat_:
             X, y = self.lessons(X, y, y_numeric=True)
             values = y[:, None].astype(np.float64)
@@ -120,7 +120,7 @@ class AioP(Regressor, Network):
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination, the mean over measures where plans were measured."""
         said = self.predict(X).reshape(len(X), -1)
-        return agreement(said, np.asarray(y, dtype=np.float64).reshape(said.shape), sample_weight)
+        return agreement(said, self.targets(y).reshape(said.shape), sample_weight)
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         num = d_in if self.num_nodes is None else self.num_nodes

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError
+from mixtura.errors import SettingError
 from mixtura.methods.estimators import Network, Passed
-from mixtura.methods.estimators._compositions import TEMPERATURE, ComposedPairs, Composer
+from mixtura.methods.estimators._compositions import TEMPERATURE, ComposedPairs, Composer, pairs_of
 
 METHOD = {
     "paper": 188,
@@ -86,9 +86,8 @@ class Cot(Network):
     def fit(self, X: Any, y: Any = None) -> Cot:
         """Learn pictures, with an attribute and an object each."""
         self.check_settings()
-        X, pairs = self.fresh_rows(X), np.asarray(y)
-        if pairs.shape != (len(X), 2):
-            raise UserError(f"y of Cot is {len(X)} rows of an attribute and an object, got {pairs.shape}")
+        X = self.fresh_rows(X)
+        pairs = pairs_of(self.labels(y), len(X))
         self.attributes_, self.objects_ = (self.classes_of(column) for column in pairs.T)
         columns = zip((self.attributes_, self.objects_), pairs.T, strict=True)
         numbers = np.stack([np.searchsorted(known, column) for known, column in columns], axis=1)
@@ -109,7 +108,8 @@ class Cot(Network):
 
     def score(self, X: Any, y: Any) -> float:
         """The share of rows of which both are right."""
-        return float((self.predict(X) == np.asarray(y)).all(1).mean())
+        said = self.predict(X)
+        return float((said == pairs_of(self.labels(y), len(said))).all(1).mean())
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         grid = [1, d_in] if self.grid is None else self.grid

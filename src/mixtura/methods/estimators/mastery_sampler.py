@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from sklearn.base import ClusterMixin
 
-from mixtura.errors import UserError, check_range
+from mixtura.errors import check_range
 from mixtura.methods.estimators import Estimator, one_each, seeded
-from mixtura.methods.estimators._walks import even_draw, refined, vectors, walks
+from mixtura.methods.estimators._walks import even_draw, kinds_of, refined, vectors, walks
 from mixtura.types import Routing
 
 METHOD = {
@@ -100,9 +100,7 @@ class MasterySampler(ClusterMixin, Estimator):
         """Find the clusters of rows."""
         self.check_settings()
         X = self.fresh_rows(X)
-        kinds = np.zeros(len(X), dtype=int) if y is None else np.unique(np.asarray(y), return_inverse=True)[1]
-        if kinds.shape != (len(X),):
-            raise UserError(f"y of MasterySampler is a label a row, {len(X)} of them, or None")
+        kinds = np.zeros(len(X), int) if y is None else kinds_of(self.labels(y), len(X))
         self.least_, self.most_ = X.min(0), np.ptp(X, axis=0)
         weights, generator = self._weights(X), np.random.default_rng(self.random_state)
         paths = walks(weights, self.length, self.each, self.back, self.away, generator)

@@ -94,7 +94,7 @@ class MmDrex(Network):
 
     def score(self, X: Any, y: Any) -> float:
         """The logarithm of the wealth that 1 becomes over the rows, in their order, after costs."""
-        return log_wealth(self.predict(X), np.asarray(y, dtype=np.float64), self.cost)
+        return log_wealth(self.predict(X), self.targets(y), self.cost)
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         return _Network(self)

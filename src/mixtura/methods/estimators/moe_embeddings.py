@@ -85,7 +85,8 @@ class MoeEmbeddings(Grouped):
         """Learn from pairs: ``y`` holds the number of each row's partner."""
         self.check_settings()
         X = self.fresh_rows(X)
-        firsts, seconds = pairs_of(y, len(X), type(self).__name__)
+        with self.in_words():
+            firsts, seconds = pairs_of(y, len(X), type(self).__name__)
         numbers = self.learn_groups(groups, len(X))
         partners = np.column_stack([X[seconds], numbers[seconds]])
         self.learn(X[firsts], torch.from_numpy(partners), self.d_model, numbers[firsts])
@@ -102,6 +103,8 @@ class MoeEmbeddings(Grouped):
 
     def score(self, X: Any, y: Any, groups: Any = None) -> float:
         """Of how many rows the nearest other row is the partner."""
+        with self.in_words():
+            pairs_of(y, len(X), type(self).__name__)
         return recall_at_one(self.transform(X, groups), np.asarray(y))
 
     def build(self, d_in: int, d_out: int) -> nn.Module:

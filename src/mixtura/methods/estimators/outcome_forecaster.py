@@ -134,7 +134,8 @@ class OutcomeForecaster(Classifier):
 
     @torch.no_grad()
     def _passed(self, X: Any) -> Passed:
-        found: Passed = self.module_(torch.from_numpy((self.rows(X) - self.mean_) / self.scale_))
+        rows = self.rows(X)
+        found: Passed = self.module_(torch.from_numpy((rows - self.mean_) / self.scale_))
         return found
 
     def rebuild(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mixtura.errors import UserError
 from mixtura.methods.estimators import Passed, seeded
 from mixtura.methods.estimators._domains import Grouped
-from mixtura.methods.estimators._systems import Family, require_states
+from mixtura.methods.estimators._systems import Family, states_of
 
 METHOD = {
     "paper": 2,
@@ -89,7 +89,7 @@ class SystemFamily(Grouped):
         """Learn from states and those one step later."""
         self.check_settings()
         X, y = self.lessons(X, y, multi_output=True, y_numeric=True)
-        require_states(X, y)
+        X, y = states_of(X, y)
         self.learn(X, torch.from_numpy(y.astype(np.float64)), X.shape[1], self.learn_groups(groups, len(X)))
         return self
 
@@ -101,14 +101,14 @@ class SystemFamily(Grouped):
 
     def score(self, X: Any, y: Any, groups: Any = None) -> float:
         """The coefficient of determination of the steps, not of the states, which hardly change."""
-        X, y = np.asarray(X, float), np.asarray(y, float)
+        X, y = states_of(X, self.targets(y))
         left = np.square(self.predict(X, groups) - y).sum()
         return float(1 - left / np.square(y - X - (y - X).mean(0)).sum())
 
     def adapt(self, X: Any, y: Any, name: Any) -> SystemFamily:
         """Learn the context of a new environment of this name; experts and gate stay as they are."""
         X, y = self.rows(X), np.asarray(y, float)
-        require_states(X, y)
+        X, y = states_of(X, y)
         if name in self.groups_.tolist():
             raise UserError(f"there is an environment {name!r} already; give the new one another name")
         x, wanted, net = self.standardised(X), self.standardised(y), cast(Family, self.module_)
