@@ -153,8 +153,8 @@ def markdown(table: Sequence[Compared], num_seeds: int, facts: str) -> str:
 _ABOUT = (
     "Written by `mixtura arena estimators`. Each estimator with its own settings beside plain models, the "
     "same data for all of a seed, {seeds} seeds. Nothing was tuned on what is tested, but that a "
-    "first seed of `cot` showed that its `unseen` of 0 fails. {facts} No problem here asks for what these do, "
-    "so they are not compared: {missing}."
+    "first seed of `cot` showed that its `unseen` of 0 fails. {facts} No problem here asks for what these "
+    "do, so they are not compared: {missing}."
 )
 _LEGEND = (
     "Larger is better. The best baseline is the one that is best on these very tests. **beats**: the mean "
