@@ -48,7 +48,8 @@ def taken(path: Path, context: int) -> int:
 def assert_agree(path: Path, context: int) -> None:
     measured = taken(path, context)
     accounted = account(path, context).total_bytes
-    margin = 0.05 * measured if measured > LARGE else 16 * MIB
+    # Two processes of the same code differ by some MiB.
+    margin = 0.05 * measured if measured > LARGE else 24 * MIB
     assert abs(accounted - measured) < margin, f"{accounted / MIB:.1f} for {measured / MIB:.1f} MiB"
 
 
