@@ -147,8 +147,8 @@ FAULTS = (
     ),
     Fault(
         "quantizers: of the ranges tried the worst is taken",
-        "best_scales(x, levels, counts)\n            scales = torch.where(gain > gains, best, scales)",
-        "best_scales(x, levels, counts)\n            scales = torch.where(gain < gains, best, scales)",
+        "scales = torch.where(gain > gains, best, scales)",
+        "scales = torch.where(gain < gains, best, scales)",
         "test_quantizer_round_to_nearest.py",
     ),
     Fault(

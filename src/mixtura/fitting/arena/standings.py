@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from mixtura.fitting.arena.entries import PRUNERS, RANDOM, REFERENCE, entries
-from mixtura.train.arena.standings import SIGNIFICANCE, chances, half_width
+from mixtura.report.intervals import half_width
+from mixtura.train.arena.standings import SIGNIFICANCE, chances
 
 KEEPS = (0.75, 0.5, 0.25)
 # At this share of the experts calibration on single domains is measured as well.

@@ -105,8 +105,7 @@ class TaskNetwork(Network, ABC):
         from sklearn.metrics import roc_auc_score
 
         said = self.predict_proba(X)
-        with self.in_words():
-            labels = np.asarray(y, float)
+        labels = self.targets(y)
         areas = []
         for task in range(labels.shape[1]):
             known = ~np.isnan(labels[:, task])

@@ -84,7 +84,7 @@ class ScaleZero(GroupedRegressor):
         """How alike the tasks' gradients of the encoder are: a cosine for each two tasks."""
         X = self.rows(X)
         numbers = self.numbers(groups, len(X))
-        targets = (np.asarray(y, float).reshape(len(X), -1) - self.target_mean_) / self.target_scale_
+        targets = (self.targets(y).reshape(len(X), -1) - self.target_mean_) / self.target_scale_
         x, wanted = self._given(X, numbers), torch.from_numpy(targets)
         found = []
         for task in range(len(self.groups_)):

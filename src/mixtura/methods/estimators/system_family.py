@@ -107,8 +107,7 @@ class SystemFamily(Grouped):
 
     def adapt(self, X: Any, y: Any, name: Any) -> SystemFamily:
         """Learn the context of a new environment of this name; experts and gate stay as they are."""
-        X, y = self.rows(X), np.asarray(y, float)
-        X, y = states_of(X, y)
+        X, y = states_of(self.rows(X), self.targets(y))
         if name in self.groups_.tolist():
             raise UserError(f"there is an environment {name!r} already; give the new one another name")
         x, wanted, net = self.standardised(X), self.standardised(y), cast(Family, self.module_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -15,7 +16,30 @@ from mixtura.methods.quantizers import Encoded
 from mixtura.methods.quantizers._shared import best_scales, levels_of, pack, scale_groups, unpack
 
 # Shares of a group's largest weight tried as the end of the range.
-_RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def searched(
+    x: Float[Tensor, "R G g"],
+    half: float,
+    shares: Sequence[float],
+    importance: Float[Tensor, "G g"] | None = None,
+) -> Float[Tensor, "R G"]:
+    """Of some shares of each group's range the scale that leaves the least squared error; else the whole.
+
+    Args:
+        x: weights in groups.
+        half: the highest level.
+        shares: of a group's largest weight, tried as the end of the range.
+        importance: of a column's squared error.
+    """
+    widest = x.abs().amax(-1) / half
+    scales, gains = widest, torch.zeros_like(widest)
+    for share in shares:
+        best, gain = best_scales(x, levels_of(x, widest * share, half), importance)
+        scales = torch.where(gain > gains, best, scales)
+        gains = torch.maximum(gains, gain)
+    return scales
 
 
 @final
@@ -68,16 +92,9 @@ class EvenLevels:
         """
         (rows, cols), group = weight.shape, self.group(weight.shape[1])
         x = F.pad(weight, (0, -cols % group)).view(rows, -1, group)
-        widest = x.abs().amax(-1) / self.half
         counts = torch.ones(cols, device=x.device) if importance is None else importance
         counts = F.pad(counts, (0, -cols % group)).view(x.shape[1:])
-        scales, gains = widest, torch.zeros_like(widest)
-        for share in _RANGES if self.bits < 8 else _RANGES[:1]:
-            levels = levels_of(x, widest * share, self.half)
-            best, gain = best_scales(x, levels, counts)
-            scales = torch.where(gain > gains, best, scales)
-            gains = torch.maximum(gains, gain)
-        return scales
+        return searched(x, self.half, RANGES if self.bits < 8 else RANGES[:1], counts)
 
     def encoded(self, codes: UInt8[Tensor, "R C"], scales: Float[Tensor, "R G"]) -> Encoded:
         """A matrix of codes and scales."""

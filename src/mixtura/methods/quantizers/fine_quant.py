@@ -13,15 +13,14 @@ from torch.nn import functional as F
 from mixtura.errors import SettingError, check_range
 from mixtura.methods.quantizers import Encoded, Quantizer
 from mixtura.methods.quantizers._granularity import mean_range, places
-from mixtura.methods.quantizers._shared import best_scales, check_finite, levels_of, pack, unpack
+from mixtura.methods.quantizers._levels import RANGES, searched
+from mixtura.methods.quantizers._shared import check_finite, levels_of, pack, unpack
 
 METHOD = {
     "paper": 177,
     "title": "FineQuant: Unlocking Efficiency with Fine-Grained Weight-Only Quantization for LLMs",
 }
 
-# Shares of a group's range tried as the end of the levels, with fewer bits than 8.
-_RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 # Groups are not made smaller than so many weights.
 _SMALLEST = 8
 
@@ -88,7 +87,7 @@ class FineQuant(Quantizer):
             own = halvings == halving
             size = -(-cols // 2**halving)
             x = F.pad(whole[own], (0, -cols % size)).view(int(own.sum()), -1, size)
-            found = self._scales(x).to(torch.bfloat16)
+            found = searched(x, self._half, RANGES if self.bits < 8 else ()).to(torch.bfloat16)
             levels = levels_of(x, found.float(), self._half).add_(self._half)
             codes[own] = levels.to(torch.uint8).view(len(x), -1)[:, :cols]
             scales[where[own][:, ::size].flatten()] = found.flatten()
@@ -134,13 +133,3 @@ class FineQuant(Quantizer):
             if found[row] < len(sizes) - 1 and shrinks[row][found[row]] > self.ratio:
                 heapq.heappush(waiting, (-shrinks[row][found[row]], row))
         return torch.tensor(found)
-
-    def _scales(self, x: Float[Tensor, "R G g"]) -> Float[Tensor, "R G"]:
-        """Of a few ranges the scale that leaves the least squared error."""
-        widest = x.abs().amax(-1) / self._half
-        scales, gains = widest, torch.zeros_like(widest)
-        for share in _RANGES if self.bits < 8 else ():
-            best, gain = best_scales(x, levels_of(x, widest * share, self._half))
-            scales = torch.where(gain > gains, best, scales)
-            gains = torch.maximum(gains, gain)
-        return scales

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 
-def as_csv(table: Sequence[Any]) -> str:
-    """Every number of some records of one dataclass, a line each."""
+def as_csv(table: Sequence[Any], form: str = ".5f") -> str:
+    """Every number of some records of one dataclass, a line each; ``form`` is that of floats."""
     out = io.StringIO()
     rows = [asdict(one) for one in table]
     lines = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     lines.writeheader()
     for row in rows:
-        lines.writerow({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()})
+        lines.writerow({k: format(v, form) if isinstance(v, float) else v for k, v in row.items()})
     return out.getvalue()

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, final
 
-from mixtura.errors import UnknownNameError, UserError
+from mixtura.errors import UnknownNameError
+from mixtura.report.intervals import half_width
 from mixtura.running.estimating.baselines import NAMES
 from mixtura.running.estimating.lessons import Problem
 from mixtura.running.estimating.measures import measure
@@ -88,7 +89,7 @@ def _compared(problem: Problem, num_seeds: int, runs: Path, say: Say) -> list[Co
         if row.name in problem.entries:
             pairs = [a - b for a, b in zip(row.values, best.values, strict=True)]
             row.beside, row.difference = best.name, statistics.fmean(pairs)
-            row.half_width = _half_width(pairs)
+            row.half_width = half_width(pairs)
             sure = row.half_width is not None and row.difference > row.half_width
             row.verdict = "beats" if sure else "does not beat"
     return sorted(rows, key=lambda row: -row.mean)
@@ -108,18 +109,6 @@ def _kept(problem: Problem, name: str, seed: int, runs: Path) -> float:
     aside.write_text(json.dumps({"version": VERSION, "value": value}) + "\n", encoding="utf-8")
     aside.replace(file)
     return value
-
-
-def _half_width(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    try:
-        from scipy import stats
-    except ModuleNotFoundError:
-        raise UserError("the arena of estimators needs scipy; install mixtura[estimators]") from None
-    widest = float(stats.t.ppf(0.975, len(values) - 1))
-    half: float = widest * statistics.stdev(values) / len(values) ** 0.5
-    return half
 
 
 def as_csv(table: Sequence[Compared]) -> str:

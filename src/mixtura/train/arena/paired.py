@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from mixtura.errors import UserError
+from mixtura.report.intervals import half_width
+from mixtura.train.arena.plot import Point
 
 
 @final
@@ -47,19 +48,6 @@ def judge(row: Row, reference: Row) -> None:
         row.verdict = "better" if row.difference < 0 else "worse"
 
 
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of a mean; None of a single value."""
-    if len(values) < 2:
-        return None
-    try:
-        from scipy import stats
-    except ModuleNotFoundError:
-        raise UserError("arenas need scipy; install mixtura[train]") from None
-    widest = float(stats.t.ppf(0.975, len(values) - 1))
-    half: float = widest * statistics.stdev(values) / len(values) ** 0.5
-    return half
-
-
 def kept(file: Path, terms: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """What was measured before on the same terms, or is now, and kept: whole or not at all."""
     wanted = json.loads(json.dumps(dict(terms)))
@@ -88,6 +76,21 @@ def as_csv(table: Sequence[Row], columns: Sequence[str]) -> str:
             numbers = [f"{run[column]:.6g}" for column in columns]
             lines.writerow([row.group, row.name, seed, *numbers, row.verdict])
     return out.getvalue()
+
+
+def points(table: Sequence[Row], across: str) -> list[Point]:
+    """The points of a picture: losses against a number that was measured, ``across``."""
+    return [
+        Point(
+            row.name,
+            row.mean(across),
+            row.mean("loss"),
+            row.half_width or 0.0,
+            "reference" if row.verdict == "baseline" else row.verdict,
+            baseline=row.verdict == "baseline",
+        )
+        for row in table
+    ]
 
 
 def difference_cells(row: Row) -> list[str]:

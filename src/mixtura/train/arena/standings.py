@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from mixtura.report.intervals import half_width
 from mixtura.train.arena.entries import REFERENCE
 
 # Verdicts err on this share of tables, over all their comparisons together.
@@ -101,16 +102,6 @@ def _chance(difference: float, error: float, degrees: int) -> float:
     if not error:
         return float(difference == 0)
     return float(2 * stats.t.sf(abs(difference) / error, degrees))
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95% interval of the mean; None with one value."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    widest = float(stats.t.ppf(0.975, len(values) - 1))
-    return widest * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _standing(

@@ -16,8 +16,9 @@ from mixtura.fitting.arena.measured import Notify
 from mixtura.fitting.arena.rounding.entries import RUNGS, Entry, entries
 from mixtura.fitting.arena.rounding.measured import RoundingExam
 from mixtura.fitting.arena.rounding.page import markdown
-from mixtura.fitting.arena.rounding.standings import Standing, as_csv, standings
+from mixtura.fitting.arena.rounding.standings import Standing, standings
 from mixtura.fitting.quality import ALL
+from mixtura.running.composing.standings import as_csv
 from mixtura.train.arena.plot import Point, scatter
 
 NUM_TOKENS = 16_384
@@ -108,7 +109,7 @@ def _publish(contest: Contest, view: CheckpointView, table: Sequence[Standing]) 
     contest.out.mkdir(parents=True, exist_ok=True)
     page = contest.out / "quantizers.md"
     page.write_text(markdown(table, facts, "quantizers.svg"), encoding="utf-8")
-    page.with_suffix(".csv").write_text(as_csv(table), encoding="utf-8")
+    page.with_suffix(".csv").write_text(as_csv(table, ".6g"), encoding="utf-8")
     picture = scatter(
         [_point(one) for one in table],
         title=f"quantizers: KL against bits a weight, {contest.num_seeds} seeds",

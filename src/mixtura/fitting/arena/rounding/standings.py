@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, final
 
 from mixtura.fitting.arena.rounding.entries import REFERENCE
-from mixtura.train.arena.standings import SIGNIFICANCE, chances, half_width
+from mixtura.report.intervals import half_width
+from mixtura.train.arena.standings import SIGNIFICANCE, chances
 
 Row = Mapping[str, Any]
 # What float32 cannot tell from no divergence.
@@ -92,14 +91,3 @@ def _verdict(name: str, logs: Sequence[float], chance: float | None) -> str:
     if chance is None or chance >= SIGNIFICANCE:
         return "not separated"
     return "better" if statistics.fmean(logs) < 0 else "worse"
-
-
-def as_csv(table: Sequence[Standing]) -> str:
-    """The table, numbers with six digits."""
-    out = io.StringIO()
-    rows = [asdict(one) for one in table]
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
-    return out.getvalue()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mixtura.fitting.upcycling.arena.models import TOKENS_PER_STEP, Steps
 from mixtura.fitting.upcycling.arena.run import ONE, REFERENCES, SEVERAL
-from mixtura.train.arena.paired import Row, difference_cells, name_cell
-from mixtura.train.arena.plot import Point, scatter
+from mixtura.train.arena.paired import Row, difference_cells, name_cell, points
+from mixtura.train.arena.plot import scatter
 
 _ABOUT = """\
 # The arena: upcyclers
@@ -60,19 +60,8 @@ def markdown(table: Sequence[Row], num_seeds: int, steps: Steps, facts: str) -> 
 
 def picture(table: Sequence[Row]) -> str:
     """Loss after the further training against that before it."""
-    points = [
-        Point(
-            row.name,
-            row.mean("start"),
-            row.mean("loss"),
-            row.half_width or 0.0,
-            "reference" if row.verdict == "baseline" else row.verdict,
-            baseline=row.verdict == "baseline",
-        )
-        for row in table
-    ]
     return scatter(
-        points,
+        points(table, "start"),
         title="Upcyclers: held-out loss after further training against that at the start",
         x_label="held-out loss at the start in nats a token",
         y_label="held-out loss after further training",

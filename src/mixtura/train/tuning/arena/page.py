@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mixtura.train.arena.paired import Row, difference_cells, name_cell
-from mixtura.train.arena.plot import Point, scatter
+from mixtura.train.arena.paired import Row, difference_cells, name_cell, points
+from mixtura.train.arena.plot import scatter
 from mixtura.train.tuning.arena.rows import FULL, NONE, REFERENCE, TRAINED
 from mixtura.train.tuning.arena.run import NEW, TOKENS_PER_STEP
 
@@ -61,20 +61,8 @@ def markdown(
 
 def picture(table: Sequence[Row]) -> str:
     """Loss against the processor time of a step."""
-    points = [
-        Point(
-            row.name,
-            row.mean("seconds_per_step"),
-            row.mean("loss"),
-            row.half_width or 0.0,
-            "reference" if row.verdict == "baseline" else row.verdict,
-            baseline=row.verdict == "baseline",
-        )
-        for row in table
-        if row.name != NONE
-    ]
     return scatter(
-        points,
+        points([row for row in table if row.name != NONE], "seconds_per_step"),
         title="Adapters: held-out loss against time",
         x_label="processor seconds a step",
         y_label="held-out loss in nats a token",
