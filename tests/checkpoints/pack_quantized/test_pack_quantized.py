@@ -56,6 +56,21 @@ def logits_of(model: Any) -> Tensor:
     return logits
 
 
+def same_experts(one: Any, other: Any) -> Tensor:
+    """Which tokens go to the same experts in all layers of both models."""
+    chosen: list[list[Tensor]] = [[], []]
+    for model, seen in zip((one, other), chosen, strict=True):
+        for module in model.modules():
+            if type(module).__name__.endswith("Experts"):
+                module.register_forward_pre_hook(
+                    lambda _, given, to=seen: to.append(given[1].sort(-1).values)
+                )
+        logits_of(model)
+    same = [(a == b).all(-1) for a, b in zip(*chosen, strict=True)]
+    assert same
+    return torch.stack(same).all(0).view(IDS.shape)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("pack") / "tiny")
@@ -139,9 +154,12 @@ def test_what_is_not_so_is_rounded_on_request_and_measured(source: Path, text: P
     assert made.quality is not None
     assert 0 < made.quality.kl < 0.01
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    # In the mean, as a token whose experts nearly tie may go to another one.
-    off = (logits_of(read) - logits_of(load(packed))).abs().mean()
-    assert 0 < off < 0.005
+    alike = same_experts(read, load(packed))
+    off = (logits_of(read) - logits_of(load(packed))).abs()
+    # A token whose experts nearly tied goes to others, and its logits are off by more.
+    assert alike.float().mean() > 0.9
+    assert 0 < off[alike].max() < 0.05
+    assert off.mean() < 0.005
     assert str(made.quality.num_tokens) in (tmp_path / "out" / "README.md").read_text().replace(",", "")
     again = export_compressed_tensors(
         packed, tmp_path / "again", bits=8, group_size=16, text=text, tokens=256, measure=False
