@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -52,13 +51,8 @@ def run_forked(arguments: Sequence[str], *, killed_at: int = 0) -> subprocess.Co
 
 
 def stopped_when(arguments: Sequence[str], reached: str, how: signal.Signals) -> int:
-    """Run `mixtura`, send it a signal soon after it says that it reached a step, and give its exit code."""
-    process = Forked(arguments)
-    while process.poll() is None and reached not in process.error_so_far():
-        time.sleep(0.02)
-    time.sleep(0.2)
-    if process.poll() is None:
-        os.kill(process.pid, how)
+    """Run `mixtura`, send it a signal where it says that it reached a step, and give its exit code."""
+    process = Forked(arguments, stopped=(reached, how))
     process.communicate()
     return process.returncode
 
@@ -71,16 +65,24 @@ class Forked:
         arguments: What stands behind ``mixtura`` on the command line.
         entry: The module whose ``main`` is run.
         killed_at: As of `run_forked`.
+        stopped: What it says on standard error when it is sent which signal.
     """
 
-    def __init__(self, arguments: Sequence[str], *, entry: str = "mixtura.cli", killed_at: int = 0) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        entry: str = "mixtura.cli",
+        killed_at: int = 0,
+        stopped: tuple[str, signal.Signals] | None = None,
+    ) -> None:
         self._folder = TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("out", "err")]
         for file in self._files:
             file.touch()
         with _environment():
             files = [str(file) for file in self._files]
-            settings = (arguments, dict(os.environ), files, entry, killed_at)
+            settings = (arguments, dict(os.environ), files, entry, killed_at, stopped)
             self._process = _SERVER.Process(target=_run, args=settings)
             self._process.start()
 
@@ -128,7 +130,12 @@ def _environment() -> Iterator[None]:
 
 
 def _run(
-    arguments: Sequence[str], environment: dict[str, str], files: list[str], entry: str, killed_at: int
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    files: list[str],
+    entry: str,
+    killed_at: int,
+    stopped: tuple[str, signal.Signals] | None,
 ) -> None:
     """In the new process: be what a shell would start."""
     os.setsid()
@@ -141,6 +148,8 @@ def _run(
     sys.argv = ["mixtura", *arguments]
     if killed_at:
         _kill_at_rename(killed_at)
+    if stopped:
+        _stop_when_said(*stopped)
     sys.exit(import_module(entry).main())
 
 
@@ -157,3 +166,19 @@ def _kill_at_rename(number: int) -> None:
 
     # What pathlib calls, too.
     os.replace = counted
+
+
+def _stop_when_said(reached: str, how: signal.Signals) -> None:
+    """Send this process a signal, once, where it has said this on standard error."""
+    write, said, sent = sys.stderr.write, "", False
+
+    def listened(text: str) -> int:
+        nonlocal said, sent
+        length = write(text)
+        said += text
+        if reached in said and not sent:
+            sent = True
+            os.kill(os.getpid(), how)
+        return length
+
+    sys.stderr.write = listened  # type: ignore[method-assign]

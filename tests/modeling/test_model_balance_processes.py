@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mixtura.methods.balancers.quantile import Quantile
+from mixtura.running.parallel.meeting import leave
 from mixtura.types import BalancerInput
 
 GLOBAL = {"balancers": [{"name": "global_batch", "coefficient": 1.0}]}
@@ -70,9 +71,7 @@ def _process(rank: int, folder: str) -> None:
     found = {"state": model.state_dict()}
     found |= _means(parts[rank]) | _globals(parts[rank]) | _own_labels(parts, rank) | _wrapped(parts[rank])
     torch.save(found, f"{folder}/{rank}.pt")
-    # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

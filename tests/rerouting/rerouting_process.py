@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch.distributed as dist
 from rerouted import gradients, model_of, texts, with_adapters
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import mixtura
+from mixtura.running.parallel.meeting import joined, leave
 
 NUM_PROCESSES = 2
 ROWS = 4
@@ -72,19 +71,12 @@ def run_trainer(rank: int, port: int, folder: str, adapters: bool = False) -> No
     }
     found = trained(Path(folder), ROWS // NUM_PROCESSES, adapters=adapters)
     save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
-    # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def train(rank: int, family: str, folder: str) -> None:
     """A step in two micro-batches on this process's rows; writes gradients and biases."""
-    torch.set_num_threads(1)
-    store = FileStore(str(Path(folder) / "store"), NUM_PROCESSES)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=NUM_PROCESSES, timeout=timedelta(seconds=120)
-    )
-    try:
+    with joined(rank, NUM_PROCESSES, folder):
         model, made = balanced(family)
         shared = DistributedDataParallel(model)
         mine = [slice(2 * rank, 2 * rank + 1), slice(2 * rank + 1, 2 * rank + 2)]
@@ -97,18 +89,6 @@ def train(rank: int, family: str, folder: str) -> None:
         made.end_step()
         found = gradients(model) | {f"bias.{index}": bias for index, bias in made.biases().items()}
         save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
-        # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def _joined(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = FileStore(str(Path(folder) / "store"), NUM_PROCESSES)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=NUM_PROCESSES, timeout=timedelta(seconds=120)
-    )
 
 
 def _shared_out(model: Any, how: str) -> Any:
@@ -131,7 +111,6 @@ def _shared_out(model: Any, how: str) -> Any:
 
 def sharded(rank: int, how: str, folder: str) -> None:
     """Changed models before and after they are shared out; writes losses and biases."""
-    _joined(rank, folder)
     mine = batch(slice(2 * rank, 2 * rank + 2))
     found: dict[str, Tensor] = {}
     changes: dict[str, Any] = {
@@ -139,7 +118,7 @@ def sharded(rank: int, how: str, folder: str) -> None:
         "ada_moe": lambda model: mixtura.set_router(model, "ada_moe", num_null=4),
         "balance": lambda model: mixtura.balance(model, ["switch_loss", ("loss_free", {"rate": 0.01})]),
     }
-    try:
+    with joined(rank, NUM_PROCESSES, folder):
         for name, change in changes.items():
             for prefix in ("expected.", ""):
                 model = model_of("qwen3_moe").train()
@@ -152,15 +131,11 @@ def sharded(rank: int, how: str, folder: str) -> None:
                 biases = made.biases() if name == "balance" else {}
                 found |= {f"{prefix}bias.{index}": bias.clone() for index, bias in biases.items()}
         save_file({name: value.contiguous() for name, value in found.items()}, Path(folder) / f"{rank}")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def averaged(rank: int, folder: str, whole: bool) -> None:
     """A step of two parts after counting; processes divide by all labels, or each by its own."""
-    _joined(rank, folder)
-    try:
+    with joined(rank, NUM_PROCESSES, folder):
         model = model_of("qwen3_moe").train()
         made = mixtura.balance(model, "switch_loss", coefficient=1.0)
         shared = DistributedDataParallel(model)
@@ -179,6 +154,3 @@ def averaged(rank: int, folder: str, whole: bool) -> None:
         save_file(
             {name: slope.contiguous() for name, slope in gradients(model).items()}, Path(folder) / f"{rank}"
         )
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()

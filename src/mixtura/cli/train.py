@@ -56,8 +56,8 @@ def train(
     import torch
     import transformers
 
+    from mixtura.running.parallel.meeting import leave
     from mixtura.train.run import train as run_training
-    from mixtura.train.spread import leave
 
     # Its successor is not in all releases of PyTorch that are supported.
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated", FutureWarning)

@@ -93,8 +93,8 @@ def _tuned(
     import torch
     import transformers
 
+    from mixtura.running.parallel.meeting import leave
     from mixtura.running.resolve import resolve_model
-    from mixtura.train.spread import leave
     from mixtura.train.tuning import run_tuning
 
     transformers.utils.logging.set_verbosity(logging.ERROR)

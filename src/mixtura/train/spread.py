@@ -139,16 +139,6 @@ def _what(code: int, log: Path) -> str:
     return f"failed ({said[-1] if said else f'exit code {code}'})"
 
 
-def leave() -> None:
-    """Part from the other processes when all are done, if there are any; the last thing that one does.
-
-    A process that is still in touch is ended by what another leaves behind that stops before it.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def lost_touch(error: RuntimeError) -> bool:
     """Whether an error says that another process does not answer any more."""
     said = str(error).lower()

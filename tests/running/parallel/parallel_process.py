@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from families import tiny_model
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mixtura
 import mixtura.modeling.family
 from mixtura.methods import create
+from mixtura.running.parallel.meeting import joined
 from mixtura.types.placement import LayerPlacement, Placement
 
 
@@ -103,20 +100,6 @@ def _copies(case: Case, size: int) -> dict[str, Any]:
 def _all_on_one(case: Case, size: int) -> dict[str, Any]:
     """The last device has all experts, the others none."""
     return {"devices": ((size - 1,),) * num_experts_of(case)}
-
-
-@contextmanager
-def joined(rank: int, size: int, folder: str) -> Iterator[None]:
-    """A process group through a file."""
-    torch.set_num_threads(1)
-    store = FileStore(str(Path(folder) / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
-    try:
-        yield
-        # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def parallel_of(case: Case, size: int) -> Any:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_process import Case, joined, loss_of, model_of, parallel_of
+from parallel_process import Case, loss_of, model_of, parallel_of
 from transformers import AutoModelForCausalLM
 
 import mixtura
 from mixtura.authoring.contracts._processes import run_apart
 from mixtura.errors import UserError
+from mixtura.running.parallel.meeting import joined
 from mixtura.types.placement import LayerPlacement, Placement
 
 

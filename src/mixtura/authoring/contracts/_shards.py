@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
 
 from mixtura.authoring.contracts._core import Subject, subject
 from mixtura.authoring.contracts._inputs import SHAPE
 from mixtura.authoring.contracts._processes import run_apart
+from mixtura.running.parallel.meeting import joined
 from mixtura.types import BalancerInput, Routing
 
 _NUM_PROCESSES = 2
-_TIMEOUT = timedelta(seconds=120)
 _PARTS = ("token_ids", "expert_ids", "weights", "scores", "logits", "valid")
 _LOSS = "the loss"
 
@@ -36,17 +33,10 @@ def loss_of_shards(method: Subject, whole: Routing) -> list[tuple[float, dict[st
 
 def _work(rank: int, kind: str, name: str, folder: str) -> None:
     """One process: its shard of the tokens, the counts of both."""
-    torch.set_num_threads(1)
     path = Path(folder)
-    store = FileStore(str(path / "store"), _NUM_PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=_NUM_PROCESSES, timeout=_TIMEOUT)
-    try:
+    with joined(rank, _NUM_PROCESSES, folder):
         made = _shard_result(rank, subject(kind, name), load_file(path / "whole"))
         save_file({key: value.contiguous() for key, value in made.items()}, path / str(rank))
-        # Gloo's thread has then let go of its tensors; freeing the group while it does so can wait for ever.
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def _shard_result(rank: int, method: Subject, whole: dict[str, Tensor]) -> dict[str, Tensor]:
