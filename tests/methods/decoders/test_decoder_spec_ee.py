@@ -62,3 +62,15 @@ def test_it_grows_one_branch(file: Path) -> None:
     both = [create("decoders", "spec_ee"), create("decoders", "best_of_n", n=2)]
     with pytest.raises(UserError, match="a decoder that leaves layers grows one branch"):
         decode(model(), tokenizer(), "abc", both, calibration=file, max_new_tokens=3)
+
+
+@torch.no_grad()
+def test_what_prompts_took_that_are_decoded_one_by_one_is_added_up(file: Path) -> None:
+    def cost_of(*prompts: str) -> Any:
+        made = decode(model(), tokenizer(), list(prompts), SpecEe(), calibration=file, max_new_tokens=4)
+        assert len({id(one.cost) for one in made}) == 1
+        return made[0].cost
+
+    one, other, both = cost_of("abcde"), cost_of("cd"), cost_of("abcde", "cd")
+    assert both.num_tokens == one.num_tokens + other.num_tokens
+    assert both.num_passes == one.num_passes + other.num_passes

@@ -150,7 +150,7 @@ def decode(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     require_given(decoders, verifier=verifier, calibrated=bool(paths), num_more=len(wanted.models))
     with prepared(model, decoders, wanted.models) as runners:
-        made = _decoded(runners, tokenizer, prompts, decoders, wanted)
+        made = _decoded(runners, tokenizer, prompts, decoders, wanted, Cost())
     return made[0] if isinstance(prompt, str) else made
 
 
@@ -230,11 +230,12 @@ def _decoded(
     texts: Sequence[str],
     decoders: Sequence[Decoder],
     wanted: Wanted,
+    cost: Cost,
 ) -> list[Decoded]:
-    model, tags, cost = runners[0].model, tags_of(decoders), Cost()
+    model, tags = runners[0].model, tags_of(decoders)
     if "exits" in tags and len(texts) > 1:
         # Which layers run is decided for one text at a time.
-        return [_decoded(runners, tokenizer, [one], decoders, wanted)[0] for one in texts]
+        return [_decoded(runners, tokenizer, [one], decoders, wanted, cost)[0] for one in texts]
     if not texts:
         return []
     decoder = composed(decoders)

@@ -11,7 +11,8 @@ import pytest
 
 from mixtura.data.text import held_out_tasks
 from mixtura.errors import UnknownNameError
-from mixtura.running.decoders.arena.entries import Entry, entries
+from mixtura.methods import names
+from mixtura.running.decoders.arena.entries import ABSENT, Entry, entries
 from mixtura.running.decoders.arena.exam import solution_verifier
 from mixtura.running.decoders.arena.run import Contest, hold, page, sign_test, standing
 
@@ -63,6 +64,7 @@ def test_the_told_verifier_counts_the_solutions_lines() -> None:
 
 
 def test_one_branch_is_no_bound_and_unknown_names_are_refused() -> None:
+    assert {one.decoder for one in entries()} | set(ABSENT) == set(names("decoders"))
     assert {one.name for one in entries() if one.bound} == {
         one.name for one in entries() if "(told)" in one.name
     }

@@ -57,6 +57,9 @@ _ENTRIES = (
     _of("modes, two fifths left out", "modes", settings={"skip": 0.4}, calibrated=True),
     _of("c3po", "c3po", calibrated=True),
     _of("multilingual steering", "multilingual_steering", calibrated=True),
+    _of("experts of little weight left out", "online_pruning", calibrated=True),
+    _of("left early", "spec_ee", calibrated=True),
+    _of("hedged, 8", "hedged_sampling", settings={"n": 8}),
     _of("layers skipped, 1.2 times", "layer_skipping", settings={"speedup": 1.2}),
     _of("des, 8 rollouts (told)", "des", settings={"rollouts": 8}, told=True),
     _of("rebase, width 8 (told)", "rebase", settings={"width": 8}, told=True),
@@ -70,6 +73,15 @@ _ENTRIES = (
     ),
     _of("compute optimal, 8 (told)", "compute_optimal", settings={"budget": 8}, told=True, calibrated=True),
 )
+
+# Decoders that these questions cannot tell from others, by name, and why.
+ABSENT = {
+    "logit_averaging": "it needs a second model of the same vocabulary",
+    "mask_experts": "it is a tool: which experts are masked is up to who uses it",
+    "no_thinking": "it ends a thinking block, and the specimen writes none; its draws are those of a vote",
+    "rice": "it strengthens experts of thinking tokens, and the specimen does not think",
+    "think_router": "it acts while a model thinks, and the specimen does not",
+}
 
 
 def entries(only: Sequence[str] = ()) -> tuple[Entry, ...]:

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 
 from mixtura.data import specimen
-from mixtura.running.decoders.arena.entries import REFERENCE, Entry, entries
+from mixtura.running.decoders.arena.entries import ABSENT, REFERENCE, Entry, entries
 from mixtura.running.decoders.arena.exam import Exam, Notify
 from mixtura.running.resolve import resolve_model
 
@@ -27,7 +27,7 @@ class Contest:
 
     only: tuple[str, ...] = ()
     num_seeds: int = 3
-    num_per_task: int = 2
+    num_per_task: int = 16
     model: Path | None = None
     runs: Path
     out: Path
@@ -176,6 +176,7 @@ def page(table: Sequence[Standing], contest: Contest, model: str) -> str:
     for one in table:
         lines.append(f"| {one.name} | {' | '.join(f'{one.by_task[task]:.0%}' for task in tasks)} |")
     lines += ["", "## What follows", "", *findings(table), ""]
+    lines += ["## Who does not take part", "", *(f"- `{name}`: {why}." for name, why in ABSENT.items()), ""]
     return "\n".join(lines)
 
 
@@ -192,7 +193,7 @@ def findings(table: Sequence[Standing]) -> list[str]:
     lines = [
         f"- Better than greedy: {'; '.join(better) or 'none'}.",
         f"- Worse than greedy: {'; '.join(worse) or 'none'}.",
-        f"- No difference seen on so few questions: {'; '.join(alike) or 'none'}. At least {least} questions "
+        f"- No difference seen on these questions: {'; '.join(alike) or 'none'}. At least {least} questions "
         "gained and none lost are needed for one to be seen.",
         f"- Greedy decoding has some but not all of {', '.join(open_tasks) or 'no task'}; of every other "
         "task it has all or none, so that there a better way of decoding has little to show. More "
