@@ -54,6 +54,8 @@ _ENTRIES = (
     _of("3 experts", "des", settings={"rollouts": 1, "experts": [3]}, told=True),
     _of("6 experts", "des", settings={"rollouts": 1, "experts": [6]}, told=True),
     _of("rewiring", "rewiring"),
+    _of("rewiring, rate 3", "rewiring", settings={"rate": 3.0}),
+    _of("rewiring, rate 30", "rewiring", settings={"rate": 30.0}),
     _of("modes, two fifths left out", "modes", settings={"skip": 0.4}, calibrated=True),
     _of("c3po", "c3po", calibrated=True),
     _of("multilingual steering", "multilingual_steering", calibrated=True),
