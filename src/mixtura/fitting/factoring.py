@@ -15,6 +15,7 @@ from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.data.tokens import TokenBatch
 from mixtura.errors import OutputError, UnsupportedModelError
+from mixtura.running.whole import load_whole
 
 # How far, as a share of their root mean square, logits of an imported model may be from those of its family.
 _CLOSE, _CLOSE_IN_16_BITS = 1e-3, 5e-2
@@ -101,7 +102,7 @@ def opened(source: Path, text: Path | None, max_tokens: int) -> tuple[Any, Token
     from mixtura.running.observing.checkpoint import read_text
 
     tokens = read_text(open_checkpoint(source), text, max_tokens=max_tokens, max_length=256)
-    original = _loaded(source)
+    original = load_whole(source)
     if isinstance(original, MixturaForCausalLM):
         return original, tokens
     own = imported(original)
@@ -129,18 +130,6 @@ def require_empty(out: Path) -> None:
 def num_bytes_of(model: torch.nn.Module) -> int:
     """Of all weights, those that are tied once."""
     return sum(one.numel() * one.element_size() for one in model.parameters())
-
-
-def _loaded(source: Path) -> Any:
-    """The model in memory, as its family or as one of our own."""
-    from transformers import AutoModelForCausalLM
-
-    import mixtura.modeling.family  # noqa: F401  makes models of our own known
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
-    return model.eval()
 
 
 def _logits(model: Any, tokens: TokenBatch) -> Iterator[torch.Tensor]:

@@ -26,9 +26,7 @@ def load_teacher(settings: Teacher, tokenizer: Any, vocab_size: int) -> Taught:
     Raises:
         UserError: there is no such model, or it has another vocabulary.
     """
-    from transformers import AutoModelForCausalLM
-
-    import mixtura.modeling.family  # noqa: F401  makes models of our own known
+    from mixtura.running.whole import load_whole
 
     folder = Path(settings.model)
     weights = sorted(folder.glob("*.safetensors"))
@@ -37,7 +35,7 @@ def load_teacher(settings: Teacher, tokenizer: Any, vocab_size: int) -> Taught:
             f"the teacher {folder} is no directory of a model with weights in safetensors; give one to "
             "teacher.model"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
+    model = load_whole(folder).requires_grad_(False)
     if model.config.vocab_size != vocab_size:
         raise UserError(
             f"the teacher {folder} has a vocabulary of {model.config.vocab_size}, the model one of "

@@ -36,6 +36,7 @@ def load_base(path: Path, config: TuneConfig | None = None) -> Any:
         UnsupportedModelError: it has no experts and the method changes experts, or mixtura cannot run it.
     """
     from mixtura.running.loading import load
+    from mixtura.running.whole import load_whole
 
     try:
         return load(path)
@@ -48,21 +49,16 @@ def load_base(path: Path, config: TuneConfig | None = None) -> Any:
                 f"{path} has no experts that mixtura knows, and {config.adapter.method} changes experts; "
                 "choose an adapter that changes linear layers, such as lora"
             ) from None
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    return load_whole(path)
 
 
 def _is_dense(path: Path) -> bool:
     """Whether a model has no experts, by its class built without memory."""
-    from transformers import AutoConfig
-
     from mixtura.checkpoints.viewing.meta import build_from_config
+    from mixtura.checkpoints.viewing.opening import open_files
     from mixtura.checkpoints.viewing.wrappers import experts_modules
 
-    model = build_from_config(AutoConfig.from_pretrained(path, local_files_only=True))
+    model = build_from_config(open_files(path).config)
     return next(experts_modules(model), None) is None
 
 
