@@ -11,7 +11,15 @@ import pytest
 import torch
 from families import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, DbrxConfig, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    DbrxConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from mixtura.checkpoints.view import open_model
 from mixtura.errors import CheckpointError, UnsupportedModelError, UserError
@@ -292,3 +300,32 @@ def test_names_that_are_not_there(broken: Path) -> None:
         view.layers[0].expert(8)
     with pytest.raises(UserError, match="layers with experts are 0, 1, 2"):
         view.layer(3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_experts_per_tok": 0},
+            "would choose 0 of the 8 experts of layer 1; config.json must name",
+        ),
+        ({"num_experts_per_tok": 9}, "would choose 9 of the 8 experts of layer 1"),
+        ({"num_experts_per_tok": 5}, "would choose 5 experts of layer 1, but 2 of its 4 groups hold 4"),
+        ({"topk_group": 5}, "5 of 4 groups would be chosen"),
+        ({"n_group": 3}, "2 of 3 groups would be chosen of the 8 experts"),
+    ],
+)
+def test_choices_that_experts_do_not_allow_are_refused(
+    changes: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=8, n_group=4,
+        topk_group=2, num_experts_per_tok=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    assert open_model(tmp_path).layers[0].top_k == 4
+    edit_config(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        assert open_model(tmp_path).layers

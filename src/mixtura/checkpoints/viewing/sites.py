@@ -12,7 +12,7 @@ from transformers.integrations import moe
 from mixtura.checkpoints.viewing.meta import named_tensors
 from mixtura.checkpoints.viewing.records import ExpertLayout, Site
 from mixtura.checkpoints.viewing.wrappers import experts_modules, plain_name, submodule
-from mixtura.errors import UnsupportedModelError
+from mixtura.errors import CheckpointError, UnsupportedModelError
 from mixtura.kernels.records import ROUTER_NAMES
 from mixtura.types import LayerShape
 
@@ -101,6 +101,8 @@ def _site(
     }
     top_k = _top_k(router, block)
     num_groups, top_groups = _groups(router)
+    shape = shape_of(experts.down_proj, layout)
+    _require_possible(f"layer {offsets[stack] + number}", shape.num_experts, top_k, num_groups, top_groups)
     return Site(
         index=offsets[stack] + number,
         stack=stack,
@@ -108,7 +110,7 @@ def _site(
         block_name=block_name,
         router_name=router_name,
         layout=layout,
-        shape=shape_of(experts.down_proj, layout),
+        shape=shape,
         top_k=top_k,
         num_groups=num_groups,
         top_groups=top_groups,
@@ -119,6 +121,26 @@ def _site(
         hash_routed=hasattr(router, "tid2eid"),
         scoring=_scoring(router),
     )
+
+
+def _require_possible(layer: str, num_experts: int, top_k: int, num_groups: int, top_groups: int) -> None:
+    """Refuse a choice that a layer's experts do not allow; transformers finds out at the first token."""
+    if not 1 <= top_k <= num_experts:
+        raise CheckpointError(
+            f"a token would choose {top_k} of the {num_experts} experts of {layer}; config.json must name "
+            f"from 1 to {num_experts} (num_experts_per_tok in most families)"
+        )
+    if num_experts % num_groups or not 1 <= top_groups <= num_groups:
+        raise CheckpointError(
+            f"{top_groups} of {num_groups} groups would be chosen of the {num_experts} experts of {layer}; "
+            "config.json must name groups of equal size (n_group) and at most as many chosen (topk_group)"
+        )
+    most = top_groups * (num_experts // num_groups)
+    if top_k > most:
+        raise CheckpointError(
+            f"a token would choose {top_k} experts of {layer}, but {top_groups} of its {num_groups} groups "
+            f"hold {most}; config.json must name fewer experts or more groups"
+        )
 
 
 def _router_weight(name: str, router: nn.Module) -> str:
