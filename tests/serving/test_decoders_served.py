@@ -313,7 +313,6 @@ def test_likelihoods_of_a_prompt_are_not_a_decoders(server: Any) -> None:
         (("--set", "beta=1"), "--set is for a --decoder"),
         (("--decoder", "modes"), "--calibration FILE"),
         (("--calibration", "missing"), "there is no file missing"),
-        (("--decoder", "scmoe", "--adapter", "a=b"), "no decoder runs beside adapters"),
     ],
 )
 def test_what_a_server_cannot_do_is_said_at_the_start(arguments: tuple[str, ...], words: str) -> None:

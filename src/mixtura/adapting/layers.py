@@ -15,6 +15,7 @@ from torch.func import functional_call
 from mixtura.adapting.changing import changed_parameters, nothing, only_thin
 from mixtura.adapting.losses import LossBox
 from mixtura.adapting.meeting import Met
+from mixtura.adapting.weaving import Weaving, can_weave
 from mixtura.errors import SettingError, UserError
 from mixtura.kernels import backend
 from mixtura.methods import declared_tags
@@ -233,11 +234,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer, ABC):
 class ExpertsLayer(AdapterLayer):
     """All experts of a layer with adapters."""
 
+    def __init__(self, base_layer: nn.Module, losses: LossBox) -> None:
+        super().__init__(base_layer, losses)
+        self._weaving = Weaving()
+
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """What the experts make of the tokens, those that adapters change with their changes."""
         given = (hidden_states, top_k_index, top_k_weights)
+        woven = self._woven(given)
+        if woven is not None:
+            return woven
         if self.by_row is None:
             return self._made(self.running, given, *args, **kwargs)
         made = torch.empty_like(hidden_states)
@@ -246,6 +254,25 @@ class ExpertsLayer(AdapterLayer):
             own = hidden_states[rows], top_k_index[rows], top_k_weights[rows]
             made[rows] = self._made(named, own, *args, **kwargs)
         return made
+
+    def _woven(self, given: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
+        """What all rows make in one call, where all that their adapters have is experts of their own."""
+        names: Sequence[str | None] = self.running if self.by_row is None else self.by_row
+        here = [name for name in dict.fromkeys(names) if name is not None and name in self.mixtura_adapter]
+        if self.training or torch.is_grad_enabled() or self.merged_adapters or not here:
+            return None
+        if self.by_row is None and len(here) > 1:
+            return None
+        if not all("trains_base" in declared_tags(type(self.adapter(name))) for name in here):
+            return None
+        changes = {name: self.adapter(name).change(self._none()) for name in here}
+        if not all(can_weave(self.base_layer, change) for change in changes.values()):
+            return None
+        changes = {name: change for name, change in changes.items() if not self._is_nothing(change)}
+        if not changes:
+            return None
+        every = here * given[0].shape[0] if self.by_row is None else self.by_row
+        return self._weaving.run(self.base_layer, every, changes, given)
 
     def _made(
         self, running: Sequence[str], given: tuple[Tensor, Tensor, Tensor], *args: Any, **kwargs: Any

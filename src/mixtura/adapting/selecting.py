@@ -31,6 +31,20 @@ def require_servable(model: nn.Module) -> None:
                 )
 
 
+def narrow(model: nn.Module, name: str) -> None:
+    """Hold what an adapter has in place of the base's matrices in their dtype, in which it is multiplied.
+
+    For training it is kept in float32; what runs takes no more memory than the base's own, to the same bit.
+    """
+    for layer in (one for one in model.modules() if isinstance(one, AdapterLayer)):
+        held = next(layer.base_layer.parameters(), None)
+        if name not in layer.mixtura_adapter or held is None or not held.is_floating_point():
+            continue
+        adapter = layer.adapter(name)
+        if "trains_base" in declared_tags(type(adapter)):
+            adapter.to(held.dtype)
+
+
 @final
 class Selection:
     """The adapters that were put on a model, and which of them its passes run with from now on.

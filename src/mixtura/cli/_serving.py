@@ -151,9 +151,7 @@ def named_adapters(given: Sequence[str]) -> tuple[Path | None, dict[str, Path]]:
     return None, named
 
 
-def served_decoder(
-    names: str, changes: list[str], calibrations: Sequence[Path], adapters: Mapping[str, Path]
-) -> Decoder | None:
+def served_decoder(names: str, changes: list[str], calibrations: Sequence[Path]) -> Decoder | None:
     """What decides how answers are made where a request does not say; None for the model as it is.
 
     Raises:
@@ -169,8 +167,6 @@ def served_decoder(
         return None
     if changes and len(wanted) > 1:
         raise UserError("--set is for one decoder; leave it out, or name one")
-    if adapters:
-        raise UserError("no decoder runs beside adapters that requests choose; leave one of them out")
     from mixtura.methods import create
     from mixtura.serving.engine.deciding import require_served
 

@@ -88,7 +88,7 @@ def serve(
 
     keys = read_keys(keys_file)
     one, named = named_adapters(adapter)
-    deciding = served_decoder(decoder, changes, calibration, named)
+    deciding = served_decoder(decoder, changes, calibration)
     listening = bound(host, port)
     with listening:
         served = Served(

@@ -72,7 +72,7 @@ def run_module(
             exchange, hidden_states, top_k_index, top_k_weights, alone=not (observer or changes)
         )
     math = math_of(module)
-    source = _parameters_of(module) if store is None else store
+    source = parameters_of(module) if store is None else store
     needs_grad = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, *module.parameters())
     )
@@ -124,7 +124,7 @@ def _exchanged(
 def experts_layer(module: Any) -> NativeLayer | None:
     """The experts of a transformers module as the compiled kernels read them; None where they cannot."""
     store = getattr(module, "mixtura_store", None)
-    return layer_of(_parameters_of(module) if store is None else store, math_of(module))
+    return layer_of(parameters_of(module) if store is None else store, math_of(module))
 
 
 def why_not_compiled(module: Any) -> str:
@@ -184,7 +184,8 @@ def matrix_names(module: Any) -> dict[str, str]:
     return {"up": "gate_up_proj" if module.has_gate else "up_proj", "down": "down_proj"}
 
 
-def _parameters_of(module: Any) -> StackedExperts:
+def parameters_of(module: Any) -> StackedExperts:
+    """The experts of a transformers module that are its own parameters, in place."""
     name = matrix_names(module)["up"]
     return StackedExperts(
         getattr(module, name),

@@ -65,9 +65,9 @@ def with_adapter(model: Any, path: Path, name: str = "default") -> Any:
             # PEFT asks transformers for what newer releases call otherwise.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
             if not isinstance(model, PeftModel):
-                return PeftModel.from_pretrained(model, str(path), adapter_name=name).eval()
-            model.load_adapter(str(path), adapter_name=name)
-            return model.eval()
+                model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            else:
+                model.load_adapter(str(path), adapter_name=name)
     except UserError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
@@ -75,6 +75,11 @@ def with_adapter(model: Any, path: Path, name: str = "default") -> Any:
             f"the adapter ({kind}) in {path} does not fit the model: {one_line(error, 300)}; give the model "
             "that it was trained on"
         ) from None
+    if kind == _TYPE:
+        from mixtura.adapting.selecting import narrow
+
+        narrow(model, name)
+    return model.eval()
 
 
 def _require_kind(adapted: Any, kind: str, path: Path) -> None:

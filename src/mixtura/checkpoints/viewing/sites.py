@@ -11,7 +11,7 @@ from transformers.integrations import moe
 
 from mixtura.checkpoints.viewing.meta import named_tensors
 from mixtura.checkpoints.viewing.records import ExpertLayout, Site
-from mixtura.checkpoints.viewing.wrappers import experts_modules, plain_name, submodule
+from mixtura.checkpoints.viewing.wrappers import experts_modules, own_of, plain_name, submodule
 from mixtura.errors import CheckpointError, UnsupportedModelError
 from mixtura.kernels.records import ROUTER_NAMES
 from mixtura.types import LayerShape
@@ -92,7 +92,7 @@ def _site(
     block_name = name.rpartition(".")[0]
     block = submodule(model, block_name)
     router_name = next(f"{block_name}.{n}" for n in ROUTER_NAMES if hasattr(block, n))
-    router = submodule(model, router_name)
+    router = own_of(submodule(model, router_name))
     layout = layout_of(experts)
     axes = {
         key: axis

@@ -27,6 +27,14 @@ def inner(module: nn.Module) -> nn.Module:
         module = found
 
 
+def own_of(module: nn.Module) -> nn.Module:
+    """The module itself where PEFT keeps trained copies of it beside it (``modules_to_save``).
+
+    What has copies gives, asked for an attribute of the module, that of the copy that is in use.
+    """
+    return module._modules.get("original_module") or module
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """A module by its name in the plain model, also where something wraps what is on the way to it.
 

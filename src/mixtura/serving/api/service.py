@@ -161,12 +161,6 @@ class Service:
                 "log-probabilities of a prompt are the model's as it is; leave echo or the decoder out",
                 param="decoder",
             )
-        if made is not None and self.settings.adapters:
-            raise ApiError(
-                "this server has adapters for requests to choose, beside which no decoder runs; leave the "
-                "decoder out",
-                param="decoder",
-            )
         return made
 
     def _sampling(self, request: ChatRequest | CompletionRequest, place: int) -> Sampling:

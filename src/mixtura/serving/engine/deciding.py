@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mixtura.data.tokens import encode_text
 from mixtura.errors import UserError
 from mixtura.methods.decoders import Branch, Calibration, Candidate, Decoder, ModelFacts, Prompt, View
+from mixtura.rerouting.core import Rerouting
 from mixtura.running.decoders.bundle import Cost, has_state
 from mixtura.running.decoders.composing import ALONE, composed, name_of, parts_of, tags_of
 from mixtura.running.decoders.facts import facts_of, steered
@@ -24,7 +25,7 @@ from mixtura.running.decoders.steering import Steerer, stacked
 from mixtura.running.decoders.stepping import Stepping
 from mixtura.running.generation import reserved_cache
 from mixtura.serving.engine.lanes import Lane
-from mixtura.serving.engine.records import Asked
+from mixtura.serving.engine.records import Adapters, Asked
 from mixtura.types.steering import Steering
 
 _Made = TypeVar("_Made")
@@ -102,15 +103,25 @@ class Steers:
         model: the engine's.
         tokenizer: its.
         calibrations: files that decoders read, each of which says whose it is.
+        adapters: on the model, of which texts choose.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, calibrations: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        calibrations: Sequence[Path] = (),
+        adapters: Adapters | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._files = tuple(calibrations)
-        self._calibrations: dict[str, Calibration] = {}
+        self._adapters = adapters
+        # By adapter, as one may have routers of its own.
+        self._known: dict[str | None, ModelFacts] = {}
+        self._calibrations: dict[tuple[str | None, str], Calibration] = {}
+        self._seats: Rerouting | None = None
         self._steerer: Steerer | None = None
-        self._known: ModelFacts | None = None
         self._stepping: Stepping | None = None
         self._stacked: tuple[tuple[View, ...], dict[int, Steering]] = (), {}
 
@@ -123,18 +134,19 @@ class Steers:
         decoder = asked.decoder
         assert decoder is not None
         parts = parts_of(decoder)
-        self.ready(parts)
+        self._prepare(parts)
+        facts = self._facts(asked.adapter)
         wanted = asked.sampling.temperature
         prompt = Prompt(
             text=str(self._tokenizer.decode(list(asked.prompt))),
             token_ids=asked.prompt,
-            facts=self._facts,
+            facts=facts,
             max_new_tokens=asked.max_new_tokens,
             temperature=default_temperature if wanted is None else wanted,
-            probe=ModelProbe(self._model, self._facts, self._steerer, Cost()),
+            probe=ModelProbe(self._model, facts, self._steerer, Cost()),
             encode=lambda words: tuple(encode_text(words, self._tokenizer, begin=False)),
             decode=lambda tokens: str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
-            calibration=self._calibration(parts),
+            calibration=self._calibration(parts, asked.adapter),
         )
         branch, *more = decoder.open(prompt)
         name = " and ".join(name_of(one) for one in parts)
@@ -146,53 +158,69 @@ class Steers:
         return Decider(decoder, prompt, branch)
 
     def ready(self, decoders: Sequence[Decoder]) -> None:
-        """Prepare the model to be steered, where one of the decoders steers.
+        """Prepare the model to be steered, where one of the decoders steers, with every adapter.
 
         Raises:
             UnsupportedModelError: the model is dense, or of a family that cannot be steered.
+            UserError: a calibration is missing.
         """
-        if self._steerer is None and "steers" in tags_of(decoders):
-            found = steered(self._model)
-            try:
-                self._known = facts_of(self._model, found)
-                if not self._facts.layers:
-                    raise UserError("a table of token ids chooses the experts, so that none can be steered")
-                self._steerer = Steerer(found)
-                self._stepping = Stepping(self._model, self._facts, self._steerer)
-            except BaseException:
-                found.restore()
-                self._steerer = self._known = None
-                raise
-            self.rest()
-        self._calibration(decoders)
+        self._prepare(decoders)
+        for name in (None, *(() if self._adapters is None else self._adapters.names)):
+            self._calibration(decoders, name)
 
-    @property
-    def _facts(self) -> ModelFacts:
-        if self._known is None:
-            self._known = facts_of(self._model, None)
-        return self._known
+    def _prepare(self, decoders: Sequence[Decoder]) -> None:
+        if self._steerer is not None or "steers" not in tags_of(decoders):
+            return
+        self._choose(None)
+        self._known.clear()
+        found = self._seats = steered(self._model)
+        try:
+            facts = self._facts(None)
+            if not facts.layers:
+                raise UserError("a table of token ids chooses the experts, so that none can be steered")
+            self._steerer = Steerer(found)
+            self._stepping = Stepping(self._model, facts, self._steerer)
+        except BaseException:
+            found.restore()
+            self._known.clear()
+            self._seats = self._steerer = None
+            raise
+        self.rest()
 
-    def _calibration(self, decoders: Sequence[Decoder]) -> Calibration | None:
-        """That of the one decoder that reads one."""
+    def _choose(self, adapter: str | None) -> None:
+        if self._adapters is not None:
+            self._adapters.choose([adapter])
+
+    def _facts(self, adapter: str | None) -> ModelFacts:
+        """What is known of the model with an adapter, which passes run with until another is chosen."""
+        self._choose(adapter)
+        if adapter not in self._known:
+            self._known[adapter] = facts_of(self._model, self._seats)
+        return self._known[adapter]
+
+    def _calibration(self, decoders: Sequence[Decoder], adapter: str | None) -> Calibration | None:
+        """That of the one decoder that reads one, made for the model with an adapter."""
         needing = [one for one in decoders if "needs:calibration" in tags_of([one])]
         if not needing:
             return None
         if len(needing) > 1:
             raise UserError("only one of several decoders may read a calibration")
         name = name_of(needing[0])
-        if name not in self._calibrations:
+        key = adapter, name
+        if key not in self._calibrations:
             said = f"{name} needs a calibration, which this server was not given"
             for path in self._files:
                 try:
-                    self._calibrations[name] = load_calibration(path, name, self._facts)
+                    self._calibrations[key] = load_calibration(path, name, self._facts(adapter))
                 except UserError as error:
                     said = str(error)
-            if name not in self._calibrations:
+            if key not in self._calibrations:
+                whose = "" if adapter is None else f", of the model that {adapter} was merged into,"
                 raise UserError(
-                    f"{said}; make one by 'mixtura calibrate {name} MODEL --out FILE' and start the server "
-                    "with --calibration FILE"
+                    f"{said}; make one by 'mixtura calibrate {name} MODEL --out FILE'{whose} and start the "
+                    "server with --calibration FILE"
                 )
-        return self._calibrations[name]
+        return self._calibrations[key]
 
     def _require_skipping(self, name: str) -> None:
         cache = reserved_cache(self._model, 1)
@@ -208,7 +236,7 @@ class Steers:
             return forward()
         made: Mapping[int, Steering] = {}
         if lane.view.steering:
-            made = stacked(self._facts, [lane.view], num_tokens, prefill=True, last=is_last)
+            made = stacked(self._known[None], [lane.view], num_tokens, prefill=True, last=is_last)
         return self._stepping.read(forward, made)
 
     def step(self, forward: Callable[[], _Made], lanes: Sequence[Lane]) -> _Made:
@@ -224,7 +252,7 @@ class Steers:
             if len(views) != len(self._stacked[0]) or any(
                 a is not b for a, b in zip(views, self._stacked[0], strict=True)
             ):
-                self._stacked = views, stacked(self._facts, views, 1, prefill=False, last=True)
+                self._stacked = views, stacked(self._known[None], views, 1, prefill=False, last=True)
             if skipped:
                 return self._stepping.read(forward, self._stacked[1])
             return self._stepping.step(forward, self._stacked[1], len(views))

@@ -392,5 +392,5 @@ def engine_of(
             "that are free; give less, or a shorter context"
         )
     prefixes = Prefixes(model, cost, limit, keeps=keeps_prefixes)
-    passes = Passes(model, Steers(model, tokenizer, calibrations), adapters)
+    passes = Passes(model, Steers(model, tokenizer, calibrations, adapters), adapters)
     return Engine(model, tokenizer, passes, prefixes, limits)
