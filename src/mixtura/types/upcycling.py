@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Final, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,8 @@ from mixtura.errors import UserError, check_range
 from mixtura.types import Action
 
 RouterInit = Literal["zeros", "normal", "rows"]
+# Of attention, by which an action names them.
+ATTENTION_PARTS: Final = ("query", "key", "value", "output")
 
 
 @final
@@ -212,6 +214,37 @@ class SetRouter(Action):
     std: float = 0.0
     seed: int = 0
     rows: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CarryAttention(Action):
+    """Projections of attention in every layer, where the result has several experts of attention.
+
+    Attributes:
+        parts: which: `ATTENTION_PARTS`; norms of queries and keys go with these.
+        expert: of which expert; None for what all experts have in common.
+        sources: of which sources they are the sum, with ``weights``.
+    """
+
+    kind: ClassVar[str] = "carry_attention"
+
+    parts: tuple[str, ...]
+    expert: int | None
+    sources: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RouteAttention(Action):
+    """The router of a layer's experts of attention, drawn from a normal distribution."""
+
+    kind: ClassVar[str] = "route_attention"
+
+    layer: int
+    std: float
+    seed: int = 0
 
 
 @final

@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 
 from mixtura.types.upcycling import DenseShape, DenseTrace, Recipe, UpcycleShape
 
+# The attention of a model of mixtura's own whose experts are whole attentions.
+ATTENTION_EXPERTS = "attention_experts"
+
 KIND = {
     "base": "Upcycler",
     "summary": "Makes the experts and routers of an MoE model of dense models.",
