@@ -22,7 +22,7 @@ ATTENTION_PARTS: Final = ("query", "key", "value", "output")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseShape:
-    """Sizes of a dense model, as a method that makes experts of it is told them.
+    """Sizes of a model, a dense one for most methods, as a method is told them that makes another of it.
 
     Attributes:
         d_model: D.
@@ -31,6 +31,8 @@ class DenseShape:
         num_heads: of its attention's queries; ``num_key_value_heads`` of keys and values.
         d_head: the width of a head.
         num_words: V, its vocabulary.
+        num_experts: E, where it is an MoE model already, whose experts are F wide; ``top_k`` of them for a
+            token. 0 in a dense one.
     """
 
     d_model: int
@@ -40,6 +42,8 @@ class DenseShape:
     num_key_value_heads: int = 1
     d_head: int = 1
     num_words: int = 1
+    num_experts: int = 0
+    top_k: int = 0
 
 
 @final

@@ -6,14 +6,14 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor, nn
+from torch import nn
 
 from mixtura.errors import UnknownNameError
 from mixtura.methods._drawing import drawn, generator_of
-from mixtura.methods._norms import RMSNorm
 from mixtura.methods._precision import exact, exact_logits
 from mixtura.methods.attentions import Attended, Attention
-from mixtura.methods.attentions._shared import QueryKeyNorm, heads_of, projection, rotated
+from mixtura.methods.attentions._projections import Projections
+from mixtura.methods.attentions._shared import QueryKeyNorm, heads_of, rotated
 from mixtura.types.attending import AttentionInput, AttentionShape
 
 METHOD = {
@@ -21,28 +21,6 @@ METHOD = {
     "title": "BAM! Just Like That: Simple and Efficient Parameter Upcycling for Mixture of Experts",
 }
 Keys = Literal["own", "shared"]
-
-
-@final
-class _Projections(nn.Module):
-    """Some of an attention's projections: queries and output, keys and values, or all four."""
-
-    def __init__(self, sizes: tuple[int, int, int], norms: tuple[int, int] | None, eps: float) -> None:
-        super().__init__()
-        self.sizes, self.norms, self.eps = sizes, norms, eps
-
-    def draw(self, generator: Generator, *, queries: bool, keys: bool, bias: bool) -> None:
-        """Make the projections that are here."""
-        d_model, num_queries, num_keys = self.sizes
-        if queries:
-            self.q_proj = projection(generator, d_model, num_queries, bias=bias)
-        if keys:
-            self.k_proj = projection(generator, d_model, num_keys, bias=bias)
-            self.v_proj = projection(generator, d_model, num_keys, bias=bias)
-        if queries:
-            self.o_proj = projection(generator, num_queries, d_model, bias=bias)
-        self.q_norm = RMSNorm(self.norms[0], self.eps) if queries and self.norms else None
-        self.k_norm = RMSNorm(self.norms[1], self.eps) if keys and self.norms else None
 
 
 @final
@@ -101,11 +79,11 @@ class AttentionExperts(Attention):
         queries, width = shape.num_heads * shape.d_head, shape.num_key_value_heads * shape.d_head
         norms = {"none": None, "head": (shape.d_head,) * 2, "full": (queries, width)}[query_key_norm]
         generator, sizes = generator_of(seed), (shape.d_model, queries, width)
-        self.members = nn.ModuleList(_Projections(sizes, norms, eps) for _ in range(num_experts))
+        self.members = nn.ModuleList(Projections(sizes, norms, eps) for _ in range(num_experts))
         for member in self.members:
-            assert isinstance(member, _Projections)
+            assert isinstance(member, Projections)
             member.draw(generator, queries=True, keys=keys == "own", bias=bias)
-        self.common = _Projections(sizes, norms, eps) if keys == "shared" else None
+        self.common = Projections(sizes, norms, eps) if keys == "shared" else None
         if self.common is not None:
             self.common.draw(generator, queries=False, keys=True, bias=bias)
             self.num_key_value_groups = num_experts * shape.num_groups
@@ -114,7 +92,7 @@ class AttentionExperts(Attention):
     def forward(self, inputs: AttentionInput) -> Attended:
         x, width = inputs.x, self.shape.d_head
         cos, sin = inputs.cos.unsqueeze(1), inputs.sin.unsqueeze(1)
-        members = [one for one in self.members if isinstance(one, _Projections)]
+        members = [one for one in self.members if isinstance(one, Projections)]
         readers = members if self.common is None else [self.common]
         query = torch.stack([heads_of(x, one.q_proj, one.q_norm, width) for one in members], 1)
         key = torch.cat([heads_of(x, one.k_proj, one.k_norm, width) for one in readers], 1)
@@ -131,15 +109,15 @@ class AttentionExperts(Attention):
 
     def _ordered(self, heads: Float[Tensor, "B E H Q W"]) -> Float[Tensor, "B EH Q W"]:
         """Heads in the order in which they share keys: of shared ones all experts' of a group together."""
-        if self.common is None:
-            return heads.flatten(1, 2)
-        grouped = heads.unflatten(2, (self.shape.num_key_value_heads, self.shape.num_groups))
-        return grouped.transpose(1, 2).flatten(1, 3)
+        if self.common is not None:
+            sizes = (self.shape.num_key_value_heads, self.shape.num_groups)
+            heads = torch.unflatten(heads, 2, sizes).transpose(1, 2).flatten(2, 3)
+        return heads.flatten(1, 2)
 
     def _by_expert(self, gathered: Float[Tensor, "B Q EH W"]) -> Float[Tensor, "B Q E H W"]:
         """What the heads of each expert gathered."""
         groups, each = self.shape.num_key_value_heads, self.shape.num_groups
         if self.common is None:
-            return gathered.unflatten(2, (self.num_experts, groups * each))
-        apart = gathered.unflatten(2, (groups, self.num_experts, each))
+            return torch.unflatten(gathered, 2, (self.num_experts, groups * each))
+        apart = torch.unflatten(gathered, 2, (groups, self.num_experts, each))
         return apart.transpose(2, 3).flatten(3, 4)

@@ -17,6 +17,7 @@ KIND = {
         "without it, one (`mixtura upcycle`)",
         "initial:dense": "what comes out computes what the dense model does, to rounding; of several, where "
         "they are all alike",
+        "of:moe": "it takes one MoE model, keeps its experts and gives its layers another router",
         "own": "what comes out is a model of mixtura's own, which plain transformers does not load",
         "reads:FIELD": "what it is told of text: `words` are mean embeddings of prompts for each source, "
         "`prompts` mean inputs of theirs in the first source, `own` those in each source's own feed-forward "
