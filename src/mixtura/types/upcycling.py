@@ -253,6 +253,29 @@ class RouteAttention(Action):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Grow(Action):
+    """A new decoder layer of a dense model, which computes nothing until it is trained.
+
+    What attention and the feed-forward part write with is zero; norms are those of a layer that there is,
+    and so are the other matrices, or with ``std`` above 0 they are drawn with that deviation.
+
+    Attributes:
+        after: the source's layer that it stands on; several on one are in the order of the actions.
+        copy_of: the source's layer whose parts it has.
+        std: of the matrices that are drawn; 0 for copies.
+        seed: of the draw.
+    """
+
+    kind: ClassVar[str] = "grow"
+
+    after: int
+    copy_of: int
+    std: float = 0.0
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Fill(Action):
     """A parameter of a layer's router, where the model is one of mixtura's own.
 

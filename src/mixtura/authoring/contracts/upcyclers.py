@@ -21,6 +21,7 @@ from mixtura.types.upcycling import (
     DenseShape,
     DenseTrace,
     Fill,
+    Grow,
     Recipe,
     SetRouter,
     UpcycleShape,
@@ -61,6 +62,12 @@ def check_every_layer_is_made(method: Subject) -> None:
     given = sample(method, 1)
     recipe = use(method.create(), given)
     require(sum(isinstance(a, Carry) for a in recipe.actions) == 1, "a recipe has one action carry")
+    if method.has("grows"):
+        new = [a for a in recipe.actions if isinstance(a, Grow)]
+        require(len(new) == len(recipe.actions) - 1 > 0, "a method that grows adds layers and nothing else")
+        there = range(_DENSE.num_layers)
+        require(all(a.after in there and a.copy_of in there for a in new), "a new layer stands on an old one")
+        return
     if method.has("of:moe"):
         require(len(recipe.actions) == 1, "a method of MoE models keeps their experts as they are")
         return
@@ -144,8 +151,11 @@ def check_survives_json(method: Subject) -> None:
 
 
 def check_initial_function_is_the_dense_one(method: Subject) -> None:
-    """With the tag ``initial:dense`` a layer puts out what the dense part does, for any K that goes."""
-    if not method.has("initial:dense"):
+    """With the tag ``initial:dense`` a layer puts out what the dense part does, for any K that goes.
+
+    New layers of methods that grow write nothing, whatever the method says: the core sees to that.
+    """
+    if not method.has("initial:dense") or method.has("grows"):
         return
     sources, shape, trace = sample(method, 5)
     dense = FeedForward.drawn(_DENSE.d_model, _DENSE.d_ffn, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.packed import PLAN_FILE
 from mixtura.checkpoints.skeleton import open_checkpoint
 from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.upcycling.targets import OWN
@@ -17,13 +19,13 @@ from mixtura.fitting.factoring import num_bytes_of, opened
 from mixtura.fitting.publishing import beside, replace_text
 from mixtura.fitting.upcycling.card import card_of
 from mixtura.fitting.upcycling.reading import read_inputs
-from mixtura.fitting.upcycling.records import Request, Upcycled
+from mixtura.fitting.upcycling.records import RESULT, Request, Upcycled
 from mixtura.fitting.upcycling.trying import tried
 from mixtura.fitting.upcycling.trying_own import tried_own
 from mixtura.methods.upcyclers import Upcycler
 from mixtura.types.upcycling import DenseShape, UpcycleShape
 
-_CARD, _RESULT = "README.md", "upcycled.json"
+_CARD = "README.md"
 # Tokens on which a model as one of our own is compared with itself in its family.
 _COMPARED = 256
 
@@ -35,8 +37,6 @@ def edited(request: Request, upcycler: Upcycler, notify: Callable[[str], None]) 
         UserError: the model is dense, of a family that ours cannot be, or does not go with the method, or
             options are for dense models.
     """
-    import json
-
     from mixtura.modeling.importing import rerouted
 
     if request.experts is not None or request.target not in (None, OWN):
@@ -76,11 +76,20 @@ def edited(request: Request, upcycler: Upcycler, notify: Callable[[str], None]) 
         first, states = tried(view, request.names[0], texts.held_out, notify)
         found = tried_own(aside, request.out.name, texts.held_out, states, notify)
         result = replace(result, before=(first,), **found)
-    digest = checkpoint_digest(source)
-    replace_text(aside / _CARD, card_of(result, request.out.name, [source], [digest]))
-    replace_text(aside / _RESULT, json.dumps(result.to_dict(), indent=1))
-    _put(aside, request.out)
+    publish(aside, result, source)
     return result
+
+
+def publish(aside: Path, made: Upcycled, source: Path) -> None:
+    """Put a model that was made in a folder aside in its place, with its card and what is known of it."""
+    card = card_of(
+        made, made.out.name, [source], [checkpoint_digest(source)], has_plan=(aside / PLAN_FILE).is_file()
+    )
+    replace_text(aside / _CARD, card)
+    replace_text(aside / RESULT, json.dumps(made.to_dict(), indent=1))
+    if made.out.is_dir():
+        made.out.rmdir()
+    aside.rename(made.out)
 
 
 def _shape(model: Any) -> DenseShape:
@@ -97,9 +106,3 @@ def _shape(model: Any) -> DenseShape:
         num_experts=sizes.num_experts,
         top_k=block.router.num_chosen,
     )
-
-
-def _put(aside: Path, out: Path) -> None:
-    if out.is_dir():
-        out.rmdir()
-    aside.rename(out)

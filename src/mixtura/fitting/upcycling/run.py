@@ -31,18 +31,20 @@ from mixtura.fitting.publishing import (
 from mixtura.fitting.texts import Texts
 from mixtura.fitting.upcycling.card import card_of
 from mixtura.fitting.upcycling.editing import edited
+from mixtura.fitting.upcycling.growing import grown
 from mixtura.fitting.upcycling.planning import (
     become_of,
     carry_of,
     check_number,
     check_target,
+    grows_layers,
     is_exact,
     plan_of,
     takes_moe,
     traced,
 )
 from mixtura.fitting.upcycling.reading import read_inputs
-from mixtura.fitting.upcycling.records import Request, Upcycled
+from mixtura.fitting.upcycling.records import RESULT, Request, Upcycled
 from mixtura.fitting.upcycling.teaching import taught
 from mixtura.fitting.upcycling.trying import balance_of, tried, tried_beside
 from mixtura.fitting.upcycling.trying_own import tried_own
@@ -54,7 +56,7 @@ from mixtura.types.upcycling import UpcycleShape
 
 Notify = Callable[[str], None]
 
-_MODEL, _PLAN, _RESULT, _CARD = "model", "plan", "upcycled.json", "README.md"
+_MODEL, _PLAN, _CARD = "model", "plan", "README.md"
 _DEFAULT_EXPERTS = 8
 
 
@@ -97,6 +99,8 @@ def carry_out(request: Request, notify: Notify) -> Upcycled:
     check_places(request.out, request.sources)
     if takes_moe(request.method):
         return edited(request, upcycler, notify)
+    if grows_layers(request.method):
+        return grown(request, upcycler, notify)
     sources = tuple(DenseView(path) for path in request.sources)
     check_sources(sources)
     check_target(sources[0], request.target, request.method)
@@ -241,7 +245,7 @@ def _card(work: _Work, made: Upcycled) -> str:
 def _publish(work: _Work, made: Upcycled) -> None:
     """Put the result in its place in one step."""
     note_result(work.journal, work.request, made.to_dict())
-    put_in_place(work.model, work.request.out, _RESULT, made.to_dict())
+    put_in_place(work.model, work.request.out, RESULT, made.to_dict())
 
 
 def _published(request: Request) -> Upcycled | None:

@@ -6,7 +6,7 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
 from mixtura.errors import UnknownNameError
 from mixtura.methods._drawing import drawn, generator_of

@@ -15,6 +15,7 @@ KIND = {
     "tags": {
         "composes": "it takes several dense models that were made from the same one (`mixtura compose`); "
         "without it, one (`mixtura upcycle`)",
+        "grows": "it adds layers to a dense model, which stays a dense one of its family",
         "initial:dense": "what comes out computes what the dense model does, to rounding; of several, where "
         "they are all alike",
         "of:moe": "it takes one MoE model, keeps its experts and gives its layers another router",

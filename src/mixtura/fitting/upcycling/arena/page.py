@@ -21,11 +21,11 @@ part half of whose neurons were drawn anew, that was trained for {special} steps
 {facts}
 
 **start** is the held-out loss in nats a token, a mean over the three kinds of text, of what the method made;
-**loss** is that after the further training. The difference is to *{one}*, *{several}* or *{fewer}*,
-seed by seed: **better** or **worse** where it is beyond its 95 % interval. The models are far smaller, and
-trained far shorter, than any that the methods were made for, and most methods have more parameters than the dense model.
-Nothing is corrected for comparing many at once, and two seeds are few. At width 64 the rank of 64 that
-`flex_more` has by default is whole, so that it is `prompt_gates` here.
+**loss** is that after the further training. The difference is to *{one}*, *{several}* or *{fewer}*, seed by
+seed: **better** or **worse** where it is beyond its 95 % interval. The models are far smaller, and trained
+far shorter, than any that the methods were made for, and most methods have more parameters than the dense
+model. Nothing is corrected for comparing many at once, and two seeds are few. At width 64 the rank of 64
+that `flex_more` has by default is whole, so that it is `prompt_gates` here.
 """
 
 

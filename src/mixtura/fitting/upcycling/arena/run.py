@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,8 @@ from mixtura.fitting.upcycling.arena.models import (
     sources,
     train,
 )
-from mixtura.fitting.upcycling.planning import needs_prompts, takes_moe
+from mixtura.fitting.upcycling.planning import grows_layers, needs_prompts, takes_moe
+from mixtura.fitting.upcycling.records import RESULT
 from mixtura.methods import header
 from mixtura.methods import names as method_names
 from mixtura.running.loading import load
@@ -151,13 +153,16 @@ class _Try:
         if group_of(name) == MOE:
             upcycle(self._moe(), out, top_k=_KEPT, **common)
         elif group_of(name) == ONE:
-            shape: dict[str, Any] = {"experts": 4, "top_k": 2} | dict(_SHAPES.get(name, {}))
+            grows = grows_layers(name)
+            shape: dict[str, Any] = {} if grows else {"experts": 4, "top_k": 2} | dict(_SHAPES.get(name, {}))
             upcycle(self.base, out, tokens=_CALIBRATION_TOKENS, **shape, **common)
         else:
             prompts = prompts_of(self.specialists, self.seed, self.folder / "prompts.json")
             given: dict[str, Any] = {"prompts": prompts} if needs_prompts(name) else {}
             given |= {"experts": 12, "top_k": 4} if name == "innovator" else {"top_k": 2}
             compose([*self.specialists.values()], out, **given, **common)
+        if grows_layers(name):
+            return _only_new_layers(out)
         model = load(out)
         shutil.rmtree(out)
         return model.requires_grad_(True)
@@ -169,7 +174,7 @@ class _Try:
             out = self.folder / "copies"
             for left in (out, out.with_name("copies.work")):
                 shutil.rmtree(left, ignore_errors=True)
-            made = {"experts": 8, "top_k": _MOE_TOP_K, "settings": {"redrawn": 0.5}}
+            made: dict[str, Any] = {"experts": 8, "top_k": _MOE_TOP_K, "settings": {"redrawn": 0.5}}
             upcycle(self.base, out, length=LENGTH, measure=False, seed=self.seed, **made)
             model = load(out).requires_grad_(True)
             shutil.rmtree(out)
@@ -186,3 +191,14 @@ class _Try:
         mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
         models[0].load_state_dict(mean)
         return models[0]
+
+
+def _only_new_layers(path: Path) -> Any:
+    """A dense model that was made deeper, of which the new layers alone are trained."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path).requires_grad_(False)
+    for number in json.loads((path / RESULT).read_text(encoding="utf-8"))["added_layers"]:
+        model.model.layers[number].requires_grad_(True)
+    shutil.rmtree(path)
+    return model
