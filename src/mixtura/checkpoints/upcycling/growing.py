@@ -93,10 +93,10 @@ def _units(view: DenseView, order: Sequence[int | Grow]) -> list[Unit]:
             by_layer.setdefault(int(number), {})[own] = entry
         else:
             units.append(CopyRows.of(entry))
-    for number, layer in enumerate(order):
+    for place, layer in enumerate(order):
         copied = layer.copy_of if isinstance(layer, Grow) else layer
         for own, entry in by_layer[copied].items():
-            name = f"{_LAYERS}{number}.{own}"
+            name = f"{_LAYERS}{place}.{own}"
             units.append(
                 _new(name, own, entry, layer) if isinstance(layer, Grow) else CopyRows.of(entry, name=name)
             )

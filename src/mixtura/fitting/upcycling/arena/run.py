@@ -45,6 +45,7 @@ _SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "dynamic_dino": {"experts": 8, "top_k": 4},
     "c_moe": {"experts": 6, "top_k": 2},
     "read_me": {"experts": 3, "top_k": 1},
+    "mote": {"experts": 4, "top_k": 1},
 }
 _CALIBRATION_TOKENS = 4096
 # How many experts a token has in the MoE model that is made, and how many are to stay.
