@@ -34,14 +34,14 @@ def projection(generator: Generator, inputs: int, outputs: int, *, bias: bool) -
 
 
 def heads_of(
-    x: Float[Tensor, "B Q D"], linear: nn.Linear, norm: RMSNorm | None, width: int
+    x: Float[Tensor, "B Q D"], linear: nn.Module, norm: RMSNorm | None, width: int
 ) -> Float[Tensor, "B H Q W"]:
     """A projection of tokens, normed over its full width or over each head's, by the norm's own."""
-    features = linear(x)
+    features: Tensor = linear(x)
     full = norm is not None and norm.weight.numel() != width
     if norm is not None and full:
         features = norm(features)
-    heads: Tensor = features.unflatten(-1, (linear.out_features // width, width))
+    heads: Tensor = features.unflatten(-1, (features.shape[-1] // width, width))
     if norm is not None and not full:
         heads = norm(heads)
     return heads.transpose(1, 2)
@@ -79,7 +79,7 @@ class OrdinaryHeads(Attention, ABC):
         self.q_norm = RMSNorm(widths[0], eps) if widths else None
         self.k_norm = RMSNorm(widths[1], eps) if widths else None
 
-    def _heads(self, x: Tensor, linear: nn.Linear, norm: RMSNorm | None) -> Float[Tensor, "B H Q W"]:
+    def _heads(self, x: Tensor, linear: nn.Module, norm: RMSNorm | None) -> Float[Tensor, "B H Q W"]:
         return heads_of(x, linear, norm, self.shape.d_head)
 
     def ordinary(
