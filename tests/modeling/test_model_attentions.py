@@ -19,6 +19,7 @@ ATTENTIONS: dict[str, Any] = {
     "windows_in_turn": [{"name": "grouped_query", "window": 3}, "grouped_query"],
     "sparse": SPARSE,
     "sparse_beside_dense": [SPARSE | {"num_dense": 2}, "grouped_query"],
+    "experts": {"name": "attention_experts", "num_experts": 3, "keys": "shared"},
     "selective": {"name": "selective_heads", "positions": "rank", "top_heads": 3},
 }
 

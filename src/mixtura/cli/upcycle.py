@@ -22,12 +22,16 @@ from mixtura.cli._upcycling import (
 )
 
 Model = Annotated[
-    str, typer.Argument(help="A dense model: a directory, or a hub id (owner/name, owner/name@revision).")
+    str,
+    typer.Argument(
+        help="A dense model, or an MoE model for methods that change one: a directory, or a hub id "
+        "(owner/name, owner/name@revision)."
+    ),
 ]
 Method = Annotated[
     str, typer.Option(help="An upcycler, by name or .py file. `mixtura methods upcyclers` lists them.")
 ]
-Experts = Annotated[int, typer.Option(min=2, help="Experts of each layer.")]
+Experts = Annotated[int | None, typer.Option(min=2, help="Experts of each layer. Default: 8.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of calibration text, where the method reads any.")]
 
 
@@ -36,7 +40,7 @@ def upcycle(
     *,
     out: Out,
     method: Method = "copies",
-    experts: Experts = 8,
+    experts: Experts = None,
     top_k: TopK = 2,
     target: Target = None,
     changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own

@@ -375,6 +375,7 @@ def _detached(routing: Routing) -> Routing:
         losses=_without_gradient(routing.losses),
         history={},
         extra=extra,
+        modulation=None,
         state=state,
     )
 

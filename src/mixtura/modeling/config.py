@@ -21,7 +21,9 @@ _SIZES = (
 )  # fmt: skip
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 _SHARES = {"attention_dropout": (0.0, 1.0), "initializer_range": (0.0, 1e6), "rms_norm_eps": (0.0, 1.0)}
-_SWITCHES = ("attention_bias", "use_cache", "tie_word_embeddings", "normed_head", "output_router_logits")
+_SWITCHES = (
+    "attention_bias", "use_cache", "tie_word_embeddings", "normed_head", "parallel", "output_router_logits",
+)  # fmt: skip
 
 
 @final
@@ -33,6 +35,8 @@ class MixturaConfig(PreTrainedConfig):
             of them, which layers take in turn.
         query_key_norm: RMSNorm of queries and keys: "none", over each "head" or over the "full" width.
         normed_head: whether the head's weights have length 1 over the vocabulary, feature by feature.
+        parallel: whether attention and experts of a layer read the same tokens, side by side, and not one
+            what the other has added.
         moe: what every layer's experts and routing have in common; see `mixtura.modeling.plan.MoEPlan`.
         layers: what is different in each layer: one entry a layer, "dense", null or a mapping.
         intermediate_size: width of the feed-forward part of dense layers.
@@ -72,6 +76,7 @@ class MixturaConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     normed_head: bool = False
+    parallel: bool = False
     output_router_logits: bool = False
     moe: dict[str, Any] | None = None
     layers: list[Any] | None = None

@@ -43,6 +43,8 @@ class DenseMLP(nn.Module):
 class MixturaDecoderLayer(GradientCheckpointingLayer):
     """Attention, then experts or a dense feed-forward part, each on normed tokens beside a residual.
 
+    With ``parallel`` in the config both read the tokens as they come into the layer.
+
     Raises:
         UserError: a router reads who attends to whom, which the attention does not say.
     """
@@ -80,10 +82,11 @@ class MixturaDecoderLayer(GradientCheckpointingLayer):
         generator = None if noise_seed is None else torch.Generator().manual_seed(noise_seed)
         normed = self.input_layernorm(x)
         attended, weights, heads = attend(self.self_attn, self.config, normed, tokens, generator, kwargs)
-        x = x + attended
-        normed = self.post_attention_layernorm(x)
+        after = x + attended
+        read = x if self.config.parallel else after
+        normed = self.post_attention_layernorm(read)
         if isinstance(self.mlp, DenseMLP):
-            return x + self.mlp(normed), (), heads
+            return after + self.mlp(normed), (), heads
         inputs = RouterInput(
             x=normed.flatten(0, 1),
             valid=tokens.valid,
@@ -97,8 +100,8 @@ class MixturaDecoderLayer(GradientCheckpointingLayer):
             attention=None if weights is None or not self.reads_attention else tokens.attention(weights),
             **common,
         )
-        output, routings = run_layer(self.mlp, inputs, x.flatten(0, 1), told)
-        return x + output.view_as(x), routings, heads
+        output, routings = run_layer(self.mlp, inputs, read.flatten(0, 1), told)
+        return after + output.view_as(x), routings, heads
 
 
 def names_of(layer: object) -> str:

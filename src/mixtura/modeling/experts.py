@@ -310,20 +310,25 @@ class ExpertPool(nn.Module):
 class SharedExpert(nn.Module):
     """An expert that every token visits, beside those it is routed to.
 
-    With ``gated`` its output is multiplied by a sigmoid of the token's product with a vector.
+    With ``gated`` its output is multiplied by a sigmoid of the token's product with a vector. With ``frozen``
+    its matrices get no gradient, whatever a training asks of parameters.
     """
 
-    def __init__(self, d_model: int, d_expert: int, *, gated: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, d_model: int, d_expert: int, *, gated: bool = False, frozen: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.seed = seed
-        self.experts = Experts(LayerShape(d_model, d_expert, 1), seed=seed)
+        self.seed, self.frozen = seed, frozen
+        self.experts = Experts(LayerShape(d_model, d_expert, 1), seed=seed).requires_grad_(not frozen)
         drawn = normal(torch.Generator().manual_seed(seed + 1), 1, 1, d_model)
         self.gate = nn.Parameter(drawn / d_model**0.5) if gated else None
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """The expert's output for every token."""
         own = self.experts.matrices
-        output = F.linear(swiglu(F.linear(x, own.gate_up[0])), own.down[0])
+        matrices = (own.gate_up[0], own.down[0])
+        gate_up, down = (one.detach() for one in matrices) if self.frozen else matrices
+        output = F.linear(swiglu(F.linear(x, gate_up)), down)
         return output if self.gate is None else torch.sigmoid(F.linear(x, self.gate[0])) * output
 
 

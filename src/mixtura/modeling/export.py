@@ -115,6 +115,10 @@ def _require_plain(model: MixturaForCausalLM, plan: MoEPlan) -> None:
                 "ordinary families attend to all earlier tokens in all heads, not by the attention "
                 f"{attention}; use save_pretrained"
             )
+    if model.config.parallel:
+        raise UnsupportedModelError(
+            "no ordinary family has attention and experts side by side (parallel); use save_pretrained"
+        )
     if plan.form is not None:
         raise UnsupportedModelError(
             f"no ordinary family has layers of the form {plan.form.name}; use save_pretrained"

@@ -5,12 +5,15 @@ Of the families that `mixtura.modeling.export` writes: Mixtral, Qwen3-MoE and OL
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from mixtura.errors import UnsupportedModelError
+from mixtura.methods.routers.top_k import TopK
 from mixtura.modeling.causal import MixturaForCausalLM
 from mixtura.modeling.config import MixturaConfig
 from mixtura.modeling.export import COMMON
@@ -47,6 +50,35 @@ def imported(model: PreTrainedModel) -> MixturaForCausalLM:
     made.tie_weights()
     if model.generation_config is not None:
         made.generation_config = model.generation_config
+    return made
+
+
+@torch.no_grad()
+def rerouted(model: MixturaForCausalLM, choice: Mapping[str, Any]) -> MixturaForCausalLM:
+    """The same weights under another router, which takes over the rows of the trained one.
+
+    What the router has besides begins as in a new model.
+
+    Raises:
+        UnsupportedModelError: the model's router is not top_k, or layers have other ones.
+        SettingError: the router does not go with the model.
+    """
+    described = copy.deepcopy(model.config.to_dict())
+    by_layer = [one for one in model.config.layers or () if isinstance(one, Mapping) and "router" in one]
+    if by_layer or not all(isinstance(block.router, TopK) for block in model.model.blocks):
+        raise UnsupportedModelError(
+            "only the router top_k, the same in all layers, is known well enough to be changed for another"
+        )
+    old = model.model.blocks[0].router
+    assert isinstance(old, TopK)
+    described["moe"]["router"] = {"renormalize": old.renormalize, **choice}
+    made: MixturaForCausalLM = MixturaForCausalLM(MixturaConfig.from_dict(described)).eval()
+    made.to(model.dtype)
+    found = made.load_state_dict(model.state_dict(), strict=False, assign=True)
+    unknown = [name for name in found.missing_keys if ".router." not in name and not name.startswith(_OWN)]
+    assert not unknown, unknown
+    made.tie_weights()
+    made.generation_config = model.generation_config
     return made
 
 

@@ -18,6 +18,7 @@ from mixtura.errors import UnknownNameError, UserError, check_range
 from mixtura.methods import declared_tags
 from mixtura.methods._activations import swiglu
 from mixtura.methods._capacity import Order, Overflow, limit, room
+from mixtura.methods._precision import exact
 from mixtura.methods.mixers import Mixer
 from mixtura.methods.routers import Router
 from mixtura.modeling.experts import ExpertMatrices, ExpertPool, Experts, SharedExpert
@@ -171,6 +172,8 @@ class MoELayer(nn.Module):
             routing = self.capacity.apply(routing)
         if ties is not None:
             routing = _tied(routing, ties)
+        if routing.modulation is not None:
+            values = (exact(values) * exact(routing.modulation)).to(values.dtype)
         output, history = self.experts.computed(values, routing, replace(inputs, history=theirs), handle)
         return output, self._with_experts(routing, history, inputs.training)
 

@@ -88,7 +88,8 @@ class _Maker:
         router = _router(plan, experts.shape, seed, self._num_moe, self._routers)
         if plan.shared_width and shared is None:
             drawn = part_seed(self._seed, layer, "shared", turn)
-            shared = SharedExpert(self._d_model, plan.shared_width, gated=plan.shared_gated, seed=drawn)
+            how = {"gated": plan.shared_gated, "frozen": plan.shared_frozen}
+            shared = SharedExpert(self._d_model, plan.shared_width, **how, seed=drawn)
             shared.experts.bank.rescale(self._deviation)
         # Passes that share experts share their losses, too.
         adds = turn == 0 or isinstance(experts, ExpertPool) or experts is not self._first[layer]

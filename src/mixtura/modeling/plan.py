@@ -79,6 +79,7 @@ class MoEPlan:
         granularity: into how many narrower experts each is cut.
         shared_width: width of the expert that every token visits; 0 for none.
         shared_gated: whether its output is gated.
+        shared_frozen: whether its weights stay as they are in training, as those of a trained model do.
         pool: how many adjacent layers make their experts common: each layer reaches those of all
             ``pool`` layers of its group, its own first. 1 is no pool.
         capacity: a limit on tokens per expert, as ``{"factor": 1.25}``; None for none.
@@ -94,6 +95,7 @@ class MoEPlan:
     granularity: int = 1
     shared_width: int = 0
     shared_gated: bool = False
+    shared_frozen: bool = False
     pool: int = 1
     capacity: Capacity | None = None
     balancers: tuple[Choice, ...] = ()
@@ -139,10 +141,9 @@ def _check_sizes(read: Mapping[str, Any]) -> None:
         if not fits(value, int):
             raise SettingError(f"{name} of an MoE layer must be a whole number, got {value!r}")
         check_range("an MoE layer", name, value, least, _LARGEST)
-    if not isinstance(read.get("shared_gated", False), bool):
-        raise SettingError(
-            f"shared_gated of an MoE layer must be true or false, got {read['shared_gated']!r}"
-        )
+    for name in ("shared_gated", "shared_frozen"):
+        if not isinstance(read.get(name, False), bool):
+            raise SettingError(f"{name} of an MoE layer must be true or false, got {read[name]!r}")
 
 
 def _capacity(value: Any) -> Capacity:

@@ -102,6 +102,11 @@ def _refuse(cls: type[Any], tags: frozenset[str], train: bool) -> None:
             f"{cls.__name__} chooses rows and columns of a grid of experts, whose scores are not those of "
             "single experts, as a transformers model needs them; choose another router"
         )
+    if "modulates" in tags:
+        raise UserError(
+            f"{cls.__name__} changes what experts read, which routers of a transformers model have no part "
+            "in; choose another router, or mixtura upcycle, which makes a model of mixtura's own"
+        )
     if "two_passes" in tags:
         raise UserError(
             f"{cls.__name__} is trained on two passes over the same tokens, which a transformers model does "

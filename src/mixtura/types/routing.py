@@ -36,6 +36,7 @@ class Routing:
         state: for the router of the next MoE layer, one row a token.
         history: for this router when it routes later tokens of these sequences; first axis S.
         extra: added to the layer's output as it is: a branch of the method's own.
+        modulation: by what tokens are multiplied, feature by feature, before experts read them; None for 1.
         demand: assignments per expert before a capacity limit dropped some; None without a limit.
         axes: where experts lie on a grid of R rows and C columns, expert ``i * C + j`` in row i and column
             j, the routing of the rows and that of the columns. ``scores`` and ``logits`` are then theirs,
@@ -54,6 +55,7 @@ class Routing:
     state: Float[Tensor, "T *_"] | None = None
     history: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Float[Tensor, "T D"] | None = None
+    modulation: Float[Tensor, "T D"] | None = None
     demand: Int[Tensor, " E"] | None = None
     axes: tuple[Routing, ...] = ()
     gates: tuple[Float[Tensor, "T H R"], Float[Tensor, "T H C"]] | None = None

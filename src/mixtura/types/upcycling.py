@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Final, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +15,14 @@ from mixtura.errors import UserError, check_range
 from mixtura.types import Action
 
 RouterInit = Literal["zeros", "normal", "rows"]
+# Of attention, by which an action names them.
+ATTENTION_PARTS: Final = ("query", "key", "value", "output")
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseShape:
-    """Sizes of a dense model, as a method that makes experts of it is told them.
+    """Sizes of a model, a dense one for most methods, as a method is told them that makes another of it.
 
     Attributes:
         d_model: D.
@@ -29,6 +31,8 @@ class DenseShape:
         num_heads: of its attention's queries; ``num_key_value_heads`` of keys and values.
         d_head: the width of a head.
         num_words: V, its vocabulary.
+        num_experts: E, where it is an MoE model already, whose experts are F wide; ``top_k`` of them for a
+            token. 0 in a dense one.
     """
 
     d_model: int
@@ -38,6 +42,8 @@ class DenseShape:
     num_key_value_heads: int = 1
     d_head: int = 1
     num_words: int = 1
+    num_experts: int = 0
+    top_k: int = 0
 
 
 @final
@@ -212,6 +218,60 @@ class SetRouter(Action):
     std: float = 0.0
     seed: int = 0
     rows: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class CarryAttention(Action):
+    """Projections of attention in every layer, where the result has several experts of attention.
+
+    Attributes:
+        parts: which: `ATTENTION_PARTS`; norms of queries and keys go with these.
+        expert: of which expert; None for what all experts have in common.
+        sources: of which sources they are the sum, with ``weights``.
+    """
+
+    kind: ClassVar[str] = "carry_attention"
+
+    parts: tuple[str, ...]
+    expert: int | None
+    sources: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RouteAttention(Action):
+    """The router of a layer's experts of attention, drawn from a normal distribution."""
+
+    kind: ClassVar[str] = "route_attention"
+
+    layer: int
+    std: float
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Grow(Action):
+    """A new decoder layer of a dense model, which computes nothing until it is trained.
+
+    What attention and the feed-forward part write with is zero; norms are those of a layer that there is,
+    and so are the other matrices, or with ``std`` above 0 they are drawn with that deviation.
+
+    Attributes:
+        after: the source's layer that it stands on; several on one are in the order of the actions.
+        copy_of: the source's layer whose parts it has.
+        std: of the matrices that are drawn; 0 for copies.
+        seed: of the draw.
+    """
+
+    kind: ClassVar[str] = "grow"
+
+    after: int
+    copy_of: int
+    std: float = 0.0
+    seed: int = 0
 
 
 @final

@@ -45,7 +45,7 @@ def total_of(routing: Routing) -> Tensor:
     """One number that everything the router returns has a part in."""
     slope = torch.linspace(-1, 1, routing.weights.numel()).to(routing.weights)
     total = (routing.weights * slope).sum() + sum(routing.losses.values())
-    for part in (routing.state, routing.extra, *(routing.gates or ())):
+    for part in (routing.state, routing.extra, routing.modulation, *(routing.gates or ())):
         if part is not None and part.is_floating_point():
             total = total + (part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum()
     return total
@@ -55,12 +55,15 @@ def require_equal_rows(whole: Routing, part: Routing, rows: Tensor, what: str, s
     """The routing of tokens ``rows`` is the same; in ``part`` they come first, or alone if ``short``."""
     there = torch.arange(rows.numel()) if short or part.num_tokens != whole.num_tokens else rows
     require(torch.allclose(dense(whole)[rows], dense(part)[there], atol=TIE), f"{what} routing")
-    if whole.extra is not None and part.extra is not None:
-        require(torch.allclose(whole.extra[rows], part.extra[there], atol=TIE), f"{what} extra output")
+    for name in ("extra", "modulation"):
+        all_rows, some = getattr(whole, name), getattr(part, name)
+        if all_rows is not None and some is not None:
+            require(torch.allclose(all_rows[rows], some[there], atol=TIE), f"{what} {name}")
 
 
 def close(left: Routing, right: Routing) -> bool:
     """Whether two routings are the same but for the last bits."""
-    return torch.allclose(dense(left), dense(right), atol=1e-6) and (
-        left.extra is None or right.extra is None or torch.allclose(left.extra, right.extra, atol=1e-5)
+    pairs = [(getattr(left, name), getattr(right, name)) for name in ("extra", "modulation")]
+    return torch.allclose(dense(left), dense(right), atol=1e-6) and all(
+        a is None or b is None or torch.allclose(a, b, atol=1e-5) for a, b in pairs
     )

@@ -161,7 +161,7 @@ def check_no_parameter_is_left_out(method: Subject) -> None:
     for given in (token_fields(61), continued(method, token_fields(61))) if parameters else ():
         routing = use(router, declared(method, given))
         parts = [routing.weights.sum(), *routing.losses.values()]
-        parts += [] if routing.extra is None else [routing.extra.sum()]
+        parts += [one.sum() for one in (routing.extra, routing.modulation) if one is not None]
         total = torch.stack([part.double() for part in parts]).sum()
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         missing = [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]

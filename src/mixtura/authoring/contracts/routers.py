@@ -66,7 +66,8 @@ def check_routing_is_whole(method: Subject) -> None:
     require((routing.gates is not None) == method.has("gates"), "gates need the tag gates, and it them")
     pairs = routing.token_ids * SHAPE.num_experts + routing.expert_ids
     require((pairs.sort().values.diff() > 0).all(), "a token is assigned twice to one expert")
-    for name in ("weights", "scores", "extra", "state"):
+    require((routing.modulation is not None) == method.has("modulates"), "modulation and its tag go together")
+    for name in ("weights", "scores", "extra", "modulation", "state"):
         value = getattr(routing, name)
         require(value is None or torch.isfinite(value).all(), f"{name} must be finite")
     for name, loss in routing.losses.items():
@@ -87,11 +88,10 @@ def check_equals_a_plain_loop(method: Subject) -> None:
     expected = torch.zeros_like(inputs.x) if routing.extra is None else routing.extra.clone()
     up, down = experts.gate_up_proj, experts.down_proj
     weights = dense(routing)
+    read = inputs.x if routing.modulation is None else inputs.x * routing.modulation
     for token, expert in weights.nonzero().tolist():
         weight = weights[token, expert]
-        expected[token] = expected[token] + weight * F.linear(
-            swiglu(up[expert] @ inputs.x[token]), down[expert]
-        )
+        expected[token] = expected[token] + weight * F.linear(swiglu(up[expert] @ read[token]), down[expert])
     require(
         torch.allclose(output, expected, atol=1e-5), "the layer's output is not the sum of its assignments"
     )

@@ -11,8 +11,9 @@ from mixtura.authoring.contracts._core import Subject, require
 from mixtura.authoring.contracts._samples import sample_dense_trace
 from mixtura.authoring.contracts._upcycled import FeedForward, filled_router, made, output_of_layer
 from mixtura.errors import UserError
+from mixtura.methods import create
 from mixtura.methods.upcyclers import Upcycler
-from mixtura.types import Plan
+from mixtura.types import LayerShape, Plan
 from mixtura.types.upcycling import (
     Approach,
     Build,
@@ -20,6 +21,7 @@ from mixtura.types.upcycling import (
     DenseShape,
     DenseTrace,
     Fill,
+    Grow,
     Recipe,
     SetRouter,
     UpcycleShape,
@@ -28,6 +30,8 @@ from mixtura.types.upcycling import (
 
 _DENSE = DenseShape(d_model=6, d_ffn=24, num_layers=2, num_heads=4, num_key_value_heads=2, d_head=3)
 _TOLERANCE = 1e-9
+# An MoE model, for methods that change one.
+_MOE = replace(_DENSE, num_experts=8, top_k=4)
 
 Given = tuple[tuple[DenseShape, ...], UpcycleShape, DenseTrace | None]
 
@@ -39,6 +43,8 @@ def arguments() -> tuple[()]:
 
 def sample(method: Subject, seed: int) -> Given:
     """Sources, as many as the method takes, a shape that they can have, and what text saw of them."""
+    if method.has("of:moe"):
+        return (_MOE,), UpcycleShape(num_experts=_MOE.num_experts, top_k=2, seed=seed), None
     number = 2 if method.has("composes") else 1
     shape = UpcycleShape(num_experts=2 * number if number == 1 else number, top_k=1, seed=seed)
     if number == 1:
@@ -56,6 +62,15 @@ def check_every_layer_is_made(method: Subject) -> None:
     given = sample(method, 1)
     recipe = use(method.create(), given)
     require(sum(isinstance(a, Carry) for a in recipe.actions) == 1, "a recipe has one action carry")
+    if method.has("grows"):
+        new = [a for a in recipe.actions if isinstance(a, Grow)]
+        require(len(new) == len(recipe.actions) - 1 > 0, "a method that grows adds layers and nothing else")
+        there = range(_DENSE.num_layers)
+        require(all(a.after in there and a.copy_of in there for a in new), "a new layer stands on an old one")
+        return
+    if method.has("of:moe"):
+        require(len(recipe.actions) == 1, "a method of MoE models keeps their experts as they are")
+        return
     shared = set()
     for layer in range(_DENSE.num_layers):
         experts = made(recipe, layer)
@@ -115,6 +130,13 @@ def check_routers_of_its_own_are_made(method: Subject) -> None:
         return
     given = sample(method, 9)
     recipe = use(method.create(), given)
+    if method.has("of:moe"):
+        choice = dict(recipe.own["moe"]["router"])
+        sizes = LayerShape(_MOE.d_model, _MOE.d_ffn, _MOE.num_experts)
+        router = create("routers", choice.pop("name"), sizes, **choice)
+        require(router.num_chosen == given[1].top_k, "as many experts run as are asked for")
+        require("weight" in dict(router.named_parameters()), "the router takes over the rows of the old one")
+        return
     for layer in range(_DENSE.num_layers):
         experts = made(recipe, layer)
         width = len(_neurons(experts[0], recipe))
@@ -129,8 +151,11 @@ def check_survives_json(method: Subject) -> None:
 
 
 def check_initial_function_is_the_dense_one(method: Subject) -> None:
-    """With the tag ``initial:dense`` a layer puts out what the dense part does, for any K that goes."""
-    if not method.has("initial:dense"):
+    """With the tag ``initial:dense`` a layer puts out what the dense part does, for any K that goes.
+
+    New layers of methods that grow write nothing, whatever the method says: the core sees to that.
+    """
+    if not method.has("initial:dense") or method.has("grows"):
         return
     sources, shape, trace = sample(method, 5)
     dense = FeedForward.drawn(_DENSE.d_model, _DENSE.d_ffn, 5)
@@ -159,6 +184,8 @@ def check_other_numbers_are_refused_in_words(method: Subject) -> None:
     """Numbers of experts that do not go raise an error with numbers, never another."""
     sources, shape, trace = sample(method, 8)
     for number in (3, 5, 7, 1000):
+        if method.has("of:moe"):
+            shape = replace(shape, num_experts=number, top_k=min(number, _MOE.top_k))
         try:
             use(method.create(), (sources, replace(shape, num_experts=number), trace))
         except UserError as error:

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from mixtura.checkpoints.applying.shards import OutputTensor, Unit
 from mixtura.checkpoints.dense.view import DenseView
+from mixtura.checkpoints.upcycling.attentions import (
+    attention_units,
+    is_attention,
+    num_attention_experts,
+    router_units,
+)
 from mixtura.checkpoints.upcycling.checking import Layers, check_plan
 from mixtura.checkpoints.upcycling.experts import Workshop
 from mixtura.checkpoints.upcycling.own import begun, widths_of
@@ -58,7 +64,9 @@ def blueprint(sources: Sequence[DenseView], plan: Plan, arrays: Mapping[str, Ten
     written: set[int] = set()
     for name in base.pieces:
         number = _layer_of(name)
-        if number is None or _FEED_FORWARD not in name:
+        if layers.attention and is_attention(name):
+            units += attention_units(sources, layers.attention, name, writer.dtype)
+        elif number is None or _FEED_FORWARD not in name:
             units.append(_carried(sources, carry, name, writer.dtype))
         elif number not in written:
             # Experts stand where the feed-forward part stood.
@@ -67,6 +75,8 @@ def blueprint(sources: Sequence[DenseView], plan: Plan, arrays: Mapping[str, Ten
     if target.model_type == OWN:
         set_already = {f"model.layers.{number}.{target.names.router}" for number in layers.routers}
         units += _routers(config, layers, workshop, set_already)
+        count = num_attention_experts(become)
+        units += router_units(layers.attention_routers, count, base.shape.d_model, writer.dtype)
     return Blueprint(tuple(units), target, config)
 
 

@@ -10,13 +10,23 @@ from torch import Tensor
 
 from mixtura.checkpoints.dense.families import head_dim
 from mixtura.checkpoints.dense.view import DenseView
+from mixtura.checkpoints.upcycling.attentions import check_attention
 from mixtura.checkpoints.upcycling.experts import MATRICES, Workshop
 from mixtura.checkpoints.upcycling.own import widths_of
 from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.checkpoints.viewing.reader import compute_dtype
 from mixtura.errors import UnsupportedModelError, UserError
 from mixtura.types import Plan
-from mixtura.types.upcycling import Approach, Become, Build, Carry, Fill, SetRouter
+from mixtura.types.upcycling import (
+    Approach,
+    Become,
+    Build,
+    Carry,
+    CarryAttention,
+    Fill,
+    RouteAttention,
+    SetRouter,
+)
 
 _SHOWN = 5
 
@@ -32,6 +42,8 @@ class Layers:
     shared: Mapping[int, Build]
     routers: Mapping[int, SetRouter]
     fills: tuple[Fill, ...] = ()
+    attention: tuple[CarryAttention, ...] = ()
+    attention_routers: tuple[RouteAttention, ...] = ()
 
 
 def check_sources(sources: Sequence[DenseView]) -> None:
@@ -120,6 +132,7 @@ def check_plan(sources: Sequence[DenseView], plan: Plan, arrays: Mapping[str, Te
             _check_router(found.routers.get(layer), layer, become, arrays, sources[0].shape.d_model)
     for fill in found.fills:
         _check_fill(fill, sources, arrays)
+    check_attention(become, found.attention, found.attention_routers, len(sources))
     return found
 
 
@@ -138,13 +151,15 @@ def _sorted(plan: Plan) -> Layers:
             experts.setdefault(action.layer, {})[action.expert] = action
         elif isinstance(action, SetRouter):
             routers[action.layer] = action
-        elif not isinstance(action, Become | Carry | Fill):
+        elif not isinstance(action, Become | Carry | Fill | CarryAttention | RouteAttention):
             raise UserError(f"a plan's action {action.kind!r} is for models that have experts already")
     ordered = {layer: tuple(own[e] for e in sorted(own)) for layer, own in experts.items()}
     fills = tuple(action for action in plan.actions if isinstance(action, Fill))
     if fills and becomes[0].family != OWN:
         raise UserError(f"a plan's action fill is for models of mixtura's own, not for {becomes[0].family}")
-    return Layers(becomes[0], carries[0], ordered, shared, routers, fills)
+    parts = tuple(action for action in plan.actions if isinstance(action, CarryAttention))
+    gates = tuple(action for action in plan.actions if isinstance(action, RouteAttention))
+    return Layers(becomes[0], carries[0], ordered, shared, routers, fills, parts, gates)
 
 
 def _check_carry(carry: Carry, num_sources: int) -> None:

@@ -190,6 +190,8 @@ def _own(config: Any, traits: Traits, become: Become) -> dict[str, Any]:
         "shared_width": become.shared_width,
     }
     settings = dict(become.settings)
+    if "attention" in settings and traits.window is not None:
+        settings["attention"] = {**settings["attention"], "window": traits.window}
     return {
         "intermediate_size": config.intermediate_size,
         "query_key_norm": traits.query_key_norm,

@@ -20,7 +20,7 @@ def upcycle(
     out: Place,
     *,
     method: str = "copies",
-    experts: int = 8,
+    experts: int | None = None,
     top_k: int = 2,
     target: str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -37,10 +37,10 @@ def upcycle(
     again, and ends with the same bytes.
 
     Args:
-        model: the dense model's directory; only read.
+        model: the dense model's directory, or an MoE model's for methods that change one; only read.
         out: the new directory.
         method: an upcycler that takes one model; `mixtura.names("upcyclers")` lists all.
-        experts: how many each layer is to have.
+        experts: how many each layer is to have; by default 8.
         top_k: how many a token is routed to.
         target: the MoE family of the result; by default the first that can hold it.
         settings: of the method.

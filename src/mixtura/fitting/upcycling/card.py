@@ -9,7 +9,7 @@ import mixtura
 from mixtura.checkpoints.applying.card import card_metadata
 from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.fitting.quality import ALL
-from mixtura.fitting.upcycling.records import Upcycled
+from mixtura.fitting.upcycling.records import Upcycled, listed
 from mixtura.report import counted, human_number
 from mixtura.report.units import format_bytes
 
@@ -34,12 +34,15 @@ model = mixtura.load("{name}")
 """
 
 
-def card_of(made: Upcycled, name: str, paths: Sequence[Path], digests: Sequence[str]) -> str:
+def card_of(
+    made: Upcycled, name: str, paths: Sequence[Path], digests: Sequence[str], *, has_plan: bool = True
+) -> str:
     """``README.md`` of the result, the same text for the same facts."""
     settings = ", ".join(f"{key}={value}" for key, value in sorted(made.settings.items()))
     method = f"`{made.method}`" + (f" ({settings})" if settings else "")
     experts = f"{counted(made.num_experts, 'expert')} of width {made.d_expert}, {made.top_k} for a token"
     shared = f", and one of width {made.shared_width} that every token visits" if made.shared_width else ""
+    made_of = f"the new layers {listed(made)}" if made.added_layers else f"in each layer {experts}{shared}"
     lines = [
         "---",
         card_metadata(paths[0], made.sources[0], library="transformers"),
@@ -48,9 +51,9 @@ def card_of(made: Upcycled, name: str, paths: Sequence[Path], digests: Sequence[
         f"# {name}",
         "",
         f"Made of {' and '.join(f'`{source}`' for source in made.sources)} by mixtura {mixtura.__version__}, "
-        f"method {method}: in each layer {experts}{shared}. The weights take "
-        f"{format_bytes(made.bytes_after)}, those of one dense model {format_bytes(made.bytes_before)}. "
-        "Nothing was trained. `plan.json` says what each expert was made of.",
+        f"method {method}: {made_of}. The weights take {format_bytes(made.bytes_after)}, those of one "
+        f"source {format_bytes(made.bytes_before)}. Nothing was trained."
+        + (" `plan.json` says what each part was made of." if has_plan else ""),
         "",
         *_measured(made),
         "## Use",

@@ -41,6 +41,16 @@ def needs_text(method: str) -> bool:
     return bool(reads(method) & _ON_TEXT)
 
 
+def takes_moe(method: str) -> bool:
+    """Whether it changes an MoE model, where others begin with dense ones."""
+    return "of:moe" in header("upcyclers", method).tags
+
+
+def grows_layers(method: str) -> bool:
+    """Whether it adds layers to a dense model, which stays one."""
+    return "grows" in header("upcyclers", method).tags
+
+
 def check_target(view: DenseView, wanted: str | None, method: str) -> None:
     """Refuse a family that cannot hold the model whatever its experts are, before anything is read for long.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixtura.fitting.quality import ALL
-from mixtura.fitting.upcycling.records import Upcycled
+from mixtura.fitting.upcycling.records import Upcycled, listed
 from mixtura.report import counted, human_number, human_percent
 from mixtura.report.screen import screen, show_table
 from mixtura.report.units import format_bytes
@@ -13,9 +13,13 @@ def print_upcycled(made: Upcycled) -> None:
     """The result for people, on standard output."""
     console = screen()
     shared = f", one of width {made.shared_width} for every token" if made.shared_width else ""
+    experts = (
+        f"{counted(made.num_experts, 'expert')} of width {made.d_expert} a layer, {made.top_k} for a "
+        f"token{shared}"
+    )
     console.print(
-        f"{made.family}: {counted(made.num_experts, 'expert')} of width {made.d_expert} a layer, "
-        f"{made.top_k} for a token{shared}; {format_bytes(made.bytes_after)} of weights, the dense model has "
+        f"{made.family}: {f'new layers {listed(made)}' if made.added_layers else experts}; "
+        f"{format_bytes(made.bytes_after)} of weights, {made.sources[0]} has "
         f"{format_bytes(made.bytes_before)}",
         soft_wrap=True,
     )
@@ -30,6 +34,10 @@ def print_upcycled(made: Upcycled) -> None:
 
 def commands(made: Upcycled) -> tuple[str, ...]:
     """What to do next."""
+    if made.added_layers:
+        layers = ",".join(map(str, made.added_layers))
+        tuned = f"mixtura tune {made.out} --adapter lora --set layers=[{layers}] --data records.jsonl"
+        return (f'mixtura generate {made.out} "a prompt"', tuned)
     return (
         f'mixtura generate {made.out} "a prompt"',
         f"mixtura tune {made.out} --adapter expert_lora --data records.jsonl",

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+# The file beside the weights that has all of it.
+RESULT = "upcycled.json"
 DEFAULT_TOKENS, DEFAULT_LENGTH, HELD_OUT_TOKENS = 8192, 512, 4096
 
 
@@ -104,6 +106,7 @@ class Upcycled:
         balance: of each layer.
         notes: what else there is to know.
         seconds: by step.
+        added_layers: numbers of layers that were added; there are no experts then.
     """
 
     out: Path
@@ -124,6 +127,7 @@ class Upcycled:
     balance: tuple[Balance, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    added_layers: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` reads them back."""
@@ -134,9 +138,15 @@ class Upcycled:
         """Read what `to_dict` wrote, also after it was JSON text."""
         own = dict(values)
         own["out"] = Path(own["out"])
-        own["sources"], own["notes"] = tuple(own["sources"]), tuple(own["notes"])
+        for name in ("sources", "notes", "added_layers"):
+            own[name] = tuple(own.get(name, ()))
         own["before"] = tuple(Tried(**one) for one in own["before"])
         own["balance"] = tuple(Balance(**one) for one in own["balance"])
         own["after"] = None if own["after"] is None else Tried(**own["after"])
         own["beside"] = None if own["beside"] is None else Beside(**own["beside"])
         return Upcycled(**own)
+
+
+def listed(made: Upcycled) -> str:
+    """The numbers of the new layers, in words."""
+    return ", ".join(map(str, made.added_layers))

@@ -15,13 +15,10 @@ from torch import Tensor
 import mixtura
 from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.skeleton import open_checkpoint
-from mixtura.checkpoints.tokenizer import load_tokenizer
 from mixtura.checkpoints.upcycling.apply import apply_upcycling, check_places, digests, load_plan, save_plan
 from mixtura.checkpoints.upcycling.blueprint import blueprint
 from mixtura.checkpoints.upcycling.checking import check_sources, settings_that_differ
 from mixtura.checkpoints.upcycling.targets import OWN
-from mixtura.data.tokens import num_embeddings_of
-from mixtura.errors import UserError
 from mixtura.fitting.journal import Journal, open_journal
 from mixtura.fitting.publishing import (
     beside,
@@ -31,23 +28,24 @@ from mixtura.fitting.publishing import (
     replace_text,
     timed,
 )
-from mixtura.fitting.texts import Texts, as_batch, load_texts
+from mixtura.fitting.texts import Texts
 from mixtura.fitting.upcycling.card import card_of
+from mixtura.fitting.upcycling.editing import edited
+from mixtura.fitting.upcycling.growing import grown
 from mixtura.fitting.upcycling.planning import (
     become_of,
     carry_of,
     check_number,
     check_target,
+    grows_layers,
     is_exact,
-    needs_prompts,
-    needs_text,
     plan_of,
-    reads,
+    takes_moe,
     traced,
 )
-from mixtura.fitting.upcycling.prompts import read_prompts
-from mixtura.fitting.upcycling.records import Request, Upcycled
-from mixtura.fitting.upcycling.teaching import by_domain, taught
+from mixtura.fitting.upcycling.reading import read_inputs
+from mixtura.fitting.upcycling.records import RESULT, Request, Upcycled
+from mixtura.fitting.upcycling.teaching import taught
 from mixtura.fitting.upcycling.trying import balance_of, tried, tried_beside
 from mixtura.fitting.upcycling.trying_own import tried_own
 from mixtura.methods import create
@@ -58,7 +56,7 @@ from mixtura.types.upcycling import UpcycleShape
 
 Notify = Callable[[str], None]
 
-_MODEL, _PLAN, _RESULT, _CARD = "model", "plan", "upcycled.json", "README.md"
+_MODEL, _PLAN, _CARD = "model", "plan", "README.md"
 _DEFAULT_EXPERTS = 8
 
 
@@ -92,17 +90,21 @@ def carry_out(request: Request, notify: Notify) -> Upcycled:
     request = replace(request, names=request.names or tuple(str(path) for path in request.sources))
     upcycler: Upcycler = create("upcyclers", request.method, **request.settings)
     check_number(len(request.sources), request.composes, request.method)
-    default = len(request.sources) if request.composes else _DEFAULT_EXPERTS
-    experts = request.experts or default
-    shape = UpcycleShape(num_experts=experts, top_k=request.top_k, seed=request.seed)
     done = _published(request)
     if done is not None:
         return done
+    default = len(request.sources) if request.composes else _DEFAULT_EXPERTS
+    experts = request.experts or default
+    shape = UpcycleShape(num_experts=experts, top_k=request.top_k, seed=request.seed)
     check_places(request.out, request.sources)
+    if takes_moe(request.method):
+        return edited(request, upcycler, notify)
+    if grows_layers(request.method):
+        return grown(request, upcycler, notify)
     sources = tuple(DenseView(path) for path in request.sources)
     check_sources(sources)
     check_target(sources[0], request.target, request.method)
-    groups, texts = _read(request, sources[0])
+    groups, texts = read_inputs(request, sources[0].path, sources[0].config)
     with open_journal(
         beside(request.out), _settings(request, sources, experts, groups, texts), "conversion", ""
     ) as journal:
@@ -111,47 +113,6 @@ def carry_out(request: Request, notify: Notify) -> Upcycled:
         _publish(work, made)
     shutil.rmtree(beside(request.out))
     return made
-
-
-def _read(request: Request, base: DenseView) -> tuple[tuple[Group, ...], Texts | None]:
-    """Prompts and text, as far as they are needed.
-
-    Raises:
-        UserError: prompts are needed and none are given, or text cannot be read.
-    """
-    with_prompts = needs_prompts(request.method)
-    if with_prompts and request.prompts is None:
-        raise UserError(
-            f"{request.method} needs prompts for each model: give --prompts FILE.json, such as "
-            '{"MODEL": ["a prompt", "another"], "OTHER": ["..."]}'
-        )
-    if request.prompts is not None and not with_prompts:
-        raise UserError(f"{request.method} reads no prompts; leave --prompts out, or choose prompt_gates")
-    if not (with_prompts or needs_text(request.method) or request.measure):
-        return (), None
-    tokenizer = load_tokenizer(base.path)
-    positions = getattr(base.config, "max_position_embeddings", None) or request.length
-    length = min(request.length, positions)
-    texts = None
-    if request.measure or needs_text(request.method):
-        texts = load_texts(
-            request.text,
-            tokenizer,
-            length=length,
-            calibration_tokens=request.tokens,
-            held_out_tokens=request.held_out_tokens,
-            seed=request.seed,
-            num_embeddings=num_embeddings_of(base.config),
-        )
-    if request.prompts is not None:
-        given = (request.prompts, request.sources, request.names, tokenizer, base.config, length)
-        return read_prompts(*given), texts
-    if texts is not None and needs_text(request.method):
-        whole = as_batch(texts.calibration)
-        # A group of text for each domain, where the method tells domains apart.
-        parts = by_domain(whole) if "domains" in reads(request.method) else (whole,)
-        return tuple(Group(part) for part in parts), texts
-    return (), texts
 
 
 def _settings(
@@ -284,7 +245,7 @@ def _card(work: _Work, made: Upcycled) -> str:
 def _publish(work: _Work, made: Upcycled) -> None:
     """Put the result in its place in one step."""
     note_result(work.journal, work.request, made.to_dict())
-    put_in_place(work.model, work.request.out, _RESULT, made.to_dict())
+    put_in_place(work.model, work.request.out, RESULT, made.to_dict())
 
 
 def _published(request: Request) -> Upcycled | None:

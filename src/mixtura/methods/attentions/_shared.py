@@ -33,6 +33,20 @@ def projection(generator: Generator, inputs: int, outputs: int, *, bias: bool) -
     return made
 
 
+def heads_of(
+    x: Float[Tensor, "B Q D"], linear: nn.Module, norm: RMSNorm | None, width: int
+) -> Float[Tensor, "B H Q W"]:
+    """A projection of tokens, normed over its full width or over each head's, by the norm's own."""
+    features: Tensor = linear(x)
+    full = norm is not None and norm.weight.numel() != width
+    if norm is not None and full:
+        features = norm(features)
+    heads: Tensor = features.unflatten(-1, (features.shape[-1] // width, width))
+    if norm is not None and not full:
+        heads = norm(heads)
+    return heads.transpose(1, 2)
+
+
 class OrdinaryHeads(Attention, ABC):
     """Attention with some heads in which every token sees all before it, or the last so many.
 
@@ -65,15 +79,8 @@ class OrdinaryHeads(Attention, ABC):
         self.q_norm = RMSNorm(widths[0], eps) if widths else None
         self.k_norm = RMSNorm(widths[1], eps) if widths else None
 
-    def _heads(self, x: Tensor, linear: nn.Linear, norm: RMSNorm | None) -> Float[Tensor, "B H Q W"]:
-        features = linear(x)
-        if norm is not None and self.query_key_norm == "full":
-            features = norm(features)
-        heads = features.unflatten(-1, (linear.out_features // self.shape.d_head, self.shape.d_head))
-        if norm is not None and self.query_key_norm == "head":
-            heads = norm(heads)
-        turned: Tensor = heads.transpose(1, 2)
-        return turned
+    def _heads(self, x: Tensor, linear: nn.Module, norm: RMSNorm | None) -> Float[Tensor, "B H Q W"]:
+        return heads_of(x, linear, norm, self.shape.d_head)
 
     def ordinary(
         self, inputs: AttentionInput

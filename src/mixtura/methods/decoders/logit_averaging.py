@@ -42,7 +42,7 @@ class LogitAveraging(Decoder):
         [0, 1]
 
     Differences from the paper:
-        Only its way of decoding; growing and training models is not done here. Weights are an addition.
+        Only its way of decoding; the upcycler `growing_transformers` adds layers. Weights are an addition.
 
     Reference:
         Growing Transformers: Modular Composition and Layer-wise Expansion on a Frozen Substrate (paper 187).

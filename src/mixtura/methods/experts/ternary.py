@@ -42,8 +42,8 @@ class Ternary(Bank):
 
     Differences from the paper:
         Only the abstract and a summary were at hand; the formulas are those of BitNet b1.58. The frozen dense
-        part beside the experts is ``shared_width``, which is trained here; making experts from a trained
-        dense model is left out. Gate and up have a scale each.
+        part beside the experts is ``shared_width`` of the layer with ``shared_frozen``; the upcycler `mote`
+        makes both of a trained dense model. Gate and up have a scale each.
 
     Reference:
         MoTE: Mixture of Ternary Experts for Memory-efficient Large Multimodal Models (paper 27, abstract and

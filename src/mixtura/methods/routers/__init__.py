@@ -32,6 +32,7 @@ KIND = {
         "expert_rows": "scores experts by a token's products with the rows of its parameter `weight` [E, D]",
         "axes": "experts lie on a grid, and scores are those of its rows and its columns",
         "gates": "gives weights to rows and columns of a grid instead of sending tokens to experts",
+        "modulates": "multiplies the features of tokens before experts read them, by `Routing.modulation`",
         "keeps_weights": "its parameter `weight` may hold the rows [E, D] of a trained top-k router",
     },
 }

@@ -6,14 +6,19 @@ from abc import ABC, abstractmethod
 
 from mixtura.types.upcycling import DenseShape, DenseTrace, Recipe, UpcycleShape
 
+# The attention of a model of mixtura's own whose experts are whole attentions.
+ATTENTION_EXPERTS = "attention_experts"
+
 KIND = {
     "base": "Upcycler",
     "summary": "Makes the experts and routers of an MoE model of dense models.",
     "tags": {
         "composes": "it takes several dense models that were made from the same one (`mixtura compose`); "
         "without it, one (`mixtura upcycle`)",
+        "grows": "it adds layers to a dense model, which stays a dense one of its family",
         "initial:dense": "what comes out computes what the dense model does, to rounding; of several, where "
         "they are all alike",
+        "of:moe": "it takes one MoE model, keeps its experts and gives its layers another router",
         "own": "what comes out is a model of mixtura's own, which plain transformers does not load",
         "reads:FIELD": "what it is told of text: `words` are mean embeddings of prompts for each source, "
         "`prompts` mean inputs of theirs in the first source, `own` those in each source's own feed-forward "

@@ -10,6 +10,7 @@ from mixtura.errors import SettingError, UnknownNameError, check_range
 from mixtura.methods import header
 from mixtura.methods.settings import fits, key_and_value
 from mixtura.train.config import parse_value, record_of
+from mixtura.train.tuning.reinforcing import Reinforce
 
 
 @final
@@ -83,6 +84,8 @@ class TuneSteps:
         keep: newest checkpoints that are kept.
         activation_checkpointing: whether layers are computed again instead of kept.
         tensorboard: whether to write the metrics for TensorBoard, too, in ``DIRECTORY/tensorboard``.
+        reinforce: learn from drawn answers by their reward; null for learning the answers that are given. See
+            `mixtura.train.tuning.reinforcing.Reinforce`.
     """
 
     epochs: float = 3.0
@@ -101,6 +104,7 @@ class TuneSteps:
     keep: int = 2
     activation_checkpointing: bool = False
     tensorboard: bool = False
+    reinforce: Reinforce | None = None
 
     def __post_init__(self) -> None:
         counts = ("num_sequences", "num_accumulated", "save_steps", "eval_steps", "log_steps", "keep")

@@ -20,6 +20,7 @@ from mixtura.machine.releases import checkpointing_arguments
 from mixtura.train.run import begin, check_same, last_line, require_installed
 from mixtura.train.sequences import Collator, ExampleSequences
 from mixtura.train.tuning.config import TuneConfig
+from mixtura.train.tuning.reinforcing import Rollouts, check_answers
 
 ADAPTER = "adapter"
 _CHOSEN = "chosen.json"
@@ -79,17 +80,24 @@ def run_tuning(config: TuneConfig, directory: Path, *, model_path: Path, progres
     check_same(values, directory)
     model = load_base(model_path, config)
     examples, measured = _examples(config, tokenizer, model)
+    reinforced = config.training.reinforce
+    if reinforced is not None:
+        check_answers(examples)
     values["text_sha256"] = digest_of(examples)
     check_same(values, directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {directory}: {error.strerror}") from None
-    packed = splits_documents(model, tokenizer, config)
+    # Each question is answered by itself.
+    packed = reinforced is None and splits_documents(model, tokenizer, config)
     data = _Data.of(config, examples, measured, tokenizer, model, packed)
     begin(values, directory)
     adapted = _with_adapter(model, config, examples, directory, progress)
-    trainer, measure = _trainer(config, adapted, data, directory, progress)
+    rollouts = None
+    if reinforced is not None:
+        rollouts = Rollouts(reinforced, tokenizer, pad_id(tokenizer, num_embeddings_of(model.config)))
+    trainer, measure = _trainer(config, adapted, data, directory, progress, rollouts)
     before = _note(directory, "before", measure)
     found = checkpoints(directory)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -232,7 +240,14 @@ def first_tokens(examples: Sequence[Example], most: int, length: int) -> TokenBa
     return TokenBatch(ids, mask, torch.zeros(len(rows), dtype=torch.int64), ("data",))
 
 
-def _trainer(config: TuneConfig, model: Any, data: _Data, directory: Path, progress: bool) -> tuple[Any, Any]:
+def _trainer(
+    config: TuneConfig,
+    model: Any,
+    data: _Data,
+    directory: Path,
+    progress: bool,
+    rollouts: Rollouts | None,
+) -> tuple[Any, Any]:
     from mixtura.adapting import StepCallback
     from mixtura.train.log import MetricsCallback
     from mixtura.train.progress import show_progress
@@ -240,6 +255,7 @@ def _trainer(config: TuneConfig, model: Any, data: _Data, directory: Path, progr
 
     steps, measured = config.training, data.measured
     trainer = TuneTrainer(
+        rollouts=rollouts,
         model=model,
         args=_arguments(config, directory, data.num_steps),
         train_dataset=data.train,

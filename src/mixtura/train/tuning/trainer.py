@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from mixtura.errors import CheckpointError
 from mixtura.train.sequences import IGNORED, Collator
+from mixtura.train.tuning.reinforcing import Rollouts
 from mixtura.train.whole import WholeTrainer
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -20,7 +21,28 @@ _WEIGHTS = "adapter_model.safetensors"
 
 @final
 class TuneTrainer(WholeTrainer):
-    """Trains an adapter; a training that continues has every weight of the checkpoint's."""
+    """Trains an adapter; a training that continues has every weight of the checkpoint's.
+
+    Args:
+        rollouts: draws answers and gives their loss; None to learn the answers that are given.
+        others: what `transformers.Trainer` is told.
+    """
+
+    def __init__(self, *, rollouts: Rollouts | None = None, **others: Any) -> None:
+        self._rollouts = rollouts
+        super().__init__(**others)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the answers that are given, or of those that are drawn."""
+        if self._rollouts is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # A step's micro-batches have as many questions each, so that their mean is the step's.
+        return self._rollouts.loss(model, inputs) / self.args.gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and beside the loss what drawn answers came to."""
+        more = self._rollouts.taken() if self._rollouts is not None and "loss" in logs else {}
+        super().log(logs | more, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -60,13 +60,13 @@ def small_dense(vocab_size: int, seed: int) -> Any:
 
 def sources(folder: Path, text: Text, seed: int, steps: Steps) -> tuple[Path, dict[str, Path]]:
     """The dense model and, by domain, what further training on that domain made of it; trained once."""
-    base = _kept(
+    base = kept_model(
         folder / "dense", partial(_trained_dense, None, text.streams, text, seed, steps.dense, steps.rate)
     )
     made = {}
     for number, (domain, stream) in enumerate(text.streams.items(), start=1):
         own_seed, own = seed + 1000 * number, {domain: stream}
-        made[domain] = _kept(
+        made[domain] = kept_model(
             folder / domain, partial(_trained_dense, base, own, text, own_seed, steps.special, steps.rate)
         )
     return base, made
@@ -127,7 +127,7 @@ def _trained_dense(
     return model
 
 
-def _kept(folder: Path, make: Any) -> Path:
+def kept_model(folder: Path, make: Any) -> Path:
     """A model that was trained before, or is now: whole or not at all."""
     if not folder.is_dir():
         aside = folder.with_name(f"{folder.name}.part")

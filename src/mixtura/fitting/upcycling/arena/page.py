@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mixtura.fitting.upcycling.arena.models import TOKENS_PER_STEP, Steps
-from mixtura.fitting.upcycling.arena.run import ONE, REFERENCES, SEVERAL
+from mixtura.fitting.upcycling.arena.run import MOE, ONE, REFERENCES, SEVERAL
 from mixtura.train.arena.paired import Row, difference_cells, name_cell, points
 from mixtura.train.arena.plot import scatter
 
@@ -16,14 +16,16 @@ Written by `mixtura arena upcyclers`. A dense model of two layers and width 64 i
 tasks for {dense} steps of {tokens} tokens; further training on one of the three alone, {special} steps, makes
 three specialists of it. Upcyclers make MoE models of the one, or of the three, and all are trained on for
 {further} steps with the same text in the same order, at a learning rate that was tuned for none, {seeds}.
+Methods that change an MoE model get one of 8 experts, 4 for a token, copies of the dense one's feed-forward
+part half of whose neurons were drawn anew, that was trained for {special} steps; two experts are to stay.
 {facts}
 
 **start** is the held-out loss in nats a token, a mean over the three kinds of text, of what the method made;
-**loss** is that after the further training. The difference is to *{one}*, or to *{several}*, seed by seed:
-**better** or **worse** where it is beyond its 95 % interval. The models are far smaller, and trained far
-shorter, than any that the methods were made for, and most methods have more parameters than the dense model.
-Nothing is corrected for comparing many at once, and two seeds are few. At width 64 the rank of 64 that
-`flex_more` has by default is whole, so that it is `prompt_gates` here.
+**loss** is that after the further training. The difference is to *{one}*, *{several}* or *{fewer}*, seed by
+seed: **better** or **worse** where it is beyond its 95 % interval. The models are far smaller, and trained
+far shorter, than any that the methods were made for, and most methods have more parameters than the dense
+model. Nothing is corrected for comparing many at once, and two seeds are few. At width 64 the rank of 64
+that `flex_more` has by default is whole, so that it is `prompt_gates` here.
 """
 
 
@@ -38,10 +40,13 @@ def markdown(table: Sequence[Row], num_seeds: int, steps: Steps, facts: str) -> 
         facts=facts,
         one=REFERENCES[ONE],
         several=REFERENCES[SEVERAL],
+        fewer=REFERENCES[MOE],
     )
     parts = [about]
-    for group in (ONE, SEVERAL):
+    for group in (ONE, SEVERAL, MOE):
         rows = [row for row in table if row.group == group]
+        if not rows:
+            continue
         judged = [row for row in rows if row.verdict != "baseline"]
         better = sum(row.verdict == "better" for row in judged)
         worse = sum(row.verdict == "worse" for row in judged)
