@@ -28,7 +28,14 @@ Weights = Annotated[
     typer.Option("--shares", help="Weigh experts alike (even) or by how often text reaches them (load)."),
 ]
 Text = Annotated[
-    Path | None, typer.Option(help="With --shares load: text. Default: text that comes with mixtura.")
+    Path | None,
+    typer.Option(help="With --shares load or --heads: text. Default: text that comes with mixtura."),
+]
+HeadsKept = Annotated[
+    int | None,
+    typer.Option(
+        help="Of a model with the attention expert_heads: leave so many heads, experts as they are."
+    ),
 ]
 
 
@@ -38,14 +45,16 @@ def condense(
     out: Out,
     shares: Weights = Shares.EVEN,
     text: Text = None,
-    tokens: int = typer.Option(8192, min=1, help="Tokens of the text for --shares load."),
+    heads: HeadsKept = None,
+    tokens: int = typer.Option(8192, min=1, help="Tokens of the text for --shares load or --heads."),
     yes: bool = typer.Option(False, "--yes", help="Download a model from the hub without asking."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Average each layer's experts into one feed-forward part: a dense model that needs no router.
 
     For models whose experts began as copies of one part (`mixtura upcycle`) and were trained from there. What
-    stands outside the experts stays as it is.
+    stands outside the experts stays as it is. With `--heads`, heads that are experts go instead, all but
+    those of each layer that most tokens of the text choose.
 
     Example: `mixtura condense ./tuned-moe --shares load --out dense-again`
     """
@@ -56,12 +65,27 @@ def condense(
     from mixtura.running.resolve import resolve_model
 
     resolved = resolve_model(model, assume_yes=yes)
+    if heads is not None:
+        _heads(resolved.path, out, heads, tokens, text, as_json=as_json)
+        return
     weights = _by_load(resolved.path, text, tokens) if shares is Shares.LOAD else None
     written = write(resolved.path, out, shares=weights, progress=not as_json)
     if as_json:
         typer.echo(json.dumps({"model": str(written), "source": resolved.name, "shares": shares.value}))
     else:
         typer.echo(f"the experts of {resolved.name} are averaged ({shares.value}); the model is in {written}")
+
+
+def _heads(path: Path, out: Path, heads: int, tokens: int, text: Path | None, *, as_json: bool) -> None:
+    """Leave some heads of each layer, and say which."""
+    from mixtura.running.heads import condense_heads
+
+    kept = condense_heads(path, out, heads, tokens, text)
+    if as_json:
+        typer.echo(json.dumps({"model": str(out), "source": str(path), "heads": kept}))
+        return
+    told = "; ".join(f"layer {layer}: {', '.join(map(str, own))}" for layer, own in enumerate(kept))
+    typer.echo(f"heads that stay, of {path}: {told}; the model is in {out}")
 
 
 def _by_load(path: Path, text: Path | None, tokens: int) -> dict[int, list[float]]:
