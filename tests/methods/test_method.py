@@ -53,6 +53,7 @@ def test_kinds_are_the_folders_that_say_so() -> None:
         "pruners": "pruner",
         "quantizers": "quantizer",
         "routers": "router",
+        "sparsifiers": "sparsifier",
         "statistics": "statistic",
         "trimmers": "trimmer",
         "upcyclers": "upcycler",

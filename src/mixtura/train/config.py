@@ -94,6 +94,8 @@ class StepConfig:
         teacher: a model to learn from besides; see `mixtura.train.features.Teacher`.
         skip_spikes: leave out steps whose loss is so many deviations above the mean of recent steps; null for
             none.
+        sparsity: a sparsifier, by name or with settings, that sets weights to zero as the training goes; null
+            for none.
         tensorboard: whether to write the metrics for TensorBoard, too, in ``DIRECTORY/tensorboard``.
     """
 
@@ -114,6 +116,7 @@ class StepConfig:
     bf16: bool = False
     teacher: Teacher | None = None
     skip_spikes: float | None = None
+    sparsity: dict[str, Any] | str | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +128,10 @@ class StepConfig:
             check_range("training", name, getattr(self, name), 0, 1e6)
         if self.skip_spikes is not None:
             check_range("training", "skip_spikes", self.skip_spikes, 1, 1e6)
+        if self.sparsity is not None:
+            from mixtura.train.sparsity import read_sparsity
+
+            read_sparsity(self.sparsity)
         if len(self.betas) != 2 or not all(fits(beta, float) and 0 <= beta < 1 for beta in self.betas):
             raise SettingError(f"betas of training must be two numbers in [0, 1), got {self.betas!r}")
         if self.warmup_steps + self.decay_steps > self.num_steps:

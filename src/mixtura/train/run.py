@@ -60,6 +60,11 @@ def train(
         OutputError: it holds something else, or cannot be written.
     """
     require_installed(tensorboard=config.training.tensorboard)
+    if config.training.sparsity is not None and expert_parallel > 1:
+        raise UserError(
+            "sparsity compares the weights of all experts, and --expert-parallel lays them on several "
+            "processes; leave one of them out"
+        )
     from mixtura.modeling.family import MixturaForCausalLM
     from mixtura.train.text import digest
     from mixtura.train.whole import checkpoints
@@ -287,11 +292,21 @@ def _trainer(
         spikes=None if steps.skip_spikes is None else SpikeGuard(steps.skip_spikes),
         parallel=_parallel(model, arguments, degree),
         mixing=mixing,
+        sparsity=_sparsity(steps, model),
         model=model,
         args=arguments,
     )
     show_progress(trainer, directory, bar=progress, tensorboard=steps.tensorboard)
     return trainer
+
+
+def _sparsity(steps: Any, model: Any) -> Any:
+    """Which weights are to be zero; None where all are trained."""
+    if steps.sparsity is None:
+        return None
+    from mixtura.train.sparsity import Sparsity, read_sparsity
+
+    return Sparsity(model, read_sparsity(steps.sparsity), steps.num_steps)
 
 
 def _parallel(model: Any, arguments: Any, degree: int) -> Any:

@@ -19,6 +19,7 @@ from mixtura.train.features import SpikeGuard, Teacher, teaching_loss
 from mixtura.train.log import MetricsCallback
 from mixtura.train.metrics import RoutingMeter
 from mixtura.train.mixing import MixedSequences, held_out_losses, numbers
+from mixtura.train.sparsity import Sparsity, SparsityCallback
 from mixtura.train.spread import cut_optimizer, save_optimizer
 from mixtura.train.text import collate
 from mixtura.train.whole import WholeTrainer
@@ -69,6 +70,7 @@ class MixturaTrainer(WholeTrainer):
         teacher: settings of a teacher and the model itself; None for none.
         spikes: says which steps to leave out; None for none.
         mixing: the text, where its shares are decided as training goes; what is trained on are its numbers.
+        sparsity: which weights are zero, where some are to be; None for none.
     """
 
     def __init__(
@@ -80,14 +82,17 @@ class MixturaTrainer(WholeTrainer):
         spikes: SpikeGuard | None = None,
         parallel: Parallel | None = None,
         mixing: MixedSequences | None = None,
+        sparsity: Sparsity | None = None,
         **kwargs: Any,
     ) -> None:
         self._metrics = metrics
-        self._parallel, self._mixing = parallel, mixing
+        self._parallel, self._mixing, self._sparsity = parallel, mixing, sparsity
         self._meter = RoutingMeter()
         self._teacher, self._spikes = teacher, spikes
         self._step_loss = 0.0
-        guards = [] if spikes is None else [SpikeCallback(self._leaps)]
+        guards: list[TrainerCallback] = [] if spikes is None else [SpikeCallback(self._leaps)]
+        if sparsity is not None:
+            guards.append(SparsityCallback(sparsity))
         collator = collate if mixing is None else numbers
         super().__init__(data_collator=collator, callbacks=[*guards, BalanceCallback(), metrics], **kwargs)
         parts = self.args.gradient_accumulation_steps * self.args.world_size
@@ -168,6 +173,8 @@ class MixturaTrainer(WholeTrainer):
         if "loss" in logs:
             if self._spikes is not None:
                 logs["skipped_steps"] = self._spikes.num_skipped
+            if self._sparsity is not None:
+                logs["density"] = self._sparsity.density
             layers = self._meter.take()
             self._metrics.layers = layers
             for place, layer in enumerate(layers):
@@ -196,6 +203,8 @@ class MixturaTrainer(WholeTrainer):
             (Path(output_dir) / _SPIKES).write_text(json.dumps(self._spikes.to_dict()), encoding="utf-8")
         if self._mixing is not None:
             self._mixing.save(Path(output_dir))
+        if self._sparsity is not None:
+            self._sparsity.save(Path(output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -216,6 +225,8 @@ class MixturaTrainer(WholeTrainer):
         if self._mixing is not None:
             self._mixing.load(Path(resume_from_checkpoint))
             self._metrics.mixture = self._mixing.described()
+        if self._sparsity is not None:
+            self._sparsity.load(Path(resume_from_checkpoint))
         loaded = MixturaForCausalLM.from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         wanted = loaded.state_dict()
         if self._parallel is not None:

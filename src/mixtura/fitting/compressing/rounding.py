@@ -20,6 +20,7 @@ from mixtura.fitting.compressing.records import LayerRounding
 from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
 from mixtura.methods import create
+from mixtura.methods.quantizers import LayerSeen
 from mixtura.types import Merge, Plan, Quantize
 
 
@@ -87,6 +88,7 @@ class LayerRounder:
         self._shrunk = shrunk
         self._kept = kept
         self._quantizer = create("quantizers", shrunk.quantizer, **shrunk.settings)
+        self._first = self._quantizer
         self._stored = shrunk.stored(layer)
         self._place = {member: expert for expert, members in self._stored.items() for member in members}
 
@@ -103,7 +105,23 @@ class LayerRounder:
         absent = top_k_index >= self._layer.num_experts
         seen = Seen(hidden, top_k_index.masked_fill(absent, -1), top_k_weights)
         average = seen.average
+        self._first = self._quantizer.for_layer(self._layer_seen(seen))
         side_by_side(lambda expert: self._round(expert, seen, average), missing)
+
+    def _layer_seen(self, seen: Seen) -> LayerSeen:
+        """All of the layer, by the numbers of experts that are stored."""
+        # The last place is that of choices that are absent.
+        stored = torch.full((self._layer.num_experts + 1,), -1)
+        for member, expert in self._place.items():
+            stored[member] = expert
+
+        def first(expert: int) -> Tensor:
+            up = self._shrunk.tensors(self._layer, expert).up
+            return up.mT if self._layer.layout.transposed else up
+
+        return LayerSeen(
+            seen.hidden, stored[seen.index], tuple(self._stored), first, self._layer.router_weight()
+        )
 
     def expert(
         self,
@@ -145,7 +163,7 @@ class LayerRounder:
         transposed = self._layer.layout.transposed
         up, down = ((m.mT if transposed else m).contiguous() for m in (tensors.up, tensors.down))
         encodings: Encodings = {
-            "up": self._quantizer.encode(up, known.up_moments),
+            "up": self._first.encode(up, known.up_moments),
             "down": self._quantizer.encode(down, known.down_moments),
         }
         changed = self._decoded(encodings, biases, tensors.up.dtype)

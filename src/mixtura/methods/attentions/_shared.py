@@ -85,9 +85,15 @@ class OrdinaryHeads(Attention, ABC):
     def ordinary(
         self, inputs: AttentionInput
     ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B H Q C"] | None]:
-        """What these heads gather, and their weights where the implementation gives them."""
+        """What these heads gather, as one, and their weights where the implementation gives them."""
+        gathered, weights = self.gathered(inputs)
+        return self.o_proj(gathered.flatten(2).contiguous()), weights
+
+    def gathered(
+        self, inputs: AttentionInput
+    ) -> tuple[Float[Tensor, "B Q H W"], Float[Tensor, "B H Q C"] | None]:
+        """What each head gathers, and their weights where the implementation gives them."""
         x, cos, sin = inputs.x, inputs.cos.unsqueeze(1), inputs.sin.unsqueeze(1)
         query = rotated(self._heads(x, self.q_proj, self.q_norm), cos, sin)
         key = rotated(self._heads(x, self.k_proj, self.k_norm), cos, sin)
-        gathered, weights = inputs.attend(query, key, self._heads(x, self.v_proj, None))
-        return self.o_proj(gathered.flatten(2).contiguous()), weights
+        return inputs.attend(query, key, self._heads(x, self.v_proj, None))

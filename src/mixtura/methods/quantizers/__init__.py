@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 KIND = {"base": "Quantizer", "summary": "Stores a weight matrix in fewer bits."}
@@ -29,6 +29,26 @@ class Encoded:
     def num_bytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSeen:
+    """What the experts of one layer were given on calibration text, and the matrices that read it.
+
+    Attributes:
+        hidden: the layer's tokens.
+        index: the experts that each token chose; below 0 where it chose none.
+        experts: the numbers of those that are stored.
+        first: an expert's first matrix, by its number.
+        router: the router's row of each expert.
+    """
+
+    hidden: Float[Tensor, "T D"]
+    index: Int[Tensor, "T K"]
+    experts: tuple[int, ...]
+    first: Callable[[int], Float[Tensor, "R D"]]
+    router: Float[Tensor, "E D"]
 
 
 class Quantizer(ABC):
@@ -58,6 +78,14 @@ class Quantizer(ABC):
     @abstractmethod
     def num_bytes(self, rows: int, cols: int) -> int:
         """Bytes `encode` takes for a matrix of this size, exactly, without encoding one."""
+
+    def for_layer(self, layer: LayerSeen) -> Quantizer:
+        """What encodes the first matrices of a layer's experts, for methods that look at them together.
+
+        What it encodes is decoded by this very quantizer, and takes as many bytes.
+        """
+        del layer
+        return self
 
     @property
     def form(self) -> str:

@@ -21,7 +21,7 @@ from mixtura.fitting.calibration import Calibration, Seen, calibrated, side_by_s
 from mixtura.kernels import ExpertTensors
 from mixtura.kernels.backend import math_of
 from mixtura.methods import header
-from mixtura.methods.quantizers import Quantizer
+from mixtura.methods.quantizers import LayerSeen, Quantizer
 from mixtura.running.observing.attach import attached
 from mixtura.running.observing.checkpoint import read_text
 from mixtura.running.observing.passing import packed
@@ -89,6 +89,7 @@ class RoundingExam:
         self._exam = Exam(path, sizes, seed)
         self._view = MemoryView(self._exam.model)
         self._known: dict[tuple[int, int], Calibration] = {}
+        self._seen: dict[int, Seen] = {}
 
     def measure(self, entry: Entry) -> dict[str, Any]:
         """Loss, error of the experts' outputs, and bits of a weight of an entry."""
@@ -113,7 +114,7 @@ class RoundingExam:
         rounded, quantizer = copy.deepcopy(self._exam.model), entry.quantizer()
         there, lost, whole = MemoryView(rounded), 0.0, 0.0
         for layer in self._view.layers:
-            made = _rounded(layer, quantizer, self._known)
+            made = _rounded(layer, quantizer, self._known, self._seen[layer.index])
             math = math_of(self._exam.model.get_submodule(layer.name))
             for expert, tensors in made.items():
                 known = self._known[layer.index, expert]
@@ -148,7 +149,7 @@ class RoundingExam:
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         for layer in self._view.layers:
             seen, math = given[layer.name].seen, math_of(model.get_submodule(layer.name))
-            average = seen.average
+            average, self._seen[layer.index] = seen.average, seen
             for expert in range(layer.num_experts):
                 tensors = layer.native_expert(expert)
                 known = calibrated(seen, average, (expert,), tensors, math)
@@ -163,19 +164,29 @@ class RoundingExam:
 
 
 def _rounded(
-    layer: LayerView, quantizer: Quantizer, known: dict[tuple[int, int], Calibration]
+    layer: LayerView, quantizer: Quantizer, known: dict[tuple[int, int], Calibration], seen: Seen
 ) -> dict[int, ExpertTensors]:
     """A layer's experts as they come back."""
     made: dict[int, ExpertTensors] = {}
 
+    def turned(matrix: Tensor) -> Tensor:
+        return matrix.mT if layer.layout.transposed else matrix
+
+    first = quantizer.for_layer(
+        LayerSeen(
+            seen.hidden,
+            seen.index,
+            tuple(range(layer.num_experts)),
+            lambda expert: turned(layer.native_expert(expert).up),
+            layer.router_weight(),
+        )
+    )
+
     def round_one(expert: int) -> None:
-        tensors, seen = layer.native_expert(expert), known[layer.index, expert]
-        back = []
-        for matrix, moments in ((tensors.up, seen.up_moments), (tensors.down, seen.down_moments)):
-            weight = (matrix.mT if layer.layout.transposed else matrix).contiguous()
-            found = quantizer.decode(quantizer.encode(weight, moments))
-            back.append(found.mT if layer.layout.transposed else found)
-        made[expert] = tensors._replace(up=back[0], down=back[1])
+        tensors, own = layer.native_expert(expert), known[layer.index, expert]
+        up = first.encode(turned(tensors.up).contiguous(), own.up_moments)
+        down = quantizer.encode(turned(tensors.down).contiguous(), own.down_moments)
+        made[expert] = tensors._replace(up=turned(quantizer.decode(up)), down=turned(quantizer.decode(down)))
 
     side_by_side(round_one, range(layer.num_experts))
     return dict(sorted(made.items()))
