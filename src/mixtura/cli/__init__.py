@@ -54,6 +54,10 @@ EXIT_INTERRUPTED = 130
 # Whoever read the output went away.
 EXIT_CLOSED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 EPILOG = (
     "Exit codes: 0 done; 1 `check` found a promise broken, or `verify` a difference; 2 mistyped, missing or "
     "damaged, and what to give instead; 3 understood, but it cannot be had: a budget that nothing meets, "
@@ -123,6 +127,9 @@ def main() -> None:
             # Whoever read has read enough.
             _abandon_output()
             sys.exit(EXIT_CLOSED)
+        if error.errno in _NO_ACCESS and error.filename:
+            why = error.strerror.lower()
+            _refuse(f"{error.filename} cannot be used ({why}); give a path that can", EXIT_USER_ERROR)
         if error.errno not in _NO_ROOM:
             raise
         _abandon_output()

@@ -11,14 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixtura.errors import OutputError
 from mixtura.fitting.journal import Journal
 
 _PUBLISHED = "published"
 
 
 def beside(out: Path) -> Path:
-    """Where stopped work is kept, beside the result."""
-    return out.with_name(out.name + ".work")
+    """Where stopped work is kept, beside the result.
+
+    Raises:
+        OutputError: nothing can lie beside it.
+    """
+    named = out if out.name not in ("", "..") else out.resolve()
+    if not named.name:
+        raise OutputError(f"{out} cannot be written as a model; give a new directory")
+    return named.with_name(named.name + ".work")
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class MixedExperts(nn.Module):
 
     def shares(self, layer: int) -> Float[Tensor, " E"]:
         """The shares of a layer's experts, which sum to one."""
-        learned = self.logits[str(layer)].softmax(0)
+        learned: Tensor = self.logits[str(layer)].softmax(0)
         if self.first is None:
             return learned
         return torch.cat([learned.new_tensor([self.first]), (1 - self.first) * learned])

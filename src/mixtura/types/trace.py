@@ -11,11 +11,11 @@ from typing import Any, final
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtura.errors import UnknownNameError, UserError, suggest
 from mixtura.types import LayerShape
+from mixtura.types.saving import save_tensors
 
 _FOR_AN_ANALYSIS = " (mixtura observe MODEL --analysis NAME --save FILE keeps what the analysis reads)"
 _VERSION = "1"
@@ -266,7 +266,7 @@ class Trace:
         }
         if self.token_ids is not None:
             tensors[_TOKEN_IDS] = self.token_ids.contiguous()
-        save_file(tensors, str(path), metadata=header)
+        save_tensors(tensors, path, header)
 
     @staticmethod
     def load(path: Path) -> Trace:

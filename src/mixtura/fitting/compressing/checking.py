@@ -59,6 +59,8 @@ def make_methods(choices: Choices) -> Methods:
         name = choices.method(choice)
         given[choice] = dict(choices.settings.get(choice, {}))
         if choice == "quantize" and choices.bits is not None:
+            if not math.isfinite(choices.bits):
+                raise SettingError(f"--bits must be a number such as 4 or 2.25, got {choices.bits}")
             whole = int(choices.bits) == choices.bits
             given[choice]["bits"] = int(choices.bits) if whole else choices.bits
         if name is not None:

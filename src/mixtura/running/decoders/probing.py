@@ -10,7 +10,6 @@ from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from mixtura.errors import CheckpointError, UnsupportedModelError, UserError
 from mixtura.methods.decoders import Calibration, Head, ModelFacts, Ran, View
 from mixtura.running.decoders.bundle import Cost
 from mixtura.running.decoders.steering import Steerer, stacked
+from mixtura.types.saving import save_tensors
 from mixtura.types.steering import Steering
 
 _HEADER = "mixtura_calibration"
@@ -115,13 +115,31 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 def save_calibration(made: Calibration, path: Path) -> None:
-    """Write it as one safetensors file, its values in the header."""
+    """Write it as one safetensors file, its values in the header.
+
+    Raises:
+        UserError: a value of it is no number, or it cannot be written there.
+    """
+    for name, tensor in made.tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise _not_finite(made.method, name)
     header = {"method": made.method, "mark": made.mark, "values": made.values}
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     tensors = tensors or {"none": torch.zeros(1)}
     aside = path.with_name(path.name + ".part")
-    save_file(tensors, str(aside), metadata={_HEADER: json.dumps(header, allow_nan=False)})
+    try:
+        text = json.dumps(header, allow_nan=False)
+    except ValueError:
+        raise _not_finite(made.method, "its values") from None
+    save_tensors(tensors, aside, {_HEADER: text})
     aside.replace(path)
+
+
+def _not_finite(method: str, what: str) -> UserError:
+    return UserError(
+        f"the calibration of {method} became NaN or infinite ({what}); the model is damaged, or its dtype "
+        "cannot hold its activations: download it again or load it in float32"
+    )
 
 
 def load_calibration(path: Path, method: str, facts: ModelFacts) -> Calibration:

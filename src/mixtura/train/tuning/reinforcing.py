@@ -180,7 +180,8 @@ class Rollouts:
     def _kept(self, drawn: Int[Tensor, "N M"]) -> Bool[Tensor, "N M"]:
         """Tokens up to the end of each answer, the end token included."""
         ends = drawn == self._tokenizer.eos_token_id
-        return ends.cumsum(1) - ends.long() == 0
+        kept: Tensor = ends.cumsum(1) - ends.long() == 0
+        return kept
 
     def _reward(self, drawn: Int[Tensor, " M"], answer: Int[Tensor, " A"]) -> float:
         if self._how.reward == "prefix":
