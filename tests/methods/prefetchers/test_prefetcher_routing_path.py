@@ -68,3 +68,11 @@ def test_least_leaves_out_what_is_unlikely() -> None:
 def test_settings_out_of_range(given: dict[str, float]) -> None:
     with pytest.raises(SettingError):
         RoutingPath(**given)  # type: ignore[arg-type]
+
+
+def test_what_it_takes_is_said_beforehand() -> None:
+    method, layers = RoutingPath(depth=2), (4, 6, 3, 5)
+    for layer in range(len(layers)):
+        method.guess(Sight(layer, (0,), layers, lambda later: None))
+    held = sum(one.numel() * one.element_size() for one in method._weights.values())
+    assert method.num_bytes(layers, 8) == held > 0

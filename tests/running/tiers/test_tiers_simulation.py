@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import save_tiny
 
+from mixtura.checkpoints.view import open_model
 from mixtura.errors import UnknownNameError
 from mixtura.methods.caches import Call
 from mixtura.methods.caches.lru import Lru
+from mixtura.running.loading import load
 from mixtura.running.tiers.ahead import room_for_guesses
 from mixtura.running.tiers.cost import other_bytes
 from mixtura.running.tiers.guessing import NONE, ORACLE, Guessed, as_csv, hold, markdown
@@ -72,12 +74,18 @@ def test_a_model_is_recorded_and_run(tmp_path: Path) -> None:
     seen = record(model, 64, 0, outlook=1)
     assert {layers for outlook in seen.outlooks for layers in outlook} == {(0, 1), (1, 2)}
     assert seen.outlooks[0][0, 1].shape == (len(seen.texts[0]) // 3, 8)
+    # Routers of these tokens choose as the model did.
+    layers = open_model(load(model)).layers
+    for number, layer in enumerate(layers):
+        chosen = (seen.tokens[0][number] @ layer.router_weight().float().T).topk(seen.top_k).indices
+        wanted = [call.experts for call in seen.texts[0] if call.layer == number]
+        assert [tuple(sorted(row)) for row in chosen.tolist()] == wanted
     pairs = seen.pairs
     assert sum(map(sum, pairs[1])) == seen.num_tokens * seen.top_k**2
     assert other_bytes(model) > 0
     said: list[str] = []
-    table = hold(model, ("next_gate",), 1, 64, said.append)
-    assert {one.name for one in table} == {NONE, ORACLE, "next_gate"}
+    table = hold(model, ("next_gate", "pre_gate"), 1, 64, said.append)
+    assert {one.name for one in table} == {NONE, ORACLE, "next_gate", "pre_gate"}
     for one in table:
         assert one.name != NONE or (one.gained[0] == 0 and one.wasted_bytes[0] == 0)
         assert one.name != ORACLE or one.gained[0] in (0.0, 1.0)

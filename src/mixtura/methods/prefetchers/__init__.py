@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from jaxtyping import Float
+from torch import Tensor
+
 from mixtura.methods.caches import Key
 
 KIND = {
@@ -14,6 +17,7 @@ KIND = {
     "summary": "Guesses which experts later layers will need, so that they are read before that.",
     "tags": {
         "reads:trace": "is given a recorded trace before the first call (`Prefetcher.learn`)",
+        "reads:tokens": "looks at this layer's tokens themselves (`Sight.tokens`)",
         "reads:gates": "asks what a later layer's router would think of this layer's tokens (`Sight.gates`)",
     },
 }
@@ -30,12 +34,14 @@ class Sight:
         num_experts: of every layer.
         gates: gives, for a layer by its number, the mean share that its router would give each of its experts
             if this layer's tokens were its own; None where that cannot be known.
+        tokens: what this layer's router was given, a row each; None where that is not known.
     """
 
     layer: int
     experts: tuple[int, ...]
     num_experts: tuple[int, ...]
     gates: Callable[[int], tuple[float, ...] | None]
+    tokens: Float[Tensor, "T D"] | None = None
 
 
 class Prefetcher(ABC):
@@ -52,6 +58,16 @@ class Prefetcher(ABC):
             pairs: for layer l, rows of its experts with a count for each expert of layer l + 1.
         """
         del pairs
+
+    def num_bytes(self, num_experts: Sequence[int], width: int) -> int:
+        """Memory that it comes to take for a model, which is set apart from that of experts.
+
+        Args:
+            num_experts: of every layer.
+            width: of the tokens.
+        """
+        del num_experts, width
+        return 0
 
     def begin(self) -> None:
         """Be told that a new text begins."""

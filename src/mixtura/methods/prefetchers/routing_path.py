@@ -65,6 +65,14 @@ class RoutingPath(Prefetcher):
         # Of the layer that is next: what was read, and how likely each expert was said to be.
         self._said: tuple[int, Tensor, Tensor] | None = None
 
+    def num_bytes(self, num_experts: Sequence[int], width: int) -> int:
+        del width
+        return sum(
+            4 * num * (1 + sum(num_experts[max(0, layer - self.depth) : layer + 1]))
+            for layer, num in enumerate(num_experts)
+            if layer
+        )
+
     def begin(self) -> None:
         self._needed.clear()
         self._said = None

@@ -78,7 +78,8 @@ class Ahead:
         """A layer's experts are there: read those that are guessed to be next."""
         if self.is_off or x.shape[0] > _MOST_TOKENS:
             return
-        sight = Sight(layer, tuple(sorted(experts)), self._num_experts, lambda later: self._gates(later, x))
+        needed = tuple(sorted(experts))
+        sight = Sight(layer, needed, self._num_experts, lambda later: self._gates(later, x), x)
         begun = 0
         for key in self.prefetcher.guess(sight):
             if begun >= self._most:

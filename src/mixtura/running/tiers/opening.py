@@ -102,9 +102,15 @@ def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers
     recipes = [recipe_of(view, layer, module) for layer, module in zip(layers, modules, strict=True)]
     memory = parse_bytes(wish.memory) if isinstance(wish.memory, str) else wish.memory
     division = None
+    prefetcher: Prefetcher | None = None
+    more = wish.more_bytes
+    if wish.prefetch != NO_PREFETCH:
+        prefetcher = create("prefetchers", wish.prefetch)
+        assert isinstance(prefetcher, Prefetcher)
+        more += prefetcher.num_bytes([recipe.num_experts for recipe in recipes], layers[0].shape.d_model)
     if wish.pool_slots is None:
         assert memory is not None
-        division = divide(view, recipes, memory, wish.context, more=wish.more_bytes)
+        division = divide(view, recipes, memory, wish.context, more=more)
         slots = division.slots
     else:
         slots = _counted(recipes, wish.pool_slots)
@@ -114,7 +120,8 @@ def add_tiers(model: PreTrainedModel, view: CheckpointView, wish: Wish) -> Tiers
         lesson = Lesson({}, {})
     reader = Reader()
     reader.open(entry.file for entry in view.entries.values())
-    tiers = _tiers(recipes, slots, wish, max(layer.top_k for layer in layers), _Gates(model, view), reader)
+    top_k = max(layer.top_k for layer in layers)
+    tiers = _tiers(recipes, slots, wish, prefetcher, top_k, _Gates(model, view), reader)
     tiers.learn(lesson)
     for number, (layer, module) in enumerate(zip(layers, modules, strict=True)):
         module.mixtura_store = TieredStore(tiers, number, layer.shape.d_model)
@@ -144,13 +151,11 @@ def _tiers(
     recipes: Sequence[Recipe],
     slots: Sequence[SlotPlan],
     wish: Wish,
+    prefetcher: Prefetcher | None,
     top_k: int,
     gates: _Gates,
     reader: Reader,
 ) -> Tiers:
-    prefetcher: Prefetcher | None = None
-    if wish.prefetch != NO_PREFETCH:
-        prefetcher = create("prefetchers", wish.prefetch)
     pools = []
     for plan in slots:
         num_ahead = 0

@@ -42,6 +42,7 @@ class Recorded:
         num_tokens: of all sequences.
         outlooks: by sequence, then by a layer and a later one, what the later one's router makes of the
             first one's tokens, a row each; empty where that was not asked for.
+        tokens: by sequence and layer, what the router was given, a row a token; empty as these.
     """
 
     texts: tuple[tuple[Call, ...], ...]
@@ -50,6 +51,7 @@ class Recorded:
     expert_num_bytes: int
     num_tokens: int
     outlooks: tuple[Mapping[tuple[int, int], Float[Tensor, "T E"]], ...] = ()
+    tokens: tuple[tuple[Float[Tensor, "T D"], ...], ...] = ()
 
     @property
     def counts(self) -> dict[int, list[float]]:
@@ -107,11 +109,12 @@ def record(
         module: Any = layer.experts
         module.mixtura_observer = watch = _Watch(weights[number], {n: weights[n] for n in later})
         watches.append(watch)
-    texts, outlooks = [], []
+    texts, outlooks, tokens = [], [], []
     with torch.no_grad():
         for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
             model(input_ids=ids[mask.bool()][None])
             outlooks.append({(n, later): s for n, w in enumerate(watches) for later, s in w.ahead().items()})
+            tokens.append(tuple(watch.tokens() for watch in watches))
             seen = [watch.take() for watch in watches]
             texts.append(tuple(_calls(seen)))
     return Recorded(
@@ -121,6 +124,7 @@ def record(
         view.layers[0].expert_num_bytes,
         batch.num_tokens,
         tuple(outlooks),
+        tuple(tokens) if outlook else (),
     )
 
 
@@ -133,6 +137,7 @@ class _Watch:
         self._later = {number: one.float() for number, one in later.items()}
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._ahead: dict[int, list[Tensor]] = {}
+        self._tokens: list[Tensor] = []
 
     def start(
         self,
@@ -142,6 +147,7 @@ class _Watch:
     ) -> None:
         """Note the choices."""
         tokens = hidden.float()
+        self._tokens.append(tokens.clone())
         self._seen.append((top_k_index.clone(), (tokens @ self._weight.T).softmax(-1)))
         for number, weight in self._later.items():
             if weight.shape[1] == tokens.shape[1]:
@@ -157,6 +163,12 @@ class _Watch:
         """What later layers' routers make of all tokens since the last time."""
         made = {number: torch.cat(parts) for number, parts in self._ahead.items()}
         self._ahead.clear()
+        return made
+
+    def tokens(self) -> Tensor:
+        """All tokens since the last time."""
+        made = torch.cat(self._tokens)
+        self._tokens.clear()
         return made
 
     def take(self) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,7 @@ def replay_timed(
     """Run recorded texts at stated rates.
 
     Args:
-        recorded: what a model chose; with outlooks where the prefetcher reads gates.
+        recorded: what a model chose; with outlooks and tokens where the prefetcher reads gates or tokens.
         cache: of the room for experts, without that for guesses.
         rates: of the machine and the model.
         prefetcher: what guesses; None for nobody.
@@ -181,6 +181,7 @@ def replay_timed(
         ahead = Ahead(prefetcher, recorded.num_experts, num_ahead, gates)
     for number, text in enumerate(recorded.texts):
         outlook = recorded.outlooks[number] if recorded.outlooks else {}
+        rows = recorded.tokens[number] if recorded.tokens else ()
         cache.begin()
         if prefetcher is not None:
             prefetcher.begin()
@@ -188,7 +189,8 @@ def replay_timed(
             spent = stalled = 0.0
             for call in calls:
                 place = token, call.layer
-                took, waited = _run(machine, call, rates, recorded.expert_num_bytes, ahead)
+                x = rows[call.layer][token : token + 1] if rows else _NO_TOKENS
+                took, waited = _run(machine, call, x, rates, recorded.expert_num_bytes, ahead)
                 spent, stalled = spent + took, stalled + waited
             made.token_ms.append(1000 * spent)
             made.stall_ms.append(1000 * stalled)
@@ -198,12 +200,12 @@ def replay_timed(
 
 
 def _run(
-    machine: Machine, call: Call, rates: Rates, expert_bytes: int, ahead: Ahead | None
+    machine: Machine, call: Call, x: Tensor, rates: Rates, expert_bytes: int, ahead: Ahead | None
 ) -> tuple[float, float]:
     """One layer: the seconds it takes, and those in which it waits for the disk."""
     reading = machine.need(call) / rates.disk_bytes_per_s
     if ahead is not None:
-        ahead.look(machine, call.layer, call.experts, _NO_TOKENS)
+        ahead.look(machine, call.layer, call.experts, x)
     multiplying = len(call.experts) * expert_bytes / rates.memory_bytes_per_s
     # What comes last is multiplied when nothing else is left to do meanwhile.
     last = expert_bytes / rates.memory_bytes_per_s if reading else 0.0
