@@ -87,10 +87,11 @@ def condense(
         return
     if first is not None and shares is not Shares.LEARNED:
         raise SettingError("--first says which share is not learned; give --shares learned as well")
+    weights: Mapping[int, Sequence[float]] | None = None
     if shares is Shares.LEARNED:
         weights = _learned(resolved.path, out, (text, tokens), first, passes)
-    else:
-        weights = _by_load(resolved.path, text, tokens) if shares is Shares.LOAD else None
+    elif shares is Shares.LOAD:
+        weights = _by_load(resolved.path, text, tokens)
     written = write(resolved.path, out, shares=weights, progress=not as_json)
     if as_json:
         typer.echo(json.dumps({"model": str(written), "source": resolved.name, "shares": shares.value}))

@@ -57,7 +57,7 @@ class MixedExperts(nn.Module):
 
     def shares(self, layer: int) -> Float[Tensor, " E"]:
         """The shares of a layer's experts, which sum to one."""
-        learned = self.logits[str(layer)].softmax(0)
+        learned: Tensor = self.logits[str(layer)].softmax(0)
         if self.first is None:
             return learned
         return torch.cat([learned.new_tensor([self.first]), (1 - self.first) * learned])
@@ -126,7 +126,7 @@ def learned_shares(
                 optimizer.zero_grad()
                 (loss / predicted).backward()
                 optimizer.step()
-                total, count = total + float(loss), count + predicted
+                total, count = total + float(loss.detach()), count + predicted
             if notify is not None:
                 notify(f"pass {number + 1} of {passes}: loss {total / count:.4f}")
     with torch.no_grad():
