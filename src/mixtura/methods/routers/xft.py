@@ -49,7 +49,8 @@ class Xft(Router):
         Without the released code's noise, whose size is learned and begins at softplus(0) + 0.01, and the
         loss of the load that needs it; ``noisy_top_k`` has both. As there, a softmax is taken of chosen
         probabilities, and not of their logits. ``top_k`` is 2 by default (there 6 of 8 experts). With 1 only
-        the shared expert is visited. Merging is not the router's: `mixtura condense --shares learned`.
+        the shared expert is visited. Merging is not the router's: `mixtura condense --shares learned`
+        does it for models of mixtral, qwen3_moe and flex_olmo, and not for those that this router is in.
 
     Reference:
         XFT: Unlocking the Power of Code Instruction Tuning by Simply Merging Upcycled Mixture-of-Experts
