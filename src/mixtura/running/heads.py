@@ -94,7 +94,8 @@ class ExpertHeadModel:
         values |= {"num_attention_heads": len(kept[0]), "num_key_value_heads": len(kept[0])}
         # The width is the old one, also where it followed from the number of heads.
         values["head_dim"] = self.config.head_dim
-        made: MixturaForCausalLM = MixturaForCausalLM(MixturaConfig(**values)).to(self.model.dtype).eval()
+        made: MixturaForCausalLM = MixturaForCausalLM(MixturaConfig(**values))
+        made.to(self.model.dtype).eval()
         state = dict(self.model.state_dict())
         for place, heads in enumerate(kept):
             attention = self.model.model.layers[place].self_attn

@@ -126,7 +126,7 @@ def learned_shares(
                 optimizer.zero_grad()
                 (loss / predicted).backward()
                 optimizer.step()
-                total, count = total + float(loss), count + predicted
+                total, count = total + float(loss.detach()), count + predicted
             if notify is not None:
                 notify(f"pass {number + 1} of {passes}: loss {total / count:.4f}")
     with torch.no_grad():

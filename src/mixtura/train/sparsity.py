@@ -100,7 +100,7 @@ class Sparsity:
 
 
 @final
-class SparsityCallback(TrainerCallback):
+class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     """Applies masks after each step of the optimizer, while gradients are still there."""
 
     def __init__(self, sparsity: Sparsity) -> None:

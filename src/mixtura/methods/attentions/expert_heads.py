@@ -51,7 +51,12 @@ class ExpertHeads(OrdinaryHeads):
         is trained from the start, where the paper compresses BERT. What the expander is made of (two
         matrices, SiLU between, twice the model's width by default), that outputs are weighted by the softmax
         over heads, and how routers begin, are our own. The feed-forward part of the layer stays. Nothing
-        balances heads. How many heads stay is for the user to say.
+        balances heads. How many heads stay is for the user to say, and nothing is trained after they went.
+
+        Which heads tokens choose said little of which may go: two layers of four heads, 200 steps, 3 seeds,
+        loss in nats a token on 4,096 held-out tokens: all heads 4.70; of the two most used 4.84, the two
+        least used 4.87, two by lot 4.83, the two of largest projections 4.84; of the one most used 5.18, by
+        lot 5.25, least used 5.29 (seeds differ by 0.15).
 
     Reference:
         SHRP: Specialized Head Routing and Pruning for Efficient Encoder Compression (Su, Zhang, Zhang, Liu,

@@ -65,6 +65,11 @@ class EaQuant(Quantizer):
         the released code's base (DuQuant), its fixed clipping to 0.8 of the range and levels with a zero
         point are not here.
 
+        It does not beat plain rounding on the specimen: in the arena (3 seeds) it has
+        a KL of 0.0388 nats a token at 2.19 bits where `round_to_nearest` has 0.0372 at 2.25, and 0.00140 at
+        4.19 where that has 0.00126 at 4.25; a smoothing scale a column leaves room for groups of 128 only.
+        `gptq` has 0.00886 and 0.00046.
+
     Reference:
         EAQuant: Enhancing Post-Training Quantization for MoE Models via Expert-Aware Optimization (Fu, Ding,
         Han, Yu, Li, Chen, Tang and Wang, 2025, arXiv 2506.13329; paper 30). Its abstract and the released

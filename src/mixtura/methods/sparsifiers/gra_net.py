@@ -52,6 +52,11 @@ class GraNet(Gradual):
         epochs; ``density`` 0.1 is of its examples. Experts' matrices, attention and dense layers are pruned,
         but not routers, embeddings and head. Adam's first moment is masked as the code masks momentum.
 
+        A model of two layers of eight experts, 300 steps, a tenth of the weights left, masks anew every 20
+        steps, 3 seeds, loss in nats a token on 16,384 held-out tokens: `gra_net` 4.906, `magnitude` 4.914,
+        lower with every seed (by 0.002 to 0.016: too little for three seeds to tell), the dense model 4.730,
+        that pruned to a tenth at once after training 6.86.
+
     Reference:
         Sparse Training via Boosting Pruning Plasticity with Neuroregeneration (Liu, Chen, Chen, Atashgahi,
         Yin, Kou, Shen, Pechenizkiy, Wang and Mocanu, 2021, arXiv 2106.10404; paper 167). Its abstract and
