@@ -184,3 +184,45 @@ def test_a_normed_head_is_exported_folded(tmp_path: Path, tied: bool) -> None:
     torch.testing.assert_close(ordinary(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "own")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "own")(ids).logits, model(ids).logits)
+
+
+def test_a_training_begins_with_a_model_that_there_is(tmp_path: Path) -> None:
+    first = train(small(tmp_path), tmp_path / "first", progress=False)
+    values = read_yaml(write_config(tmp_path, num_steps=4, warmup_steps=1, decay_steps=1, save_steps=2))
+    values.pop("model")
+    values["training"]["start"] = str(first.model)
+    config = build_config(values)
+    train(config, tmp_path / "then", progress=False)
+    begun, ended = weights(tmp_path / "first"), weights(tmp_path / "then")
+    assert begun.keys() == ended.keys()
+    moved = [float((ended[name] - one).norm() / one.norm()) for name, one in begun.items() if one.ndim > 1]
+    # Weights that were drawn anew would be about 1.4 away.
+    assert 0 < sorted(moved)[len(moved) // 2] < 0.5
+    # Resumed it ends with the same weights; with other weights at the start it is another training.
+    shutil.copytree(tmp_path / "then", tmp_path / "again")
+    for gone in ("checkpoint-4", "model"):
+        shutil.rmtree(tmp_path / "again" / gone)
+    assert train(config, tmp_path / "again", progress=False).resumed_from == 2
+    assert all(torch.equal(one, weights(tmp_path / "again")[name]) for name, one in ended.items())
+    other = MixturaForCausalLM.from_pretrained(first.model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    other.save_pretrained(first.model)
+    with pytest.raises(CheckpointError, match="began with a model of other weights"):
+        train(config, tmp_path / "again", progress=False)
+
+
+def test_a_model_that_no_training_can_begin_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="leave out model"):
+        small(tmp_path, start="there")
+    values = read_yaml(write_config(tmp_path))
+    values.pop("model")
+    values["training"]["start"] = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        train(build_config(values), tmp_path / "run", progress=False)
+    ordinary = tmp_path / "ordinary"
+    export(tiny_model(attention_bias=False), ordinary)
+    values["training"]["start"] = str(ordinary)
+    with pytest.raises(UserError, match="begins with models of mixtura's own"):
+        train(build_config(values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

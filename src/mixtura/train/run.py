@@ -21,7 +21,7 @@ from mixtura.train.spread import TIMEOUT_S
 
 MODEL = "model"
 _CONFIG = "config.json"
-_TEXT, _TEACHER = "text_sha256", "teacher_sha256"
+_TEXT, _TEACHER, _START = "text_sha256", "teacher_sha256", "start_digest"
 
 
 @final
@@ -67,7 +67,10 @@ def train(
     values = json.loads(json.dumps(config.to_dict()))
     check_same(values, directory)
     tokenizer = _tokenizer(config.data.tokenizer)
-    model = MixturaForCausalLM(_model_config(config, tokenizer))
+    if config.training.start is None:
+        model = MixturaForCausalLM(_model_config(config, tokenizer))
+    else:
+        model, values[_START] = _started(config.training.start, config, tokenizer)
     streams = _streams(config, tokenizer)
     values[_TEXT] = digest(streams)
     steps = config.training
@@ -175,6 +178,35 @@ def _tokenizer(name: str) -> Any:
     return load_tokenizer(Path(name))
 
 
+def _started(start: str, config: TrainConfig, tokenizer: Any) -> tuple[Any, str]:
+    """A model that there is, in float32, and its digest."""
+    from mixtura.checkpoints.digest import checkpoint_digest
+    from mixtura.data.tokens import vocabulary_size
+    from mixtura.running.loading import load_own_model
+
+    file = Path(start) / _CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{start} is not a model: it has no {_CONFIG}; give one of mixtura's own")
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if kind != "mixtura":
+        raise UserError(
+            f"{start} is a {kind} model, and `mixtura train` begins with models of mixtura's own; tune it "
+            "with `mixtura tune`, or make one with `mixtura upcycle --target mixtura`"
+        )
+    model = load_own_model(start, torch.float32).train()
+    num_tokens, most = vocabulary_size(tokenizer), model.config.max_position_embeddings
+    if model.config.vocab_size < num_tokens:
+        raise UserError(
+            f"the tokenizer has {num_tokens} tokens, but {start} knows {model.config.vocab_size}; give "
+            f"data.tokenizer={start}"
+        )
+    if most < config.data.sequence_length:
+        raise UserError(
+            f"sequence_length is {config.data.sequence_length}, but {start} has {most} positions; lower it"
+        )
+    return model, checkpoint_digest(Path(start))
+
+
 def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
     from mixtura.data.tokens import vocabulary_size
     from mixtura.modeling.family import MixturaConfig
@@ -209,6 +241,11 @@ def check_same(values: Mapping[str, Any], directory: Path) -> None:
         raise CheckpointError(
             f"the training in {directory} began with a teacher of other weights; go on with that one or "
             "train in another directory"
+        )
+    if found == [_START]:
+        raise CheckpointError(
+            f"the training in {directory} began with a model of other weights; go on with that one or train "
+            "in another directory"
         )
     if found == [_TEXT]:
         raise CheckpointError(
