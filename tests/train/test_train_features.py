@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from train.train_runs import write_config
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from mixtura.cli import build_app
 from mixtura.errors import CheckpointError, SettingError, UserError
 from mixtura.modeling.family import MixturaForCausalLM, export
 from mixtura.train.config import build_config, read_config, read_yaml
@@ -226,3 +228,12 @@ def test_a_model_that_no_training_can_begin_with_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match="begins with models of mixtura's own"):
         train(build_config(values), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_begins_with_a_model_without_a_file(tmp_path: Path) -> None:
+    first = train(small(tmp_path), tmp_path / "first", progress=False)
+    steps = ("num_steps=1", "warmup_steps=0", "decay_steps=0", "num_sequences=1", "sequence_length=16")
+    asked = [part for one in (*steps, "domains=[tasks]", f"start={first.model}") for part in ("--set", one)]
+    done = CliRunner().invoke(build_app(), ["train", *asked, "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert weights(tmp_path / "run").keys() == weights(tmp_path / "first").keys()

@@ -61,6 +61,7 @@ def train(
     """
     require_installed(tensorboard=config.training.tensorboard)
     from mixtura.modeling.family import MixturaForCausalLM
+    from mixtura.train.starting import started
     from mixtura.train.text import digest
     from mixtura.train.whole import checkpoints
 
@@ -70,7 +71,7 @@ def train(
     if config.training.start is None:
         model = MixturaForCausalLM(_model_config(config, tokenizer))
     else:
-        model, values[_START] = _started(config.training.start, config, tokenizer)
+        model, values[_START] = started(config.training.start, config.data.sequence_length, tokenizer)
     streams = _streams(config, tokenizer)
     values[_TEXT] = digest(streams)
     steps = config.training
@@ -176,35 +177,6 @@ def _tokenizer(name: str) -> Any:
     if not Path(name).is_dir():
         raise UserError(f"there is no directory {name}; give tokenizer: specimen, or the directory of one")
     return load_tokenizer(Path(name))
-
-
-def _started(start: str, config: TrainConfig, tokenizer: Any) -> tuple[Any, str]:
-    """A model that there is, in float32, and its digest."""
-    from mixtura.checkpoints.digest import checkpoint_digest
-    from mixtura.data.tokens import vocabulary_size
-    from mixtura.running.loading import load_own_model
-
-    file = Path(start) / _CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{start} is not a model: it has no {_CONFIG}; give one of mixtura's own")
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if kind != "mixtura":
-        raise UserError(
-            f"{start} is a {kind} model, and `mixtura train` begins with models of mixtura's own; tune it "
-            "with `mixtura tune`, or make one with `mixtura upcycle --target mixtura`"
-        )
-    model = load_own_model(start, torch.float32).train()
-    num_tokens, most = vocabulary_size(tokenizer), model.config.max_position_embeddings
-    if model.config.vocab_size < num_tokens:
-        raise UserError(
-            f"the tokenizer has {num_tokens} tokens, but {start} knows {model.config.vocab_size}; give "
-            f"data.tokenizer={start}"
-        )
-    if most < config.data.sequence_length:
-        raise UserError(
-            f"sequence_length is {config.data.sequence_length}, but {start} has {most} positions; lower it"
-        )
-    return model, checkpoint_digest(Path(start))
 
 
 def _model_config(config: TrainConfig, tokenizer: Any) -> Any:
