@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from train.train_runs import write_config
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from mixtura.cli import build_app
 from mixtura.errors import CheckpointError, SettingError, UserError
 from mixtura.modeling.family import MixturaForCausalLM, export
 from mixtura.train.config import build_config, read_config, read_yaml
@@ -184,3 +186,54 @@ def test_a_normed_head_is_exported_folded(tmp_path: Path, tied: bool) -> None:
     torch.testing.assert_close(ordinary(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "own")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "own")(ids).logits, model(ids).logits)
+
+
+def test_a_training_begins_with_a_model_that_there_is(tmp_path: Path) -> None:
+    first = train(small(tmp_path), tmp_path / "first", progress=False)
+    values = read_yaml(write_config(tmp_path, num_steps=4, warmup_steps=1, decay_steps=1, save_steps=2))
+    values.pop("model")
+    values["training"]["start"] = str(first.model)
+    config = build_config(values)
+    train(config, tmp_path / "then", progress=False)
+    begun, ended = weights(tmp_path / "first"), weights(tmp_path / "then")
+    assert begun.keys() == ended.keys()
+    moved = [float((ended[name] - one).norm() / one.norm()) for name, one in begun.items() if one.ndim > 1]
+    # Weights that were drawn anew would be about 1.4 away.
+    assert 0 < sorted(moved)[len(moved) // 2] < 0.5
+    # Resumed it ends with the same weights; with other weights at the start it is another training.
+    shutil.copytree(tmp_path / "then", tmp_path / "again")
+    for gone in ("checkpoint-4", "model"):
+        shutil.rmtree(tmp_path / "again" / gone)
+    assert train(config, tmp_path / "again", progress=False).resumed_from == 2
+    assert all(torch.equal(one, weights(tmp_path / "again")[name]) for name, one in ended.items())
+    other = MixturaForCausalLM.from_pretrained(first.model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    other.save_pretrained(first.model)
+    with pytest.raises(CheckpointError, match="began with a model of other weights"):
+        train(config, tmp_path / "again", progress=False)
+
+
+def test_a_model_that_no_training_can_begin_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="leave out model"):
+        small(tmp_path, start="there")
+    values = read_yaml(write_config(tmp_path))
+    values.pop("model")
+    values["training"]["start"] = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        train(build_config(values), tmp_path / "run", progress=False)
+    ordinary = tmp_path / "ordinary"
+    export(tiny_model(attention_bias=False), ordinary)
+    values["training"]["start"] = str(ordinary)
+    with pytest.raises(UserError, match="begins with models of mixtura's own"):
+        train(build_config(values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_begins_with_a_model_without_a_file(tmp_path: Path) -> None:
+    first = train(small(tmp_path), tmp_path / "first", progress=False)
+    steps = ("num_steps=1", "warmup_steps=0", "decay_steps=0", "num_sequences=1", "sequence_length=16")
+    asked = [part for one in (*steps, "domains=[tasks]", f"start={first.model}") for part in ("--set", one)]
+    done = CliRunner().invoke(build_app(), ["train", *asked, "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert weights(tmp_path / "run").keys() == weights(tmp_path / "first").keys()

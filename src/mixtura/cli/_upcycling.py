@@ -47,6 +47,10 @@ def run(models: Sequence[str], as_json: bool, yes: bool, **asked: Any) -> None:
     from mixtura.running.memory.process import settle
 
     settle(_MMAP_BYTES)
+    import transformers
+
+    # What is being done is told in words.
+    transformers.utils.logging.disable_progress_bar()
     from mixtura.fitting.upcycling.records import Request
     from mixtura.running.resolve import resolve_model
 

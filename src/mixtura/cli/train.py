@@ -44,6 +44,7 @@ def train(
 
     Example: `mixtura train examples/train.yaml --set router=ada_moe --set num_steps=200`
     Example: `mixtura train --recipe ling_plus --scale tiny`
+    Example: `mixtura train --set start=./upcycled --set tokenizer=./upcycled --set text=./texts`
     """
     chosen = {"experts": experts, "form": form, "attention": attention}
     named = [f"{key}={name}" for key, name in chosen.items() if name is not None]
@@ -125,10 +126,22 @@ def _say_lost(error: RuntimeError, expert_parallel: int, directory: Path) -> Non
     )
 
 
+def _starts(changes: list[str]) -> bool:
+    """Whether a change says with which model the training begins, whose sizes need no file."""
+    return any(change.partition("=")[0].strip() in ("start", "training.start") for change in changes)
+
+
 def _read(
     config: Path | None, recipe: str | None, scale: str | None, changes: list[str]
 ) -> tuple[TrainConfig, str]:
     """The configuration that was asked for, and what the training is called."""
+    if config is None and recipe is None and _starts(changes):
+        from mixtura.train.config import build_config, changed
+
+        if scale is not None:
+            raise UserError("--scale is of a recipe; give --recipe NAME, or leave --scale out")
+        read = build_config(changed({}, changes))
+        return read, f"{Path(str(read.training.start)).name}-trained"
     if (config is None) == (recipe is None):
         raise UserError(
             "give a YAML file to train, or --recipe NAME; examples/train.yaml is a file to begin with"

@@ -91,6 +91,8 @@ class StepConfig:
             the price of a forward pass; nothing changes with one part on one process.
         activation_checkpointing: whether layers are computed again instead of kept.
         bf16: whether to compute in bfloat16 where that is safe.
+        start: the directory of a model of mixtura's own, such as `mixtura upcycle` makes, to begin with in
+            place of a new one; its sizes are the model's.
         teacher: a model to learn from besides; see `mixtura.train.features.Teacher`.
         skip_spikes: leave out steps whose loss is so many deviations above the mean of recent steps; null for
             none.
@@ -114,6 +116,7 @@ class StepConfig:
     exact_balance: bool = True
     activation_checkpointing: bool = False
     bf16: bool = False
+    start: str | None = None
     teacher: Teacher | None = None
     skip_spikes: float | None = None
     sparsity: dict[str, Any] | str | None = None
@@ -156,6 +159,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_range("the configuration", "seed", self.seed, 0, 1 << 62)
+        if self.training.start is not None and self.model:
+            raise SettingError(
+                f"a training that begins with {self.training.start} has that model's sizes and methods; "
+                f"leave out model, which says {', '.join(self.model)}"
+            )
         rehearsed(self.data.stages, self.training.num_steps)
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mixtura.train.spread import TIMEOUT_S
 
 MODEL = "model"
 _CONFIG = "config.json"
-_TEXT, _TEACHER = "text_sha256", "teacher_sha256"
+_TEXT, _TEACHER, _START = "text_sha256", "teacher_sha256", "start_digest"
 
 
 @final
@@ -66,13 +66,17 @@ def train(
             "processes; leave one of them out"
         )
     from mixtura.modeling.family import MixturaForCausalLM
+    from mixtura.train.starting import started
     from mixtura.train.text import digest
     from mixtura.train.whole import checkpoints
 
     values = json.loads(json.dumps(config.to_dict()))
     check_same(values, directory)
     tokenizer = _tokenizer(config.data.tokenizer)
-    model = MixturaForCausalLM(_model_config(config, tokenizer))
+    if config.training.start is None:
+        model = MixturaForCausalLM(_model_config(config, tokenizer))
+    else:
+        model, values[_START] = started(config.training.start, config.data.sequence_length, tokenizer)
     streams = _streams(config, tokenizer)
     values[_TEXT] = digest(streams)
     steps = config.training
@@ -214,6 +218,11 @@ def check_same(values: Mapping[str, Any], directory: Path) -> None:
         raise CheckpointError(
             f"the training in {directory} began with a teacher of other weights; go on with that one or "
             "train in another directory"
+        )
+    if found == [_START]:
+        raise CheckpointError(
+            f"the training in {directory} began with a model of other weights; go on with that one or train "
+            "in another directory"
         )
     if found == [_TEXT]:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixtura.checkpoints.upcycling.targets import OWN
 from mixtura.fitting.quality import ALL
 from mixtura.fitting.upcycling.records import Upcycled, listed
 from mixtura.report import counted, human_number, human_percent
@@ -38,9 +39,11 @@ def commands(made: Upcycled) -> tuple[str, ...]:
         layers = ",".join(map(str, made.added_layers))
         tuned = f"mixtura tune {made.out} --adapter lora --set layers=[{layers}] --data records.jsonl"
         return (f'mixtura generate {made.out} "a prompt"', tuned)
+    # Experts of mixtura's own models are of no layout that adapters of experts know.
+    adapter = "lora" if made.family == OWN else "expert_lora"
     return (
         f'mixtura generate {made.out} "a prompt"',
-        f"mixtura tune {made.out} --adapter expert_lora --data records.jsonl",
+        f"mixtura tune {made.out} --adapter {adapter} --data records.jsonl",
     )
 
 

@@ -38,6 +38,9 @@ class Bam(Upcycler):
     read the sources' average, and the cache is that of one model. With ``parallel`` attention and experts
     of a layer read the same tokens, side by side, so that both can be computed at once.
 
+    On small models of three domains, trained on for a short while, it ended 0.042 nats a token below the
+    models' average trained on (two seeds, 55 % more parameters; docs/arena/upcyclers.md).
+
     Shapes:
         E sources of L layers to E experts of their width and E attentions in each.
 

@@ -24,6 +24,9 @@ class CompressedExperts(Upcycler):
     Vectors begin at zero: at the start the model is the trained one with fewer experts, their weights as
     they were, and what was lost is learned back by tuning, at fewer active parameters.
 
+    On a small model, trained on for a short while, vectors gained 0.003 nats a token on just leaving the
+    experts out, which two seeds do not separate from nothing (docs/arena/upcyclers.md).
+
     Shapes:
         An MoE model of E experts of which a token takes K, to one of as many of which it takes
         ``--top-k``, at least 1 and fewer than K.

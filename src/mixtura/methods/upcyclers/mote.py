@@ -34,6 +34,9 @@ class Mote(Upcycler):
     and gets no gradient. What a copy puts out is multiplied by ``scale``: at 0 the model begins as the dense
     one, at 1, as published, with a rounded part on top of the whole one, which costs loss at the start.
 
+    On a small model, trained on for a short while, it ended 0.03 nats a token above the dense model trained
+    on, which two seeds do not separate from it (docs/arena/upcyclers.md).
+
     Shapes:
         A source of L layers to E ternary experts of its width in each, and a frozen one beside them.
 

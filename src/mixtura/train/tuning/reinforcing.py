@@ -175,13 +175,13 @@ class Rollouts:
 
     def _log(self, logits: Float[Tensor, "N M V"], drawn: Int[Tensor, "N M"]) -> Float[Tensor, "N M"]:
         logs = (logits.float() / self._how.temperature).log_softmax(-1)
-        return logs.gather(-1, drawn[..., None]).squeeze(-1)
+        return torch.gather(logs, -1, drawn[..., None]).squeeze(-1)
 
     def _kept(self, drawn: Int[Tensor, "N M"]) -> Bool[Tensor, "N M"]:
         """Tokens up to the end of each answer, the end token included."""
         ends = drawn == self._tokenizer.eos_token_id
-        kept: Tensor = ends.cumsum(1) - ends.long() == 0
-        return kept
+        before: Tensor = ends.cumsum(1) - ends.long()
+        return before == 0
 
     def _reward(self, drawn: Int[Tensor, " M"], answer: Int[Tensor, " A"]) -> float:
         if self._how.reward == "prefix":
