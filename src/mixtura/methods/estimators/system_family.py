@@ -102,8 +102,8 @@ class SystemFamily(Grouped):
     def score(self, X: Any, y: Any, groups: Any = None) -> float:
         """The coefficient of determination of the steps, not of the states, which hardly change."""
         said = self.predict(X, groups)
-        X, y = states_of(self.rows(X), self.in_reach(self.targets(y), "y"))
-        left = np.square(said - y).sum()
+        X, y = states_of(self.rows(X), self.targets(y))
+        left = np.square(said - self.in_reach(y, "y")).sum()
         return float(1 - left / np.square(y - X - (y - X).mean(0)).sum())
 
     def adapt(self, X: Any, y: Any, name: Any) -> SystemFamily:
