@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mixtura.errors import CheckpointError, OutputError, SettingError, UserError, check_range, one_line
+from mixtura.methods.estimators._learning import LEARNS, whole
 from mixtura.methods.estimators._training import seeded
 from mixtura.methods.settings import as_plain, construct, fits
 from mixtura.types import Routing
@@ -39,6 +40,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "random_state": (0, 2**32 - 1),
 }
 _FORMAT = "mixtura-estimator-1"
+_REACH = 1e150
 
 
 class Estimator(BaseEstimator, ABC):
@@ -52,6 +54,12 @@ class Estimator(BaseEstimator, ABC):
     """
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        for name in LEARNS:
+            if name in vars(cls):
+                setattr(cls, name, whole(vars(cls)[name]))
 
     @abstractmethod
     def fit(self, X: Any, y: Any = None) -> Estimator:
@@ -95,8 +103,7 @@ class Estimator(BaseEstimator, ABC):
             NotFittedError: nothing was learned yet.
         """
         check_is_fitted(self)
-        rows: np.ndarray = self._checked({"X": X, "reset": False, "dtype": np.float64})
-        return rows
+        return self.in_reach(self._checked({"X": X, "reset": False, "dtype": np.float64}))
 
     @final
     def lessons(self, X: Any, y: Any, **how: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +117,9 @@ class Estimator(BaseEstimator, ABC):
                 f"{type(self).__name__} requires y to be passed, but the target y is None; give one a row"
             )
         rows, targets = self._checked({"X": X, "y": y, "dtype": np.float64, "ensure_min_samples": 2, **how})
-        with self.in_words():
-            return rows, targets.astype(np.float64) if how.get("y_numeric") else targets
+        if how.get("y_numeric"):
+            targets = self.in_reach(self.targets(targets), "y")
+        return self.in_reach(rows), targets
 
     @final
     def fresh_rows(self, X: Any, least: int = 2) -> np.ndarray:
@@ -120,8 +128,7 @@ class Estimator(BaseEstimator, ABC):
         Raises:
             UserError: they are not finite, or too few.
         """
-        rows: np.ndarray = self._checked({"X": X, "dtype": np.float64, "ensure_min_samples": least})
-        return rows
+        return self.in_reach(self._checked({"X": X, "dtype": np.float64, "ensure_min_samples": least}))
 
     @final
     def classes_of(self, y: np.ndarray) -> np.ndarray:
@@ -132,7 +139,7 @@ class Estimator(BaseEstimator, ABC):
         """
         try:
             check_classification_targets(y)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(_sentence(error, type(self).__name__)) from None
         classes = np.unique(y)
         self.check_classes(classes)
@@ -165,14 +172,22 @@ class Estimator(BaseEstimator, ABC):
         except (ValueError, TypeError) as error:
             raise UserError(_sentence(error, type(self).__name__)) from None
 
-    def targets(self, y: Any) -> np.ndarray:
-        """Targets as an array of numbers.
+    def targets(self, y: Any, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Targets as an array of numbers; in a shape, where one is said, of as many rows.
 
         Raises:
-            UserError: they are something else, or rows of several lengths.
+            UserError: they are something else, rows of several lengths, or do not fit into the shape.
         """
         with self.in_words():
-            return np.asarray(y, dtype=np.float64)
+            values = np.asarray(y, dtype=np.float64)
+        if shape is None:
+            return values
+        if values.shape[:1] != shape[:1] or values.size != np.prod(shape, dtype=int):
+            raise UserError(
+                f"targets of {type(self).__name__} are of shape {shape}, got "
+                f"{'none' if y is None else values.shape}"
+            )
+        return values.reshape(shape)
 
     def labels(self, y: Any) -> np.ndarray:
         """Targets as an array of whatever they are.
@@ -188,11 +203,28 @@ class Estimator(BaseEstimator, ABC):
             return validate_data(self, **given)
         except ValueError as error:
             raise UserError(_sentence(error, type(self).__name__)) from None
-        except TypeError:
+        except TypeError as error:
             if given.get("y_numeric"):
-                with self.in_words():
-                    np.asarray(given["y"], dtype=np.float64)
+                self.targets(given["y"])
+            if "parse data" in str(error):
+                raise UserError(one_line(error)) from None
             raise
+
+    @final
+    def in_reach(self, values: np.ndarray, what: str = "X") -> np.ndarray:
+        """Numbers that are known and whose squares are finite.
+
+        Raises:
+            UserError: there are others.
+        """
+        if np.isnan(values).any():
+            raise UserError(_sentence(ValueError(f"Input {what} contains NaN"), type(self).__name__))
+        if np.abs(values).max(initial=0.0) > _REACH:
+            raise UserError(
+                f"{what} of {type(self).__name__} has numbers beyond {_REACH:g}, whose squares overflow; "
+                "scale them down"
+            )
+        return values
 
     def rebuild(self) -> None:
         """Make the modules anew whose weights `load` then reads; by default there are none."""
@@ -287,13 +319,28 @@ class Regressor(RegressorMixin, Estimator, ABC):
             return float(super().score(X, y, sample_weight))
 
 
+def number_of(owner: str, name: str, value: Any, most: int = 1 << 20) -> int:
+    """A whole number of things to make, from 1 on.
+
+    Raises:
+        SettingError: it is something else.
+    """
+    if not fits(value, int):
+        raise SettingError(f"{name} of {owner} must be a whole number, got {value!r}")
+    check_range(owner, name, as_plain(value), 1, most)
+    return int(value)
+
+
 def spread_of(values: np.ndarray) -> np.ndarray:
     """The standard deviation of every column over what is known, and 1 where it differs by rounding alone.
 
     >>> spread_of(np.array([[0.1, 3.0], [0.1, 5.0], [0.1, 4.0]])).round(4).tolist()
     [1.0, 0.8165]
     """
-    spread, largest = np.nanstd(values, axis=0), np.nanmax(np.abs(values), axis=0)
+    largest = np.nanmax(np.abs(values), axis=0)
+    # In units of the largest, as squares of tiny numbers would be 0; a power of two changes no bit.
+    unit = np.exp2(np.frexp(largest)[1])
+    spread = np.nanstd(values / unit, axis=0) * unit
     # A column of one number has a mean that is off by its rounding, and so a deviation of about 1e-16 of it.
     return np.where(spread > 1e-14 * largest, spread, 1.0)
 

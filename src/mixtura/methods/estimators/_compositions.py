@@ -140,3 +140,10 @@ def pairs_of(y: np.ndarray, num_rows: int) -> np.ndarray:
     if y.shape != (num_rows, 2):
         raise UserError(f"y of Cot is {num_rows} rows of an attribute and an object, got {y.shape}")
     return y
+
+
+def plain(column: np.ndarray) -> np.ndarray:
+    """A column of objects as the whole numbers that they are, if so: beside words numbers are objects."""
+    if column.dtype.kind == "O" and all(isinstance(one, int | np.integer) for one in column):
+        return np.array(column.tolist())
+    return column

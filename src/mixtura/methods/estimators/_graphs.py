@@ -8,6 +8,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 
 from mixtura.errors import UserError
@@ -144,9 +145,26 @@ class NodeClassifier(Classifier, ABC):
         return self.most_probable(self.predict_proba(X, edges))
 
     @final
+    def score(self, X: Any, y: Any, sample_weight: Any = None, edges: Any = None) -> float:
+        """The share of rows whose class is right; with edges those whose label is -1 do not count.
+
+        Raises:
+            UserError: labels are not one class a row, such as was learned, or edges name rows that do not
+                exist.
+        """
+        with self.in_words():
+            said, labels = self.predict(X, edges), np.asarray(y)
+            weights = np.ones(len(said)) if sample_weight is None else np.asarray(sample_weight)
+            if edges is not None and labels.shape == said.shape == weights.shape:
+                known = labels != -1
+                said, labels, weights = said[known], labels[known], weights[known]
+            return float(accuracy_score(labels, said, sample_weight=weights))
+
+    @final
     def rebuild(self) -> None:
         with seeded(self.random_state):
             self.module_ = self.build(self.n_features_in_, len(self.classes_)).double()
+        self.module_.eval()
 
     @final
     def placed(self, X: Any, edges: Any) -> tuple[Float[Tensor, "n D"], Int[Tensor, "2 m"], int]:

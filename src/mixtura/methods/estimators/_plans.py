@@ -138,4 +138,4 @@ def agreement(said: Float[np.ndarray, "n K"], values: Float[np.ndarray, "n K"], 
         for place, known in enumerate(~np.isnan(values.T))
         if known.sum() > 1
     ]
-    return float(np.mean(each))
+    return float(np.mean(each)) if each else float("nan")

@@ -96,7 +96,12 @@ class Network(Estimator, ABC):
     @final
     def run(self, X: Any, groups: np.ndarray | None = None) -> Passed:
         """What the network makes of rows, with the routing; nothing is trained."""
-        x = self._given(self.rows(X), groups)
+        return self.run_of(self.rows(X), groups)
+
+    @final
+    def run_of(self, rows: np.ndarray, groups: np.ndarray | None = None) -> Passed:
+        """As `run`, of rows that are checked."""
+        x = self._given(rows, groups)
         self.adjust(self.module_)
         with torch.no_grad(), seeded(self.random_state):
             passed: Passed = self.module_(x)
@@ -105,7 +110,12 @@ class Network(Estimator, ABC):
     @final
     def output(self, X: Any, groups: np.ndarray | None = None) -> Float[Tensor, "T O"]:
         """The network's output of rows, some thousand at a time."""
-        x = self._given(self.rows(X), groups)
+        return self.output_of(self.rows(X), groups)
+
+    @final
+    def output_of(self, rows: np.ndarray, groups: np.ndarray | None = None) -> Float[Tensor, "T O"]:
+        """As `output`, of rows that are checked."""
+        x = self._given(rows, groups)
         self.adjust(self.module_)
         with torch.no_grad(), seeded(self.random_state):
             return torch.cat([self.module_(part).output for part in x.split(_AT_ONCE)])

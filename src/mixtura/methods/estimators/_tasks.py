@@ -32,7 +32,7 @@ def labels_of(y: Any, num_rows: int, owner: str) -> Float[np.ndarray, "n K"]:
     Raises:
         UserError: they are something else, or a task has labels of one kind alone.
     """
-    labels = np.asarray(y, dtype=np.float64) if y is not None else np.zeros((0, 0))
+    labels = np.array(y, dtype=np.float64) if y is not None else np.zeros((0, 0))
     if labels.ndim != 2 or len(labels) != num_rows:
         raise UserError(
             f"{owner} requires y to be passed as {num_rows} rows with a column a task, "
@@ -101,11 +101,15 @@ class TaskNetwork(Network, ABC):
 
     @final
     def score(self, X: Any, y: Any) -> float:
-        """The area under the curve, the mean over tasks that have labels of both kinds."""
+        """The area under the curve, the mean over tasks that have labels of both kinds.
+
+        Raises:
+            UserError: labels are not a column a task, of 0, 1 and NaN.
+        """
         from sklearn.metrics import roc_auc_score
 
         said = self.predict_proba(X)
-        labels = self.targets(y)
+        labels = self.targets(y, said.shape)
         areas = []
         for task in range(labels.shape[1]):
             known = ~np.isnan(labels[:, task])

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+# PyTorch's global generator is one for all threads: two that learn at once would draw from each other's seed.
+_turn = RLock()
+
+
+def _begin_unlocked() -> None:
+    """In a process that was forked no thread is left to unlock."""
+    global _turn
+    _turn = RLock()
+
+
+os.register_at_fork(after_in_child=_begin_unlocked)
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from PyTorch's global generator as if it had this seed, and leave it as it was."""
-    with torch.random.fork_rng(devices=[]):
+    """Draw from PyTorch's global generator as if it had this seed, and leave it as it was.
+
+    Threads take turns.
+    """
+    with _turn, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 

@@ -120,7 +120,7 @@ class AioP(Regressor, Network):
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination, the mean over measures where plans were measured."""
         said = self.predict(X).reshape(len(X), -1)
-        return agreement(said, self.targets(y).reshape(said.shape), sample_weight)
+        return agreement(said, self.targets(y, said.shape), sample_weight)
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         num = d_in if self.num_nodes is None else self.num_nodes

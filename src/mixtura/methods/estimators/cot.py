@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError
 from mixtura.methods.estimators import Network, Passed
-from mixtura.methods.estimators._compositions import TEMPERATURE, ComposedPairs, Composer, pairs_of
+from mixtura.methods.estimators._compositions import TEMPERATURE, ComposedPairs, Composer, pairs_of, plain
 
 METHOD = {
     "paper": 188,
@@ -88,8 +88,9 @@ class Cot(Network):
         self.check_settings()
         X = self.fresh_rows(X)
         pairs = pairs_of(self.labels(y), len(X))
-        self.attributes_, self.objects_ = (self.classes_of(column) for column in pairs.T)
-        columns = zip((self.attributes_, self.objects_), pairs.T, strict=True)
+        given = [plain(column) for column in pairs.T]
+        self.attributes_, self.objects_ = (self.classes_of(column) for column in given)
+        columns = zip((self.attributes_, self.objects_), given, strict=True)
         numbers = np.stack([np.searchsorted(known, column) for known, column in columns], axis=1)
         self.learn(X, torch.from_numpy(numbers), len(self.attributes_) * len(self.objects_))
         return self
@@ -104,7 +105,9 @@ class Cot(Network):
         """The likeliest attribute and object of every row."""
         place = self.output(X).argmax(1).numpy()
         attribute, thing = np.divmod(place, len(self.objects_))
-        return np.stack([self.attributes_[attribute], self.objects_[thing]], axis=1)
+        said = self.attributes_[attribute], self.objects_[thing]
+        mixed = said[0].dtype.kind != said[1].dtype.kind
+        return np.stack([one.astype(object) for one in said] if mixed else said, axis=1)
 
     def score(self, X: Any, y: Any) -> float:
         """The share of rows of which both are right."""

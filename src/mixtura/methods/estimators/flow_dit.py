@@ -7,11 +7,13 @@ from typing import Any, ClassVar, cast, final
 import numpy as np
 import torch
 from jaxtyping import Float
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError
 from mixtura.methods.estimators import NetworkClassifier, Passed, seeded
+from mixtura.methods.estimators._base import number_of
 from mixtura.methods.estimators._flows import Explaining, Flow
 
 METHOD = {
@@ -100,6 +102,8 @@ class FlowDit(NetworkClassifier):
 
     def sample(self, num: int = 16, y: Any = None, *, steps: int = 20, seed: int = 0) -> np.ndarray:
         """New rows, of the class ``y`` or of any; the way from noise is cut into so many steps."""
+        check_is_fitted(self)
+        num, steps = number_of("sample", "num", num), number_of("sample", "steps", steps)
         labels, net = torch.full((num,), len(self.classes_)), cast(Explaining, self.module_)
         if y is not None:
             if y not in self.classes_.tolist():

@@ -92,7 +92,8 @@ class Gmope(NodeClassifier):
             UserError: as `fit`; and where features are not as many as before.
         """
         self.check_settings()
-        x, joined, rows, target = self.taught(self.rows(X), y, edges, reset=False)
+        self.rows(X)
+        x, joined, rows, target = self.taught(X, y, edges, reset=False)
         kept = {name: one for name, one in self.module_.state_dict().items() if not name.startswith("head.")}
         self.rebuild()
         self.module_.load_state_dict(kept, strict=False)

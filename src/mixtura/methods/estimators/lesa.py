@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mixtura.methods.estimators import Regressor, minimise, one_each, seeded
+from mixtura.methods.estimators import Regressor, minimise, one_each, seeded, spread_of
 from mixtura.methods.estimators._kan import StagedForecast
 from mixtura.types import Routing
 
@@ -83,7 +83,7 @@ class Lesa(Regressor):
         self.check_settings()
         X, y = self.lessons(X, y, multi_output=True, y_numeric=True)
         self.is_flat_, future = y.ndim == 1, y.reshape(len(y), -1).astype(np.float64)
-        self.mean_, self.scale_ = float(X.mean()), float(X.std()) or 1.0
+        self.mean_, self.scale_ = float(X.mean()), float(spread_of(X.reshape(-1, 1))[0])
         self.num_outputs_ = future.shape[1]
         x, wanted = (torch.from_numpy((part - self.mean_) / self.scale_) for part in (X, future))
         self.rebuild()
@@ -110,7 +110,8 @@ class Lesa(Regressor):
         return said[:, 0] if self.is_flat_ else said
 
     def route(self, X: Any) -> Routing:
-        stages = torch.tensor(self.module_.stages).repeat(len(self.rows(X)))
+        num = len(self.rows(X))
+        stages = torch.tensor(self.module_.stages).repeat(num)
         scores = nn.functional.one_hot(stages, self.num_experts).double()
         return one_each(stages, scores)
 

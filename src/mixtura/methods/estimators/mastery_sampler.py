@@ -7,9 +7,10 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 from sklearn.base import ClusterMixin
+from sklearn.utils.validation import check_is_fitted
 
-from mixtura.errors import check_range
 from mixtura.methods.estimators import Estimator, one_each, seeded
+from mixtura.methods.estimators._base import number_of
 from mixtura.methods.estimators._walks import even_draw, kinds_of, refined, vectors, walks
 from mixtura.types import Routing
 
@@ -114,14 +115,15 @@ class MasterySampler(ClusterMixin, Estimator):
         self.centres_ = np.stack([rows[self.labels_ == one].mean(0) for one in groups])
         return self
 
-    def fit_resample(self, X: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Find the clusters, and draw ``num_rows`` rows with their labels evenly of them, or all."""
+    def fit_resample(self, X: Any, y: Any = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Find the clusters, and draw ``num_rows`` rows with their labels, if any, evenly of them, or all."""
         rows = self.fit(X, y).draw(self.num_rows)
-        return np.asarray(X)[rows], np.asarray(y)[rows]
+        return np.asarray(X)[rows], None if y is None else np.asarray(y)[rows]
 
     def draw(self, num: int) -> np.ndarray:
         """The numbers of so many of the rows that were learned, evenly of the clusters."""
-        check_range("draw", "num", num, 1, 1e9)
+        check_is_fitted(self)
+        num = number_of("draw", "num", num, 10**9)
         return even_draw(self.labels_, num, np.random.default_rng(self.random_state))
 
     def predict(self, X: Any) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mixtura.methods.estimators import Passed, minimise, seeded
 from mixtura.methods.estimators._adapting import Student, stepped
 from mixtura.methods.estimators._domains import GroupedClassifier, parted
+from mixtura.methods.estimators._learning import with_gradients
 from mixtura.methods.estimators._training import frozen
 
 METHOD = {
@@ -88,11 +89,12 @@ class MetaDmoe(GroupedClassifier):
     def predict_proba(self, X: Any, groups: Any = None) -> np.ndarray:
         """The probability of every class, after a step on each group's first ``support`` rows."""
         X = self.rows(X)
-        shares: np.ndarray = self.output(X).softmax(-1).numpy()
+        shares: np.ndarray = self.output_of(X).softmax(-1).numpy()
         if groups is None:
             return shares
-        labels, x, net = self._labels(groups, len(X)), self.standardised(X), cast(Student, self.module_)
-        with seeded(self.random_state):
+        labels, net = self._labels(groups, len(X)), cast(Student, self.module_)
+        with with_gradients(), seeded(self.random_state):
+            x = self.standardised(X)
             for label in np.unique(labels):
                 mine = torch.from_numpy(labels == label)
                 student = self._adapted(net, x[mine][: self.support], None)

@@ -94,7 +94,8 @@ class MmDrex(Network):
 
     def score(self, X: Any, y: Any) -> float:
         """The logarithm of the wealth that 1 becomes over the rows, in their order, after costs."""
-        return log_wealth(self.predict(X), self.targets(y), self.cost)
+        said = self.predict(X)
+        return log_wealth(said, self.in_reach(self.targets(y, said.shape), "y"), self.cost)
 
     def build(self, d_in: int, d_out: int) -> nn.Module:
         return _Network(self)

@@ -95,7 +95,7 @@ class MoeEmbeddings(Grouped):
     def transform(self, X: Any, groups: Any = None) -> np.ndarray:
         """The vectors of rows, of length 1."""
         X = self.rows(X)
-        return self.output(X, self.numbers(groups, len(X))).numpy()
+        return self.output_of(X, self.numbers(groups, len(X))).numpy()
 
     def predict(self, X: Any, groups: Any = None) -> np.ndarray:
         """The vectors of rows, of length 1."""

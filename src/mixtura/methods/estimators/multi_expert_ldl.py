@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.methods.estimators import NetworkRegressor, Passed, dense_routing, perceptron, seeded
+from mixtura.methods.estimators._base import number_of
 from mixtura.methods.estimators._series import kernel_score
 
 METHOD = {
@@ -88,7 +89,7 @@ class MultiExpertLdl(NetworkRegressor):
 
     def sample(self, X: Any, num: int = 100, seed: int = 0) -> np.ndarray:
         """So many futures of every row, in the units of the targets."""
-        passed = self.run(X)
+        passed, num = self.run(X), number_of("sample", "num", num)
         with seeded(seed):
             noise = torch.randn(num, *passed.output.shape, dtype=passed.output.dtype)
         return self.unscaled(passed.output + passed.more * noise)

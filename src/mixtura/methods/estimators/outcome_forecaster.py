@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.errors import UserError
 from mixtura.methods.estimators import Classifier, Passed, minimise, seeded, spread_of
 from mixtura.methods.estimators._confidence import MixedNetwork, held_out, monotone, reliability, restated
 from mixtura.types import Routing
@@ -101,7 +102,8 @@ class OutcomeForecaster(Classifier):
                 return F.cross_entropy(self.module_(mine[rows]).output, theirs[rows])
 
             minimise(self.module_.parameters(), lost, len(mine), learning_rate=rate, **steps)
-        raw = self.raw_proba(X[aside]) if aside.any() else np.zeros((0, len(self.classes_)))
+        with torch.no_grad():
+            raw = self.module_(x[torch.from_numpy(aside)]).output.softmax(-1).numpy()
         self.curve_ = monotone(raw.max(1, initial=0), raw.argmax(1) == numbers[aside])
         return self
 
@@ -125,8 +127,10 @@ class OutcomeForecaster(Classifier):
 
     def report(self, X: Any, y: Any) -> dict[str, float]:
         """What forecasts of known outcomes are worth; NaN where there is none to judge."""
-        shares = self.predict_proba(X)
-        right = self.most_probable(shares) == np.asarray(y)
+        shares, outcomes = self.predict_proba(X), self.labels(y)
+        if outcomes.shape != shares.shape[:1]:
+            raise UserError(f"y of OutcomeForecaster is {len(shares)} outcomes, got {outcomes.shape}")
+        right = self.most_probable(shares) == outcomes
         return reliability(shares.max(1), right, self.sure)
 
     def route(self, X: Any) -> Routing:

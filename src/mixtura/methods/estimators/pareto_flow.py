@@ -7,11 +7,13 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 from jaxtyping import Float
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from mixtura.errors import check_range
 from mixtura.methods.estimators import Regressor, one_each, seeded, spread_of
+from mixtura.methods.estimators._base import number_of
 from mixtura.methods.estimators._frontiers import GuidedFlow, apart, directions, spread_front, worthiest
+from mixtura.methods.estimators._learning import with_gradients
 from mixtura.types import Routing
 
 METHOD = {
@@ -114,20 +116,21 @@ class ParetoFlow(Regressor):
 
     def predict(self, X: Any) -> np.ndarray:
         """The predicted objectives."""
-        said: np.ndarray = self._objectives(X).numpy() * self.range_ + self.least_
+        said: np.ndarray = self._objectives(self.rows(X)).numpy() * self.range_ + self.least_
         return said[:, 0] if self.is_flat_ else said
 
     def sample(self, num: int) -> np.ndarray:
         """At most so many designs, spread over the front that is predicted."""
-        check_range("sample", "num", num, 1, 1 << 20)
-        with seeded(self.random_state):
+        check_is_fitted(self)
+        num = number_of("sample", "num", num)
+        with with_gradients(), seeded(self.random_state):
             found = self.module_.flow_down(self, self._directions())
         kept = np.unique(found.numpy(), axis=0) * self.scale_ + self.mean_
         drawn: np.ndarray = kept[spread_front(self._objectives(kept).numpy(), num)]
         return drawn
 
     def route(self, X: Any) -> Routing:
-        scores, ways = 1 - self._objectives(X), self._directions()
+        scores, ways = 1 - self._objectives(self.rows(X)), self._directions()
         turned = apart(scores, ways)
         return one_each(turned.argmin(1), scores @ ways.T, -turned)
 
@@ -139,7 +142,7 @@ class ParetoFlow(Regressor):
         return directions(self.num_objectives_, self.num_directions)
 
     @torch.no_grad()
-    def _objectives(self, X: Any) -> Float[Tensor, "n M"]:
-        x = torch.from_numpy((self.rows(X) - self.mean_) / self.scale_)
+    def _objectives(self, rows: np.ndarray) -> Float[Tensor, "n M"]:
+        x = torch.from_numpy((rows - self.mean_) / self.scale_)
         found: Tensor = self.module_.objectives(x)
         return found

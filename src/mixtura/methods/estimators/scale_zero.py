@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mixtura.methods.estimators import Passed, routed, router, told
 from mixtura.methods.estimators._domains import GroupedRegressor, parted
+from mixtura.methods.estimators._learning import with_gradients
 from mixtura.methods.estimators._networks import SwiGlu
 
 METHOD = {
@@ -84,15 +85,16 @@ class ScaleZero(GroupedRegressor):
         """How alike the tasks' gradients of the encoder are: a cosine for each two tasks."""
         X = self.rows(X)
         numbers = self.numbers(groups, len(X))
-        targets = (self.targets(y).reshape(len(X), -1) - self.target_mean_) / self.target_scale_
-        x, wanted = self._given(X, numbers), torch.from_numpy(targets)
-        found = []
-        for task in range(len(self.groups_)):
-            rows = torch.from_numpy(numbers == task)
-            loss = F.mse_loss(self.module_(x[rows]).output, wanted[rows])
-            parts = torch.autograd.grad(loss, tuple(cast(_Network, self.module_).encoder.parameters()))
-            found.append(torch.cat([part.flatten() for part in parts]))
-        units = F.normalize(torch.stack(found), dim=1)
+        targets = (self.targets(y, (len(X), self.num_outputs_)) - self.target_mean_) / self.target_scale_
+        found, encoder = [], cast(_Network, self.module_).encoder
+        with with_gradients():
+            x, wanted = self._given(X, numbers), torch.from_numpy(targets)
+            for task in range(len(self.groups_)):
+                rows = torch.from_numpy(numbers == task)
+                loss = F.mse_loss(self.module_(x[rows]).output, wanted[rows])
+                parts = torch.autograd.grad(loss, tuple(encoder.parameters()))
+                found.append(torch.cat([part.flatten() for part in parts]))
+            units = F.normalize(torch.stack(found), dim=1)
         return (units @ units.T).numpy()
 
     def build(self, d_in: int, d_out: int) -> nn.Module:

@@ -96,13 +96,14 @@ class SystemFamily(Grouped):
     def predict(self, X: Any, groups: Any = None) -> np.ndarray:
         """The states one step later."""
         X = self.rows(X)
-        made: np.ndarray = self.output(X, self.numbers(groups, len(X))).numpy() * self.scale_ + self.mean_
+        made: np.ndarray = self.output_of(X, self.numbers(groups, len(X))).numpy() * self.scale_ + self.mean_
         return made
 
     def score(self, X: Any, y: Any, groups: Any = None) -> float:
         """The coefficient of determination of the steps, not of the states, which hardly change."""
-        X, y = states_of(X, self.targets(y))
-        left = np.square(self.predict(X, groups) - y).sum()
+        said = self.predict(X, groups)
+        X, y = states_of(self.rows(X), self.targets(y))
+        left = np.square(said - self.in_reach(y, "y")).sum()
         return float(1 - left / np.square(y - X - (y - X).mean(0)).sum())
 
     def adapt(self, X: Any, y: Any, name: Any) -> SystemFamily:

@@ -86,8 +86,8 @@ class UniversalPortfolio(Estimator):
         """What one unit of money becomes over these periods, beginning without experience."""
         fresh = UniversalPortfolio(**self.get_params())
         growth = fresh._growth(fresh.fresh_rows(X, least=1))
-        fresh.fit(np.ones_like(growth)[:1])
-        return float((fresh.predict(X) * growth).sum(1).prod())
+        fresh = UniversalPortfolio(**self.get_params()).fit(np.ones_like(growth)[:1])
+        return float((fresh.predict(growth) * growth).sum(1).prod())
 
     def route(self, X: Any) -> Routing:
         weights = torch.from_numpy(self._weights(X))
