@@ -203,7 +203,7 @@ def test_the_mixtures_of_named_allocators_are_tried_and_the_best_is_kept() -> No
     shape = np.random.default_rng(1).uniform(0.2, 1.0, LAYERS * EXPERTS)
     prices = replace(prices, weights=prices.load * shape)
     budget = choice_bytes(prices, uniform(prices, 4).choice)
-    rules = rules_of(["mc_sharp", "quant_moe_bench"], prices)
+    rules = rules_of(["mc_sharp", "quant_moe_bench"], prices, 16.0)
     tried: list[Measured] = []
 
     def measure(candidate: Candidate) -> Measured:
