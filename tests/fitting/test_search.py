@@ -228,3 +228,14 @@ def test_allocators_are_refused_by_name_and_for_files_of_tensors() -> None:
         check_allocators(request)
     with pytest.raises(SettingError, match="--allocate shares bits out among experts"):
         check_allocators(replace(request, allocators=("mc_sharp",), form="gguf"))
+
+
+def test_allocators_whose_mixtures_are_too_large_are_named() -> None:
+    prices = made_prices()
+    prices = replace(prices, weights=np.ones(len(prices.load)))
+    rules = rules_of(["mc_sharp"], prices, 16.0)
+    least = choice_bytes(prices, uniform(prices, prices.stored[-1]).choice)
+    importance = prices.load.astype(float)
+    for budget, named in ((least - 1, ("mc_sharp",)), (2 * least, ())):
+        search = Search(prices, importance, budget, lambda one: measured(prices, one), rules=rules)
+        assert search.run().too_large == named

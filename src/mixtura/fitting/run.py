@@ -146,6 +146,7 @@ def _run(fit: Ongoing) -> Fitted:
         keep_domain=fit.request.keep_domain,
         rules=rules,
     ).run()
+    fit.notes.extend(_unheard(found))
     fit.timed("search", since)
     if fit.request.max_kl is not None and found.chosen.quality.kl > fit.request.max_kl:
         raise BudgetError(_too_much_loss(found, fit))
@@ -163,6 +164,16 @@ def _rules(fit: Ongoing, prices: Prices) -> tuple[Rule, ...]:
     """What the allocators that were named predict."""
     names = fit.request.allocators
     return rules_of(names, prices, source_bits(fit.view.layers)) if names else ()
+
+
+def _unheard(found: Found) -> tuple[str, ...]:
+    """For the reader: allocators that were named and of which nothing was measured."""
+    if not found.too_large:
+        return ()
+    return (
+        f"the budget is too small for what {' and '.join(found.too_large)} would allocate, which drops no "
+        f"experts; give a larger one to compare with it",
+    )
 
 
 def _published(
