@@ -203,7 +203,7 @@ def test_the_mixtures_of_named_allocators_are_tried_and_the_best_is_kept() -> No
     shape = np.random.default_rng(1).uniform(0.2, 1.0, LAYERS * EXPERTS)
     prices = replace(prices, weights=prices.load * shape)
     budget = choice_bytes(prices, uniform(prices, 4).choice)
-    rules = rules_of(["mc_sharp", "quant_moe_bench"], prices)
+    rules = rules_of(["mc_sharp", "quant_moe_bench"], prices, 16.0)
     tried: list[Measured] = []
 
     def measure(candidate: Candidate) -> Measured:
@@ -228,3 +228,14 @@ def test_allocators_are_refused_by_name_and_for_files_of_tensors() -> None:
         check_allocators(request)
     with pytest.raises(SettingError, match="--allocate shares bits out among experts"):
         check_allocators(replace(request, allocators=("mc_sharp",), form="gguf"))
+
+
+def test_allocators_whose_mixtures_are_too_large_are_named() -> None:
+    prices = made_prices()
+    prices = replace(prices, weights=np.ones(len(prices.load)))
+    rules = rules_of(["mc_sharp"], prices, 16.0)
+    least = choice_bytes(prices, uniform(prices, prices.stored[-1]).choice)
+    importance = prices.load.astype(float)
+    for budget, named in ((least - 1, ("mc_sharp",)), (2 * least, ())):
+        search = Search(prices, importance, budget, lambda one: measured(prices, one), rules=rules)
+        assert search.run().too_large == named

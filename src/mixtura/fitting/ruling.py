@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from mixtura.checkpoints.view import LayerView
 from mixtura.errors import SettingError, UserError
 from mixtura.fitting.allocate import allocate
 from mixtura.fitting.records import Candidate, Prices, Request
@@ -16,7 +17,6 @@ from mixtura.methods import create, header
 from mixtura.methods.allocators import ExpertsSeen
 
 KIND: Final = "allocators"
-_SOURCE_BITS = 16
 
 
 @final
@@ -49,12 +49,23 @@ def check_allocators(request: Request) -> None:
         )
 
 
-def rules_of(names: Sequence[str], prices: Prices) -> tuple[Rule, ...]:
-    """What the named allocators make of the prices of experts."""
-    return tuple(_rule(name, prices) for name in names)
+def source_bits(layers: Sequence[LayerView]) -> float:
+    """Bits of a weight of experts as they are: of their matrices, the mean over all layers."""
+    bits = weights = 0
+    for layer in layers:
+        tensors = layer.native_expert(0)
+        for matrix in (tensors.up, tensors.down):
+            bits += layer.num_experts * 8 * matrix.nbytes
+            weights += layer.num_experts * matrix.numel()
+    return bits / weights
 
 
-def _rule(name: str, prices: Prices) -> Rule:
+def rules_of(names: Sequence[str], prices: Prices, whole_bits: float) -> tuple[Rule, ...]:
+    """What the named allocators make of the prices of experts, whose weights have so many bits each."""
+    return tuple(_rule(name, prices, whole_bits) for name in names)
+
+
+def _rule(name: str, prices: Prices, whole_bits: float) -> Rule:
     ways = [prices.palette.keep, *prices.stored]
     sizes = prices.num_bytes[:, ways].sum(0)
     if prices.weights is None:
@@ -66,7 +77,7 @@ def _rule(name: str, prices: Prices) -> Rule:
         np.unique(prices.parts.layers, return_inverse=True)[1],
         prices.load,
         prices.weights,
-        _SOURCE_BITS * sizes / sizes[0],
+        whole_bits * sizes / sizes[0],
         prices.errors[:, ways],
     )
     losses = np.full_like(prices.errors, np.inf)

@@ -26,11 +26,11 @@ from mixtura.fitting.forms.known import form_of
 from mixtura.fitting.journal import open_journal
 from mixtura.fitting.judging import Judge
 from mixtura.fitting.ongoing import Ongoing, model_directory, work_directory, written
-from mixtura.fitting.records import Quality, Request
+from mixtura.fitting.records import Prices, Quality, Request
 from mixtura.fitting.report import report_html
 from mixtura.fitting.result import Fitted, Row, Sample, time_over
 from mixtura.fitting.rows import rows_of, samples_of
-from mixtura.fitting.ruling import check_allocators, rules_of
+from mixtura.fitting.ruling import Rule, check_allocators, rules_of, source_bits
 from mixtura.fitting.search import Found, Search
 from mixtura.fitting.texts import Texts, sequence_length, texts_of
 from mixtura.report.units import format_bytes
@@ -125,6 +125,7 @@ def _run(fit: Ongoing) -> Fitted:
     seen = fit.form.observed(fit.texts)
     fit.timed("observe and price", since)
     since = time.monotonic()
+    rules = _rules(fit, seen.prices)
     judge = Judge(
         fit.form,
         fit.texts.held_out,
@@ -143,8 +144,9 @@ def _run(fit: Ongoing) -> Fitted:
         judge.measure,
         rest_saves_bytes=fit.allowance.rest.saved_bytes,
         keep_domain=fit.request.keep_domain,
-        rules=rules_of(fit.request.allocators, seen.prices),
+        rules=rules,
     ).run()
+    fit.notes.extend(_unheard(found))
     fit.timed("search", since)
     if fit.request.max_kl is not None and found.chosen.quality.kl > fit.request.max_kl:
         raise BudgetError(_too_much_loss(found, fit))
@@ -156,6 +158,22 @@ def _run(fit: Ongoing) -> Fitted:
     samples = samples_of(fit, directory)
     fit.timed("verify and measure", since)
     return _published(fit, found, rows, samples)
+
+
+def _rules(fit: Ongoing, prices: Prices) -> tuple[Rule, ...]:
+    """What the allocators that were named predict."""
+    names = fit.request.allocators
+    return rules_of(names, prices, source_bits(fit.view.layers)) if names else ()
+
+
+def _unheard(found: Found) -> tuple[str, ...]:
+    """For the reader: allocators that were named and of which nothing was measured."""
+    if not found.too_large:
+        return ()
+    return (
+        f"the budget is too small for what {' and '.join(found.too_large)} would allocate, which drops no "
+        f"experts; give a larger one to compare with it",
+    )
 
 
 def _published(

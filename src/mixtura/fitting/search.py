@@ -42,13 +42,14 @@ class Found:
 
     ``chosen`` is the least measured KL within the budget, ``uniform`` the plain plan measured
     beside it, ``tried`` everything measured, and ``left_out`` the kinds of candidates that time did not
-    reach, the one it ended in first.
+    reach, the one it ended in first. ``too_large`` are allocators that have no mixture so small.
     """
 
     chosen: Measured
     uniform: Measured
     tried: tuple[Measured, ...]
     left_out: tuple[str, ...]
+    too_large: tuple[str, ...] = ()
 
     @property
     def out_of_time(self) -> bool:
@@ -89,6 +90,7 @@ class Search:
         self._rest_saves_bytes = rest_saves_bytes
         self._keep_domain = keep_domain
         self._rules = tuple(rules)
+        self._too_large: list[str] = []
         # What no choice may lose more than, where a domain is kept.
         self._most_kl = np.inf
         # Whether candidates store the rest of the model in 8 bits, too.
@@ -113,7 +115,8 @@ class Search:
             except OutOfTimeError:
                 left_out = [name, *(later for later, _ in steps)]
         chosen = self._best()
-        return Found(chosen, self._tried[baseline.key], tuple(self._tried.values()), tuple(left_out))
+        tried, too_large = tuple(self._tried.values()), tuple(self._too_large)
+        return Found(chosen, self._tried[baseline.key], tried, tuple(left_out), too_large)
 
     def _kl(self, measured: Measured) -> float:
         """The loss that prices are made of: of the kept domain, or in all."""
@@ -184,6 +187,7 @@ class Search:
         try:
             candidate = ruled(self.prices, rule, self._room_bytes)
         except BudgetError:
+            self._too_large.append(rule.name)
             return
         self._try(self._dressed(candidate))
 

@@ -37,7 +37,9 @@ def test_what_one_model_cannot_become(
 ) -> None:
     with pytest.raises(UserError, match=said):
         mixtura.upcycle(dense[0], tmp_path / "out", **{"measure": False, "text": text, **asked})
+    # Other settings can be given for the same place at once.
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
 
 
 @pytest.mark.parametrize(

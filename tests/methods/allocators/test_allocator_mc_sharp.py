@@ -53,7 +53,7 @@ def test_every_layer_gets_its_best_choice_of_all() -> None:
     parts = Parts(given.layers, np.tile(np.arange(EXPERTS), LAYERS))
     palette = type(Prices.__dataclass_fields__["palette"].default)(("keep", "4", "3", "2", "drop"), drop=4)
     prices = Prices(parts, sizes, errors, given.loads, palette, weights=given.weights)
-    (rule,) = rules_of(["mc_sharp"], prices)
+    (rule,) = rules_of(["mc_sharp"], prices, 16.0)
     budget = LAYERS * 1200
     found = ruled(prices, rule, budget).choice
     for layer in range(LAYERS):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import pytest
 
 from mixtura.authoring.contracts import sample_cluster, sample_trace
 from mixtura.errors import UserError
+from mixtura.methods.placements._sequences import even_runs
 from mixtura.methods.placements.flexsp import Flexsp
 from mixtura.types.trace import Trace
 
@@ -65,7 +68,40 @@ def test_what_does_not_fit_at_once_goes_in_as_few_batches_as_possible() -> None:
         assert sum(lengths) <= 100 * len(group.devices)
 
 
+def test_batches_are_cut_by_tokens_and_not_by_sequences() -> None:
+    """Two batches are enough: half of all tokens are in four of sixteen sequences."""
+    lengths = (100, 100, 100, 100, *(33,) * 12)
+    groups = Flexsp(most_tokens=100).plan(of_lengths(*lengths), sample_cluster(2, 2)).groups
+    by_batch = {group.micro_batch: 0 for group in groups}
+    for group in groups:
+        by_batch[group.micro_batch] += sum(lengths[one] for one in group.sequences)
+    assert by_batch == {0: 400, 1: 396}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_largest_run_has_the_fewest_tokens(seed: int) -> None:
+    draw = random.Random(seed)
+    lengths = sorted((draw.randint(0, 50) for _ in range(9)), reverse=True)
+    for num in range(1, 10):
+        runs = even_runs(range(9), lengths, num)
+        assert [one for run in runs for one in run] == list(range(9))
+        assert len(runs) <= num
+        cuts = (c for few in range(num) for c in combinations(range(1, 9), few))
+        least = min(max(sum(lengths[a:b]) for a, b in pairwise((0, *cut, 9))) for cut in cuts)
+        assert max(sum(lengths[one] for one in run) for run in runs) == least
+
+
+def test_an_empty_sequence_takes_no_device_that_is_not_there() -> None:
+    groups = Flexsp(most_tokens=10).plan(of_lengths(0, 5), sample_cluster(1, 2)).groups
+    devices = [device for group in groups for device in group.devices]
+    assert sorted(set(devices)) == sorted(devices)
+    assert max(devices) < 2
+
+
 def test_a_sequence_that_fits_nowhere_is_refused() -> None:
+    # Groups have 1, 2 or 4 devices.
+    with pytest.raises(UserError, match="500 tokens does not fit 4 devices with 100 each, the largest group"):
+        Flexsp(most_tokens=100).plan(of_lengths(500), sample_cluster(3, 2))
     with pytest.raises(UserError, match="401 tokens does not fit 4 devices with 100 each"):
         Flexsp(most_tokens=100).plan(of_lengths(401, 3), sample_cluster())
     with pytest.raises(UserError, match="does not say how long its sequences are"):

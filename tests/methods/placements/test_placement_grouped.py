@@ -28,3 +28,10 @@ def test_groups_that_cannot_be_dealt_are_refused() -> None:
     with pytest.raises(UserError, match="12 experts in 6 groups, which 4 devices cannot hold evenly"):
         Grouped().plan(trace, sample_cluster())
     assert Grouped(groups=4).plan(trace, sample_cluster()).layers[0].held(4)[3] == (9, 10, 11)
+
+
+def test_groups_that_were_asked_for_and_that_no_experts_make_are_refused() -> None:
+    trace = sample_trace(num_experts=6)
+    with pytest.raises(UserError, match="6 experts in 4 groups, which 4 devices cannot hold evenly"):
+        Grouped(groups=4).plan(trace, sample_cluster())
+    assert [len(held) for held in Grouped().plan(trace, sample_cluster()).layers[0].held(4)] == [2, 2, 1, 1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from mixtura.authoring.contracts import sample_cluster, sample_trace
@@ -90,6 +92,18 @@ def test_every_way_to_solve_lets_tokens_travel_less_than_numbers_do() -> None:
 
     by_number = travelled(trace, Contiguous().plan(trace, cluster), cluster)
     assert max(times.values()) < by_number
+
+
+@pytest.mark.parametrize(("equal", "busiest"), [(True, 1015), (False, 1000)])
+def test_many_experts_need_not_be_as_many_on_each_device(equal: bool, busiest: int) -> None:
+    trace = sample_trace(num_layers=1, num_experts=64)
+    counts = torch.zeros_like(trace.layers[0].counts)
+    counts[0], counts[0, 0] = 1, 1000
+    layer = replace(trace.layers[0], counts=counts)
+    made = Moetuner(equal_counts=equal).plan(replace(trace, layers=(layer,)), sample_cluster(1, 4))
+    loads = [sum(int(layer.load[one]) for one in held) for held in made.layers[0].held(4)]
+    assert max(loads) == busiest
+    assert min(loads) > 0
 
 
 def test_other_ways_to_solve_are_refused() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixtura.checkpoints.applying.copying import damaged, read_range
 from mixtura.checkpoints.dense.view import DOWN, GATE, KEY, QUERY, UP, DenseView, Piece
+from mixtura.methods._parts import part_of
 from mixtura.types.upcycling import Approach, Build, Fill
 
 # What actions call a matrix of a layer, and what it is called there.
@@ -106,7 +107,7 @@ def _redrawn(matrices: Matrices, action: Build) -> Matrices:
     expert = -1 if action.expert is None else action.expert
     seed = (action.seed * 1_000_003 + action.layer) * 1_000_003 + expert + 1
     generator = torch.Generator().manual_seed(seed % (1 << 63))
-    ids = torch.randperm(width, generator=generator)[: int(action.redrawn * width)].sort().values
+    ids = torch.randperm(width, generator=generator)[: part_of(action.redrawn, width)].sort().values
     made = []
     for matrix, axis in zip(matrices, (0, 0, 1), strict=True):
         changed = matrix.clone()

@@ -148,8 +148,13 @@ def _settings(
 
 def _made(work: _Work) -> Upcycled:
     """The new checkpoint, written in the work directory, and what is known of it."""
-    with timed(work.seconds, "plan"):
-        plan, arrays = _planned(work)
+    try:
+        with timed(work.seconds, "plan"):
+            plan, arrays = _planned(work)
+    except UserError:
+        # What is refused before there is a plan goes on with nothing, and would refuse other settings.
+        shutil.rmtree(beside(work.request.out))
+        raise
     made = _facts(work, plan, arrays)
     with timed(work.seconds, "write"):
         if not work.model.is_dir():

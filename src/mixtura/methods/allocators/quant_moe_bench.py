@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from mixtura.errors import check_range
+from mixtura.methods._parts import part_above
 from mixtura.methods.allocators import Allocator, ExpertsSeen
 from mixtura.methods.allocators._shared import within_layers
 
@@ -61,7 +62,7 @@ class QuantMoeBench(Allocator):
 
     def losses(self, seen: ExpertsSeen) -> Float[ndarray, "M O"]:
         num_layers = int(seen.layers.max()) + 1
-        is_early = seen.layers < np.ceil(self.early_share * num_layers)
+        is_early = seen.layers < part_above(self.early_share, num_layers)
         counts = within_layers(seen.loads.astype(float), seen.layers) * np.where(is_early, self.early, 1.0)
         costs = np.where(np.arange(len(seen.bits)) == 0, 0.0, 4.0**-seen.bits)
         losses: Float[ndarray, "M O"] = counts[:, None] * costs

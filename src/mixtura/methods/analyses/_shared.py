@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixtura.errors import UserError
+from mixtura.methods import _drawing
 from mixtura.methods.analyses import Cell, Lines
 from mixtura.types.trace import Trace
 
@@ -103,7 +104,7 @@ def two_domains(trace: Trace, wanted: Sequence[str] = ()) -> tuple[int, int]:
 
 def generator_of(seed: int) -> torch.Generator:
     """Draws that depend on the seed alone."""
-    return torch.Generator().manual_seed(seed)
+    return _drawing.generator_of(seed)
 
 
 def number_of(row: Mapping[str, Cell], name: str, *, positive: bool = False) -> float:

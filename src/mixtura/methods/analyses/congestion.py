@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.analyses import Analysis, Evidence, Report
 from mixtura.methods.analyses._congestion import best_gamma, best_temperature, equilibrium, tempered
 from mixtura.methods.analyses._shared import curves_of_layers, marks, mean_of, over_layers, shares_of
@@ -97,7 +98,7 @@ class Congestion(Analysis):
         return row | dict(zip(names, (*whole, low, high, best_temperature(q, shares), *held), strict=True))
 
     def _drawn(self, quality: Float[Tensor, "S E1"], load: Float[Tensor, "S E"]) -> list[float]:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = generator_of(self.seed)
         found = []
         for _ in range(self.draws if len(load) > 1 else 0):
             picked = torch.randint(0, len(load), (len(load),), generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._parts import part_above
 from mixtura.methods.analyses import Analysis, Evidence, Report, Table
 from mixtura.methods.analyses._shared import mean_of, over_layers, ratio
 from mixtura.types.trace import LayerTrace, Trace
@@ -101,7 +101,7 @@ class StandingCommittee(Analysis):
         if not ranks.numel():
             return ()
         present = (ranks <= limit).sum(0)
-        able = present >= math.ceil(self.presence * len(ranks))
+        able = present >= part_above(self.presence, len(ranks))
         able = able if bool(able.any()) else present == present.max()
         mean, spread = ranks.mean(0).tolist(), ranks.var(0, unbiased=False).tolist()
         found = able.nonzero().flatten().tolist()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import check_range
+from mixtura.methods._parts import part_of
 from mixtura.methods._scores import mean_of_valid
 from mixtura.methods.balancers import Balancer
 from mixtura.methods.balancers._shared import require_runs, runs
@@ -83,5 +84,5 @@ class Moec(Balancer):
         drawn = torch.rand(scores.shape[1], generator=generator, device=generator.device)
         clusters = runs(drawn, self.num_clusters, "clusters")
         places = clusters.argsort(-1).argsort(-1)
-        allowed = places >= int(self.dropout * clusters.shape[1])
+        allowed = places >= part_of(self.dropout, clusters.shape[1])
         return {"allowed": allowed.flatten().to(scores.device)}

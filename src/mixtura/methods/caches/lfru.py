@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import final
 
 from mixtura.errors import check_range
+from mixtura.methods._parts import part_of
 from mixtura.methods.caches import Cache, Key
 
 METHOD = {"paper": None, "title": "Least frequent behind least recent (LFRU)"}
@@ -48,7 +49,7 @@ class Lfru(Cache):
             self._common[key] = None
             return
         self._privileged[key] = None
-        if len(self._privileged) > int(self.share * self.capacity):
+        if len(self._privileged) > part_of(self.share, self.capacity):
             oldest = next(iter(self._privileged))
             del self._privileged[oldest]
             self._common[oldest] = None

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import final
 
 from mixtura.errors import check_range
+from mixtura.methods._parts import part_of
 from mixtura.methods.caches import Cache, Key
 
 METHOD = {"paper": None, "title": "Pinned by a trace", "tags": ["reads:trace"]}
@@ -40,7 +41,7 @@ class Pinned(Cache):
 
     def learn(self, counts: Mapping[int, Sequence[float]]) -> None:
         every = ((count, Key(layer, e)) for layer, row in counts.items() for e, count in enumerate(row))
-        best = sorted(every, key=lambda pair: (-pair[0], pair[1]))[: int(self.share * self.capacity)]
+        best = sorted(every, key=lambda pair: (-pair[0], pair[1]))[: part_of(self.share, self.capacity)]
         self._pinned = frozenset(key for _, key in best)
 
     def note(self, key: Key, hit: bool) -> None:

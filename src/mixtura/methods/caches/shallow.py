@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import final
 
 from mixtura.errors import check_range
+from mixtura.methods._parts import part_of
 from mixtura.methods.caches import Cache, Key
 
 METHOD = {
@@ -67,7 +68,7 @@ class Shallow(Cache):
 
     def _first_unprotected(self) -> int:
         """The first layer whose experts, with those before them, are more than the share; else the last."""
-        room, held = int(self.share * self.capacity), sorted(+self._counts)
+        room, held = part_of(self.share, self.capacity), sorted(+self._counts)
         for layer in held:
             room -= self._counts[layer]
             if room < 0:

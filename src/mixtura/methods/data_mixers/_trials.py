@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mixtura.methods._drawing import generator_of
+
 # Mixtures of which the best predicted is looked for, times the number of domains.
 _POOL = 512
 
@@ -17,7 +19,7 @@ def candidates(order: Int[Tensor, " G"], seed: int) -> Float[Tensor, "P G"]:
         order: the places of domains by their names, so that domains listed otherwise have the same shares.
         seed: of a flat Dirichlet distribution.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     drawn = -torch.rand(_POOL, len(order), generator=generator, dtype=torch.float64).clamp(min=1e-12).log()
     drawn[0] = 1.0
     drawn = drawn / drawn.sum(1, keepdim=True)

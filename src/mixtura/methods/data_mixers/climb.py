@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mixtura.errors import SettingError
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.data_mixers import DataMixer, Domains, Standing, State, Stretch, place_of
 from mixtura.methods.data_mixers._trials import candidates, predicted
 
@@ -135,7 +136,7 @@ class Climb(DataMixer):
     ) -> Float[Tensor, "N G"]:
         """A round's trials: the first draws at first, later some of twice as many of the best."""
         size = len(order)
-        generator = torch.Generator().manual_seed(self.seed + 1 + number)
+        generator = generator_of(self.seed + 1 + number)
         blocks = ranked[: num if number == 0 else 2 * num].reshape(-1, size, size)
         chosen = torch.randperm(len(blocks), generator=generator)[: num // size]
         shuffled = torch.randperm(num, generator=generator)

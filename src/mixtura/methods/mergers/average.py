@@ -7,6 +7,7 @@ from typing import final
 
 import torch
 
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.mergers import Merger
 from mixtura.methods.mergers._shared import merge_all
 from mixtura.types import Budget, Plan
@@ -44,7 +45,7 @@ class Average(Merger):
         self.seed = seed
 
     def plan(self, trace: Trace, budget: Budget) -> Plan:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = generator_of(self.seed)
 
         def group(layer: LayerTrace, experts: Sequence[int], num_groups: int) -> list[list[int]]:
             order = torch.randperm(len(experts), generator=generator).tolist()

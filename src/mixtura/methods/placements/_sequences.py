@@ -7,6 +7,31 @@ from collections.abc import Callable, Sequence
 from mixtura.methods.placements._programs import Program
 
 
+def even_runs(order: Sequence[int], lengths: Sequence[int], num_runs: int) -> list[list[int]]:
+    """An order cut into so many runs at most, such that the run with most tokens has the fewest.
+
+    >>> even_runs([0, 1, 2, 3], [8, 4, 3, 3], 2)
+    [[0], [1, 2, 3]]
+    """
+
+    def cut(most: int) -> list[list[int]]:
+        runs: list[list[int]] = [[]]
+        held = 0
+        for one in order:
+            if runs[-1] and held + lengths[one] > most:
+                runs.append([])
+                held = 0
+            runs[-1].append(one)
+            held += lengths[one]
+        return runs
+
+    low, high = max(lengths[one] for one in order), sum(lengths[one] for one in order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= num_runs else (middle + 1, high)
+    return cut(low)
+
+
 def grouped_sequences(
     lengths: Sequence[int],
     num_devices: int,
@@ -39,7 +64,8 @@ def grouped_sequences(
         program.equal(counts[bucket], float(len(inside)))
     longest = [lengths[inside[0]] for inside in members]
     for slot, degree in enumerate(slots):
-        tokens = list(zip(counts[:, slot], map(float, longest), strict=True))
+        # A sequence without tokens takes a group, too.
+        tokens = [(one, float(max(length, 1))) for one, length in zip(counts[:, slot], longest, strict=True)]
         program.require([*tokens, (used[slot], -float(most_tokens * degree))], most=0.0)
         times = [seconds_of(length, degree) for length in longest]
         program.require([*zip(counts[:, slot], times, strict=True), (last[0], -1.0)], most=0.0)

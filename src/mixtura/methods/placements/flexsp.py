@@ -7,7 +7,7 @@ from typing import final
 
 from mixtura.errors import UserError, check_range
 from mixtura.methods.placements import Placer
-from mixtura.methods.placements._sequences import grouped_sequences
+from mixtura.methods.placements._sequences import even_runs, grouped_sequences
 from mixtura.methods.placements._shared import placed_in_order
 from mixtura.types.placement import Cluster, Placement, SequenceGroup
 from mixtura.types.trace import Trace
@@ -27,7 +27,8 @@ class Flexsp(Placer):
     sequences, which takes ``(square_s s^2 + linear_s s) / d`` seconds for s tokens, and an all-to-all whose
     slowness grows with d, more so between nodes. An integer program chooses the sizes of groups, powers of
     two, and which sequences each gets, so that the last is ready soonest and no device holds more than
-    ``most_tokens``. Where that cannot be at once, sequences go in as few micro-batches as possible.
+    ``most_tokens``. Where that cannot be at once, sequences go, the longest first, in as few micro-batches as
+    possible, cut such that the largest has the fewest tokens.
 
     Shapes:
         Sequences are the trace's. Experts lie as in the placement contiguous.
@@ -84,16 +85,17 @@ class Flexsp(Placer):
                 "this trace does not say how long its sequences are, which flexsp has to split; observe "
                 "again with this mixtura"
             )
-        if max(lengths) > self.most_tokens * cluster.num_devices:
+        largest = 1 << cluster.num_devices.bit_length() - 1
+        if max(lengths) > self.most_tokens * largest:
             raise UserError(
-                f"a sequence of {max(lengths)} tokens does not fit {cluster.num_devices} devices with "
-                f"{self.most_tokens} each; set most_tokens higher or take more devices"
+                f"a sequence of {max(lengths)} tokens does not fit {largest} devices with "
+                f"{self.most_tokens} each, the largest group of {cluster.num_devices} (a power of two); set "
+                "most_tokens higher or take more devices"
             )
         order = sorted(range(len(lengths)), key=lambda one: (-lengths[one], one))
         least = -(-sum(lengths) // (self.most_tokens * cluster.num_devices))
         for num_batches in range(max(least, 1), len(order) + 1):
-            size = -(-len(order) // num_batches)
-            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            batches = even_runs(order, lengths, num_batches)
             found = [self._grouped([lengths[one] for one in batch], cluster) for batch in batches]
             known = [one for one in found if one is not None]
             if len(known) == len(batches):

@@ -51,10 +51,11 @@ class Grouped(Placer):
 
     def plan(self, trace: Trace, cluster: Cluster) -> Placement:
         def place(layer: LayerTrace) -> LayerPlacement:
-            known = layer.num_groups if layer.num_groups > 1 else cluster.num_devices
-            groups, num_experts = self.groups or known, layer.shape.num_experts
-            if groups == cluster.num_devices and num_experts % groups:
-                return alone(layer.index, in_order(num_experts, groups))
+            num_experts = layer.shape.num_experts
+            known = self.groups or (layer.num_groups if layer.num_groups > 1 else 0)
+            if not known and num_experts % cluster.num_devices:
+                return alone(layer.index, in_order(num_experts, cluster.num_devices))
+            groups = known or cluster.num_devices
             if groups % cluster.num_devices or num_experts % groups:
                 raise UserError(
                     f"layer {layer.index} has {num_experts} experts in {groups} groups, which "

@@ -97,7 +97,8 @@ class Moetuner(Placer):
         def uneven(at: list[int]) -> float:
             return float(np.abs(np.bincount(at, loads, num_devices) - mean).sum())
 
-        return swapped(heaviest_first(loads, room), uneven)
+        free = room if self.equal_counts else [len(loads)] * num_devices
+        return swapped(heaviest_first(loads, free), uneven)
 
     def _seated(self, trace: Trace, grouped: list[list[int]], cluster: Cluster) -> list[list[int]]:
         """By layer, the device of each group."""

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.pruners import Pruner
 from mixtura.methods.pruners._shared import keep_best
 from mixtura.types import Budget, Plan
@@ -44,6 +45,6 @@ class Random(Pruner):
         self.seed = seed
 
     def plan(self, trace: Trace, budget: Budget) -> Plan:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = generator_of(self.seed)
         lots = [torch.rand(layer.shape.num_experts, generator=generator) for layer in trace.layers]
         return keep_best(trace, budget, lots)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.trimmers import NeuronsSeen, Trimmer
 
 METHOD = {
@@ -34,4 +35,4 @@ class Random(Trimmer):
         self.seed = seed
 
     def scores(self, seen: NeuronsSeen) -> Float[Tensor, " F"]:
-        return torch.rand(len(seen.squares), generator=torch.Generator().manual_seed(self.seed))
+        return torch.rand(len(seen.squares), generator=generator_of(self.seed))

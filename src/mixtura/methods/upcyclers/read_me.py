@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mixtura.errors import SettingError, UnmetError, UserError, check_range
+from mixtura.methods._parts import part_of
 from mixtura.methods.upcyclers import Upcycler
 from mixtura.methods.upcyclers._shared import needed
 from mixtura.types import Action
@@ -39,7 +40,8 @@ class ReadMe(Upcycler):
         SettingError: ``keep`` is not in [0.01, 0.99], ``steps`` not in [0, 1e6], or ``width`` not an
             even number in [2, 4096].
         UserError: there is no text.
-        UnmetError: there are not as many experts as domains, or all domains activate the same neurons.
+        UnmetError: there are not as many experts as domains, ``keep`` leaves no neuron, or all domains
+            activate the same ones.
 
     Example:
         >>> from mixtura.authoring.contracts import sample_dense_trace
@@ -107,7 +109,10 @@ class ReadMe(Upcycler):
                 f"one expert is made for each domain of the text, of which there are {number}, not "
                 f"{num_experts}; give --experts {number}, or a directory of text with a file for each domain"
             )
-        best = domains.argsort(dim=1, descending=True, stable=True)[:, : int(self.keep * domains.shape[1])]
+        width = part_of(self.keep, domains.shape[1])
+        if not width:
+            raise UnmetError(f"keep {self.keep:g} of {domains.shape[1]} neurons is none; give a larger keep")
+        best = domains.argsort(dim=1, descending=True, stable=True)[:, :width]
         masks = torch.zeros_like(domains, dtype=torch.bool).scatter(1, best, True)
         residual = masks.all(0)
         if bool((masks == residual).all()):

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mixtura.errors import UnmetError, UserError, check_range
+from mixtura.methods._parts import part_of
 from mixtura.methods.upcyclers import Upcycler
 from mixtura.methods.upcyclers._shared import needed
 from mixtura.types import Action
@@ -76,7 +77,7 @@ class SparseUnifiedModel(Upcycler):
         self, sources: tuple[DenseShape, ...], shape: UpcycleShape, trace: DenseTrace | None
     ) -> Recipe:
         dense, number = sources[0], shape.num_experts
-        part = (dense.d_ffn - int(self.shared * dense.d_ffn)) // number
+        part = (dense.d_ffn - part_of(self.shared, dense.d_ffn)) // number
         if part < 1:
             raise UnmetError(
                 f"{number} experts find no neuron each among those of {dense.d_ffn} that are not shared; "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixtura.errors import UnknownNameError, check_range
+from mixtura.methods._drawing import generator_of
 from mixtura.methods.upcyclers import Upcycler
 from mixtura.methods.upcyclers._shared import parts_of
 from mixtura.types import Action
@@ -71,7 +72,7 @@ class Split(Upcycler):
         scale = float(number if self.rescaled else shape.top_k)
         actions: list[Action] = [Carry((0,), (1.0,))]
         arrays: list[Tensor] = []
-        generator = torch.Generator().manual_seed(shape.seed)
+        generator = generator_of(shape.seed)
         for layer in range(sources[0].num_layers):
             places = torch.randperm(width, generator=generator).view(number, part)
             for expert in range(number):
