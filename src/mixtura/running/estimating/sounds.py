@@ -1,4 +1,4 @@
-"""Problems of speech, drawn by the equation of source and filter: vowels of three languages, and fakes."""
+"""Problems of speech, drawn by the equation of source and filter: vowels of three languages."""
 
 from __future__ import annotations
 
@@ -56,25 +56,6 @@ def vowels(draw: Draw) -> Lesson:
     heard = voice(formants, pitch, 1 + 0.4 * language) + 0.3 * draw.normal(size=(num, FRAMES, BANDS))
     X = np.column_stack([heard.reshape(num, -1), language])
     return split(X, vowel[:, FRAMES // 2], 400, draw)
-
-
-def fakes(draw: Draw) -> Lesson:
-    """Vowels held for 5 frames, real or re-made: in steps of energy or with one pitch; half of the tested
-    fakes are of a way that was not learned, smoothed over frames."""
-    sides = []
-    for ways in ((0, 1), (0, 1, 2, 2)):
-        num = 600
-        way = np.where(np.arange(num) % 2 == 0, -1, draw.choice(ways, num))
-        vowel = np.repeat(draw.integers(0, 5, (num, 1)), FRAMES, axis=1)
-        formants, pitch = _spoken(vowel, np.ones((num, FRAMES)), draw)
-        pitch = np.where((way == 1)[:, None], pitch[:, :1], pitch)
-        heard = voice(formants, pitch, draw.uniform(1, 1.8, num))
-        smooth = (np.roll(heard, 1, axis=1) + heard + np.roll(heard, -1, axis=1)) / 3
-        kind = way[:, None, None]
-        heard = np.where(kind == 0, 0.7 * np.round(heard / 0.7), np.where(kind == 2, smooth, heard))
-        heard = heard + 0.05 * draw.normal(size=heard.shape)
-        sides += [heard.reshape(num, -1), (way >= 0).astype(int)]
-    return Lesson(*sides)
 
 
 _COLUMN: Final = FRAMES * BANDS
