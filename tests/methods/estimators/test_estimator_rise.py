@@ -11,8 +11,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from mixtura.errors import SettingError, UserError
-from mixtura.methods.estimators._edits import EDITS, Editor
-from mixtura.methods.estimators.rise import Rise, pairs, preference
+from mixtura.methods.estimators._edits import EDITS, Editor, pairs, preference
+from mixtura.methods.estimators.rise import Rise
 
 
 def sums(num: int, seed: int) -> np.ndarray:

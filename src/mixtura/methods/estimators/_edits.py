@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Final, final
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
 
 EDITS: Final = ("number", "related", "operator", "swap", "deletion")
 # A column of so few values holds a choice, such as an operator.
@@ -73,3 +76,18 @@ class Editor:
         if not len(beyond):
             return value
         return float(beyond[np.abs(beyond - (value + move)).argmin()])
+
+
+def preference(ahead: Float[Tensor, " P"], before: Float[Tensor, " P"], beta: float) -> Float[Tensor, ""]:
+    """DPO's loss of pairs: how far the better one is ahead now, beside how far the reference had it ahead."""
+    return -F.logsigmoid(beta * (ahead - before)).mean()
+
+
+def pairs(
+    right: Float[Tensor, "R D"], wrong: Float[Tensor, "W D"], edits: list[Tensor]
+) -> tuple[Float[Tensor, "P D"], Float[Tensor, "P D"]]:
+    """What is preferred and to what: each right row to its edits, and as often to a wrong row drawn."""
+    rivals = [*edits, *(wrong[torch.randint(len(wrong), (len(right),))] for _ in range(max(len(edits), 1)))]
+    worse = torch.cat(rivals)
+    there = ~worse.isnan().any(1)
+    return right.repeat(len(rivals), 1)[there], worse[there]

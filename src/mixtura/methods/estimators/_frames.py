@@ -64,6 +64,7 @@ class FrameNetwork(nn.Module):
         for layer, (mix, norm, experts) in enumerate(zip(self.mixes, self.norms, self.experts, strict=True)):
             h = h + mix(h.transpose(1, 2)).transpose(1, 2).relu()
             rows = norm(h).flatten(0, 1)
+            assert isinstance(experts, nn.ModuleList)
             routing = route(rows, layer, state)
             state = routing.state
             h = h + routed(experts, rows, routing, width).reshape(num_rows, num_frames, width)

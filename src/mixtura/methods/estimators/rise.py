@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mixtura.errors import SettingError, UserError, check_range
 from mixtura.methods.estimators import Classifier, minimise, seeded, spread_of
 from mixtura.methods.estimators._confidence import MixedNetwork
-from mixtura.methods.estimators._edits import EDITS, Editor
+from mixtura.methods.estimators._edits import EDITS, Editor, pairs, preference
 from mixtura.types import Routing
 
 METHOD = {
@@ -194,18 +194,3 @@ class Rise(Classifier):
         scores = self._score(self.module_, torch.cat([better, worse])).numpy()[:, None]
         fitted = LogisticRegression().fit(scores, np.repeat([1, 0], len(better)))
         return np.array([max(float(fitted.coef_[0, 0]), 1e-9), float(fitted.intercept_[0])])
-
-
-def preference(ahead: Float[Tensor, " P"], before: Float[Tensor, " P"], beta: float) -> Float[Tensor, ""]:
-    """DPO's loss of pairs: how far the better one is ahead now, beside how far the reference had it ahead."""
-    return -F.logsigmoid(beta * (ahead - before)).mean()
-
-
-def pairs(
-    right: Float[Tensor, "R D"], wrong: Float[Tensor, "W D"], edits: list[Tensor]
-) -> tuple[Float[Tensor, "P D"], Float[Tensor, "P D"]]:
-    """What is preferred and to what: each right row to its edits, and as often to a wrong row drawn."""
-    rivals = [*edits, *(wrong[torch.randint(len(wrong), (len(right),))] for _ in range(max(len(edits), 1)))]
-    worse = torch.cat(rivals)
-    there = ~worse.isnan().any(1)
-    return right.repeat(len(rivals), 1)[there], worse[there]

@@ -29,7 +29,8 @@ def voice(formants: np.ndarray, pitch: np.ndarray, tilt: np.ndarray) -> np.ndarr
         gain = gain / (1 + ((hertz - formants[..., place, None]) / 90) ** 2)
     edges = 700 * (np.exp(np.linspace(0, np.log1p(4000 / 700), BANDS + 1)) - 1)
     band = (hertz[..., None] >= edges[:-1]) & (hertz[..., None] < edges[1:])
-    return np.log(1e-6 + (gain[..., None] * band).sum(2))
+    heard: np.ndarray = np.log(1e-6 + (gain[..., None] * band).sum(2))
+    return heard
 
 
 def _spoken(vowel: np.ndarray, higher: np.ndarray, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
