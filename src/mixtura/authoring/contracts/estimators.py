@@ -45,6 +45,8 @@ def sample(method: Subject, seed: int) -> dict[str, np.ndarray]:
         return {"X": X, "y": X[:, -1:] * np.array([0.9, 0.8, 0.7]) + 0.1 * score[:, None]}
     if method.has("composes"):
         return {"X": X, "y": np.stack([X[:, 2] > 0, score > 0], axis=1).astype(int)}
+    if method.has("checks"):
+        return {"X": X, "y": (score > 0).astype(int)}
     if method.has("classifies"):
         return {"X": X, "y": np.digitize(score, np.quantile(score, [0.33, 0.66]))}
     if method.has("invests"):

@@ -40,6 +40,7 @@ KIND = {
         "streams": "`partial_fit` learns more without forgetting what was learned",
         "invests": "rows are how assets grew, period by period, and `predict` says how to divide money",
         "clusters": "`predict` says groups of rows that were found, and `fit_resample` draws rows of each",
+        "checks": "targets say whether a row is right, and `predict` tells right rows from others",
         "composes": "targets are an attribute and an object, and `predict` says pairs never learned, too",
         "multi_task": "targets are a column a task, NaN where a task has no label",
         "tabular": "takes any table, and passes the checks that scikit-learn has for its own estimators",

@@ -39,6 +39,8 @@ def measure(problem: Problem, entry: str, seed: int) -> float:
         shares = model.predict_proba(lesson.new_x)
         given = shares[np.arange(len(shares)), np.searchsorted(model.classes_, lesson.new_y)]
         return float(np.log(np.maximum(given, 1e-6)).mean())
+    if problem.measure == "area":
+        return _area(lesson.new_y, model.predict_proba(lesson.new_x)[:, 1])
     return _judged(problem.measure, lesson.new_y, model.predict(lesson.new_x))
 
 
@@ -60,6 +62,13 @@ def num_weights(problem: Problem, lesson: Lesson) -> int:
     more = {name: value for name, value in lesson.more.items() if name == "edges"}
     first.set_params(epochs=1).fit(lesson.X, lesson.y, **more)
     return sum(one.numel() for one in first.module_.parameters() if one.requires_grad)
+
+
+def _area(y: np.ndarray, said: np.ndarray) -> float:
+    """Under the curve of right alarms over false ones."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(y, said))
 
 
 def _judged(how: str, y: np.ndarray, said: np.ndarray) -> float:

@@ -7,6 +7,8 @@ import numpy as np
 from mixtura.methods.estimators import windows
 from mixtura.running.estimating.designs import DESIGNS
 from mixtura.running.estimating.lessons import Draw, Lesson, Problem, digits, split
+from mixtura.running.estimating.sounds import SOUNDS
+from mixtura.running.estimating.worked import WORKED
 
 
 def rare_digits(draw: Draw) -> Lesson:
@@ -160,4 +162,6 @@ PROBLEMS: tuple[Problem, ...] = (
     Problem("drift", drift.__doc__ or "", "accuracy before learning", "streams", {"drift_moe": {}}, drift),
     Problem("market", market.__doc__ or "", "log of wealth", "markets", {"universal_portfolio": {}}, market),
     *DESIGNS,
+    *SOUNDS,
+    *WORKED,
 )
