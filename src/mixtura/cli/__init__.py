@@ -128,7 +128,7 @@ def main() -> None:
             _abandon_output()
             sys.exit(EXIT_CLOSED)
         if error.errno in _NO_ACCESS and error.filename:
-            why = error.strerror.lower()
+            why = (error.strerror or "no access").lower()
             _refuse(f"{error.filename} cannot be used ({why}); give a path that can", EXIT_USER_ERROR)
         if error.errno not in _NO_ROOM:
             raise
