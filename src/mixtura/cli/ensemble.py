@@ -12,9 +12,12 @@ import typer
 from mixtura.cli._settings import parse_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mixtura.methods.ensembles import Ensemble
     from mixtura.running.ensembling.scoring import Scored
     from mixtura.running.ensembling.team import Team
+    from mixtura.running.ensembling.training import Stage
 
 ensemble = typer.Typer(
     no_args_is_help=True,
@@ -50,31 +53,40 @@ Seed = Annotated[int, typer.Option(min=0, help="Settles what is drawn at random.
 Yes = Annotated[bool, typer.Option("--yes", help="Download a model from the hub without asking.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+Out = Annotated[Path, typer.Option(help="Directory of the ensemble.")]
+Method = Annotated[str, typer.Option(help="See `mixtura methods ensembles`.")]
+Own = Annotated[
+    str | None,
+    typer.Option(help="What a method's own model begins as, where it has one; the first model else."),
+]
+Pairs = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .jsonl file of prompt, chosen and rejected for a stage that learns from pairs, which is "
+        "left out without it."
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of each stage.")]
+Batch = Annotated[int, typer.Option(min=1, help="Texts of a step.")]
+Rate = Annotated[float, typer.Option(min=0, help="Of the method's parts.")]
+OwnRate = Annotated[float, typer.Option(min=0, help="Of a model of its own.")]
+
 
 @ensemble.command()
 def train(
     models: Models,
-    out: Annotated[Path, typer.Option(help="Directory of the ensemble.")],
-    method: Annotated[str, typer.Option(help="See `mixtura methods ensembles`.")] = "fusion_route",
-    own: Annotated[
-        str | None,
-        typer.Option(help="What a method's own model begins as, where it has one; the first model else."),
-    ] = None,
-    pairs: Annotated[
-        Path | None,
-        typer.Option(
-            help="A .jsonl file of prompt, chosen and rejected for a stage that learns from pairs, which is "
-            "left out without it."
-        ),
-    ] = None,
+    out: Out,
+    method: Method = "fusion_route",
+    own: Own = None,
+    pairs: Pairs = None,
     text: Text = None,
     num_texts: NumTexts = 512,
     length: Length = 128,
     prompt_tokens: PromptTokens = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each stage.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Texts of a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of the method's parts.")] = 1e-3,
-    own_learning_rate: Annotated[float, typer.Option(min=0, help="Of a model of its own.")] = 1e-4,
+    steps: Steps = 100,
+    batch: Batch = 8,
+    learning_rate: Rate = 1e-3,
+    own_learning_rate: OwnRate = 1e-4,
     changes: Changes = [],  # noqa: B006 - typer reads it as a default and makes lists of its own
     seed: Seed = 0,
     yes: Yes = False,
@@ -111,12 +123,7 @@ def train(
         found = {"ensemble": str(out), "method": method, "models": list(team.names)}
         typer.echo(json.dumps(found | {"stages": [asdict(one) for one in stages]}))
         return
-    for one in stages:
-        typer.echo(
-            f"{one.name}: loss {one.first:.4f} in the first tenth of its steps, {one.last:.4f} in the last"
-        )
-    for name in made.stages[len(stages) :]:
-        typer.echo(f"{name} was left out: it learns from pairs; give some by --pairs", err=True)
+    _tell_stages(made, stages)
     typer.echo(f"{method} of {', '.join(team.names)}: {out}")
 
 
@@ -265,3 +272,12 @@ def _show(by: str, team: Team, found: Scored) -> None:
     for place, name in enumerate(team.names):
         shares = ", ".join(f"{one} {found.shares[one][place]:.0%}" for one in domains)
         typer.echo(f"share of {name}: {shares}")
+
+
+def _tell_stages(made: Ensemble, stages: Sequence[Stage]) -> None:
+    for one in stages:
+        typer.echo(
+            f"{one.name}: loss {one.first:.4f} in the first tenth of its steps, {one.last:.4f} in the last"
+        )
+    for name in made.stages[len(stages) :]:
+        typer.echo(f"{name} was left out: it learns from pairs; give some by --pairs", err=True)

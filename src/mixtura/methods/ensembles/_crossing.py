@@ -1,4 +1,4 @@
-"""Attention from one model's states to several models' at once, in a width of their own."""
+"""Attention from one model's states to several models', and what a choice of models by a prompt needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mixtura.methods.ensembles import Text
 
 
 @final
@@ -70,3 +72,27 @@ class Crossing(nn.Module):
     def _split(self, states: Float[Tensor, "S T C"]) -> Float[Tensor, "S H T C2"]:
         heads: Tensor = states.reshape(*states.shape[:2], self.heads, -1)
         return heads.transpose(1, 2)
+
+
+def mean_of_prompt(text: Text) -> Float[Tensor, "S D"]:
+    """The mean of what the first model's output layer is given for the prompt of each row."""
+    hidden = text.hidden(0).float()
+    # A row without a prompt goes by its first token.
+    length = text.prompt.clamp(min=1)[:, None]
+    inside = torch.arange(hidden.shape[1], device=hidden.device) < length
+    return (hidden * inside[..., None]).sum(1) / length
+
+
+def spread_of_choices(
+    scores: Float[Tensor, "S M"], chosen: Float[Tensor, "S M"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The mean entropy of the choices, and how uneven they are over models: 1 where they are even.
+
+    >>> even = torch.eye(2)
+    >>> [round(one.item(), 4) for one in spread_of_choices(torch.zeros(2, 2), even)]
+    [0.6931, 1.0]
+    """
+    soft = scores.softmax(-1)
+    entropy = -(soft * scores.log_softmax(-1)).sum(-1).mean()
+    uneven = (chosen.mean(0) * soft.mean(0)).sum() * soft.shape[-1] / chosen.sum(-1).mean()
+    return entropy, uneven

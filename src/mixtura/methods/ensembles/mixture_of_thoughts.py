@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mixtura.errors import SettingError, UserError
 from mixtura.methods.ensembles import Ensemble, Facts, Mixed, Text
-from mixtura.methods.ensembles._crossing import Crossing
+from mixtura.methods.ensembles._crossing import Crossing, mean_of_prompt, spread_of_choices
 
 METHOD = {
     "paper": 118,
@@ -101,7 +101,7 @@ class MixtureOfThoughts(Ensemble):
         self.crossings = nn.ModuleList(made)
 
     def forward(self, text: Text, state: Any = None) -> Mixed:
-        scores = self._scores(text) if state is None else state
+        scores = self.router(mean_of_prompt(text)) if state is None else state
         noisy = scores
         if self.training:
             noisy = scores - torch.empty_like(scores).exponential_().clamp(min=1e-9).log()
@@ -116,8 +116,10 @@ class MixtureOfThoughts(Ensemble):
             said = logits.new_zeros(len(scores), *logits.shape[1:]) if said is None else said
             said = said.index_copy(0, rows, logits * weights[rows, primary, None, None])
         assert said is not None
+        entropy, unevenness = spread_of_choices(scores, hard)
+        terms = self.entropy * entropy + self.balance * unevenness
         shares = F.one_hot(order[:, :1], text.num_models).to(said).expand(*said.shape[:2], -1)
-        return Mixed(said.log_softmax(-1), shares, scores, self._terms(scores.softmax(-1), hard))
+        return Mixed(said.log_softmax(-1), shares, scores, terms)
 
     def _thought(
         self, text: Text, primary: int, rows: Tensor, weights: Float[Tensor, "S M"]
@@ -132,17 +134,3 @@ class MixtureOfThoughts(Ensemble):
             return changed
 
         return text.changed(primary, self.stacks, rows, change)
-
-    def _scores(self, text: Text) -> Float[Tensor, "S M"]:
-        hidden = text.hidden(0).float()
-        # A row without a prompt goes by its first token.
-        length = text.prompt.clamp(min=1)
-        inside = torch.arange(hidden.shape[1], device=hidden.device) < length[:, None]
-        found: Tensor = self.router((hidden * inside[..., None]).sum(1) / length[:, None])
-        return found
-
-    def _terms(self, soft: Float[Tensor, "S M"], hard: Float[Tensor, "S M"]) -> Float[Tensor, ""]:
-        """A low entropy of each choice, and choices that are spread over the models."""
-        entropy = -(soft * soft.clamp(min=1e-9).log()).sum(-1).mean()
-        even = (hard.mean(0) * soft.mean(0)).sum() * soft.shape[-1] / self.top_k
-        return self.entropy * entropy + self.balance * even
