@@ -122,6 +122,7 @@ def check_training_leaves_models_alone(method: Subject) -> None:
     if not method.has("trained"):
         return
     ensemble = method.create()
+    require(ensemble.stages, "what is trained names the stages of its training")
     of = team(ensemble)
     before = [one.detach().clone() for model in of.models for one in model.parameters()]
     begun = {name: one.detach().clone() for name, one in built(method.create(), of).named_parameters()}

@@ -46,7 +46,7 @@ class MixtureOfThoughts(Ensemble):
         >>> import torch
         >>> from mixtura.authoring.contracts.ensembles import said
         >>> text = said(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
-        >>> method = MixtureOfThoughts(top_k=2, stacks=1)
+        >>> method = MixtureOfThoughts(top_k=2, stacks=1).eval()
         >>> method.build(text.facts)
         >>> primary = int(method(text).shares[0, 0].argmax())
         >>> torch.equal(method(text).log_probabilities, text.logits(primary).log_softmax(-1))
