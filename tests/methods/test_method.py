@@ -41,6 +41,7 @@ def test_kinds_are_the_folders_that_say_so() -> None:
         "caches": "cache",
         "data_mixers": "data_mixer",
         "decoders": "decoder",
+        "ensembles": "ensemble",
         "estimators": "estimator",
         "exchanges": "exchange",
         "experts": "expert",

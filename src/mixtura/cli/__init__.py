@@ -38,6 +38,7 @@ COMMANDS = (
     "merge",
     "upcycle",
     "compose",
+    "ensemble",
     "condense",
     "factor",
     "split",

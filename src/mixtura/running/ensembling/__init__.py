@@ -1,0 +1,1 @@
+"""Several whole models with one tokenizer as one: reading, mixing, training, scoring, generating, saving."""
