@@ -14,6 +14,8 @@ from torch import Tensor, nn
 # A block's weights enter its least squares with this factor.
 RIDGE: Final = 1e-4
 _DAMPING: Final = 1e-3
+# Most steps of the solver, and the least one that is worth another.
+_STEPS, _TOL = 20, 1e-4
 
 
 # What is zero inside, of a field, its slopes by time, by place, twice by place, and a rate of diffusion.
@@ -203,6 +205,22 @@ def solution(blocks: Blocks, start: Float[Tensor, "n E N"], most: int, tol: floa
     ways = torch.eye(w.shape[2]).to(w)[:, None, None].expand(-1, *w.shape)
     (bends,) = torch.autograd.grad(g, w, ways, retain_graph=True, is_grads_batched=True)
     return w.detach() - torch.linalg.solve(bends.movedim(0, -2), g[..., None])[..., 0]
+
+
+def put_together(
+    law: Law,
+    bases: Float[Tensor, "n T P N"],
+    start: Float[Tensor, "n P"],
+    parts: list[int],
+    samples: int | None,
+) -> Float[Tensor, "n T P"]:
+    """The field of bases weighed in every block by its own solution; all by one without ``samples``."""
+    blocks, num = blocks_of(bases.shape[1], bases.shape[2], parts), parts[0] * parts[1]
+    w = start.new_ones(len(start), num, bases.shape[3])
+    if samples is not None:
+        terms = torch.stack([bases, *differences(bases)])
+        w = solution(Blocks(law, terms, start, *points_of(blocks, num, samples)), w, _STEPS, _TOL)
+    return (bases * w[:, blocks]).sum(-1)
 
 
 @final

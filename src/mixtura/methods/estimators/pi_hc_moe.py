@@ -13,13 +13,11 @@ from mixtura.errors import SettingError, UserError
 from mixtura.methods.estimators import Regressor, minimise, one_each, seeded, spread_of
 from mixtura.methods.estimators._physics import (
     EQUATIONS,
-    Blocks,
     FourierBases,
     Law,
     blocks_of,
     differences,
-    points_of,
-    solution,
+    put_together,
 )
 from mixtura.types import Routing
 
@@ -28,8 +26,6 @@ METHOD = {
     "title": "Scaling physics-informed hard constraints with mixture-of-experts",
     "tags": ["evolves"],
 }
-# Most steps of the solver, and the least one that is worth another.
-_STEPS, _TOL = 20, 1e-4
 
 
 @final
@@ -137,7 +133,7 @@ class PiHcMoe(Regressor):
         """The field of every row over time and place, its start included."""
         X = self.rows(X)
         with torch.no_grad(), seeded(self.random_state):
-            made: np.ndarray = self._solved(torch.from_numpy(X), self._parts(X.shape[1]))[0].numpy()
+            made: np.ndarray = self._solved(torch.from_numpy(X), self._parts(X.shape[1])).numpy()
         return made
 
     def predict(self, X: Any) -> np.ndarray:
@@ -163,19 +159,13 @@ class PiHcMoe(Regressor):
             raise SettingError(f"blocks of PiHcMoe must be two numbers, {most}, got {self.blocks!r}")
         return parts
 
-    def _solved(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, "4 n T P"]:
-        """The field, and its derivatives by time, by place and twice by place."""
+    def _solved(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, "n T P"]:
         bases = self.module_((start - self.mean_) / self.scale_) * self.scale_
-        terms = torch.stack([bases, *differences(bases)])
-        blocks, num = blocks_of(self.num_times, start.shape[1], parts), parts[0] * parts[1]
-        w = start.new_ones(len(start), num, self.num_bases)
-        if self.hard:
-            drawn = points_of(blocks, num, self.samples)
-            w = solution(Blocks(self._law(), terms, start, *drawn), w, _STEPS, _TOL)
-        return (terms * w[:, blocks]).sum(-1)
+        samples = self.samples if self.hard else None
+        return put_together(self._law(), bases, start, parts, samples)
 
     def _wrong(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, ""]:
-        field = self._solved(start, parts)[0, ..., None]
+        field = self._solved(start, parts)[..., None]
         # Of the field put together, whose seams its bases do not show.
         terms = torch.stack([field, *differences(field)])[..., 0]
         return self._law().squares(terms, start).mean()
