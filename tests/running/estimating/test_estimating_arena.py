@@ -57,6 +57,27 @@ def test_baselines_of_a_market_by_loops() -> None:
     assert _wealth(None, HINDSIGHT, lesson) == pytest.approx(math.log(max(best)))
 
 
+def test_what_diffuses_obeys_its_equation() -> None:
+    from mixtura.running.estimating.designs import sorbed
+
+    start = np.full(17, 0.3)
+    early, at, late = (sorbed(start, horizon, 8) for horizon in (299.0, 300.0, 301.0))
+    bent = np.diff(at, 2) * 16**2
+    slower = 1 + 0.71 / 0.29 * 2880 * 3.5e-4 * 0.874 * (at[1:-1] + 1e-6) ** -0.126
+    assert np.allclose((late - early)[1:-1] / 2, 5e-4 / slower * bent, atol=2e-5)
+    assert at[0] == 1
+    assert at[-1] == pytest.approx(-5e-4 * (at[-2] - at[-1]) * 16, rel=0.2)
+    assert (np.diff(at) < 0).all()
+
+
+def test_a_field_that_stays_explains_nothing() -> None:
+    from mixtura.running.estimating.judges import of_fields
+
+    lesson = BY_NAME["sorption"].draw(np.random.default_rng(0))
+    assert of_fields("state at the start", None, lesson, 0, 0) == 0
+    assert of_fields("linear", None, lesson, 0, 0) > 0.9
+
+
 def test_the_network_is_of_equal_size() -> None:
     from mixtura.running.estimating.baselines import NETWORK, plain_model
 

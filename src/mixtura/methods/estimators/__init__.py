@@ -22,6 +22,7 @@ from mixtura.methods.estimators._networks import (
     router,
     told,
 )
+from mixtura.methods.estimators._physics import retardation
 from mixtura.methods.estimators._series import windows
 from mixtura.methods.estimators._tables import Network, NetworkClassifier, NetworkRegressor
 from mixtura.methods.estimators._training import minimise, seeded
@@ -51,7 +52,7 @@ KIND = {
 __all__ = [
     "KIND", "Classifier", "Estimator", "Network", "NetworkClassifier", "NetworkRegressor", "Passed",
     "Regressor", "dense_routing", "even_draw", "everyone", "hypervolume", "minimise", "one_each",
-    "perceptron", "routed", "router", "seeded", "spread_of", "told", "undominated", "windows",
+    "perceptron", "retardation", "routed", "router", "seeded", "spread_of", "told", "undominated", "windows",
 ]  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def _trees(kind: str, d_out: int, seed: int) -> Any:
 
 
 LINEAR, NETWORK, TREES = "linear", "network of equal size", "boosted trees"
+WHOLE, PENALTY = "one solve of the whole mesh", "penalty alone"
 _SEARCHES = f"random search of {LINEAR}", f"random search of {TREES}"
 NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "classes": (LINEAR, NETWORK, TREES),
@@ -58,6 +59,7 @@ NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "streams": ("naive Bayes", LINEAR),
     "plans": (LINEAR, NETWORK, TREES),
     "pairs": (LINEAR, NETWORK, TREES),
+    "fields": ("state at the start", WHOLE, PENALTY, LINEAR, NETWORK),
     "fronts": ("best rows learned", *_SEARCHES),
     "draws": ("random rows", "even by k-means"),
     "markets": ("equal parts", "best asset in hindsight"),

@@ -104,7 +104,50 @@ def cities(draw: Draw) -> Lesson:
     return Lesson(*sides[0], *sides[1])
 
 
+_NUM_PLACES: Final = 33
+
+
+def sorbed(start: np.ndarray, horizon: float = 500.0, finer: int = 4) -> np.ndarray:
+    """What diffuses along a line whose ground takes some of it in, by lines on a finer mesh.
+
+    u_t = D / R(u) u_xx with u = 1 at the left end and u = D u_x at the right one.
+    """
+    from scipy.integrate import solve_ivp
+
+    from mixtura.methods.estimators import retardation
+
+    rate = 5e-4
+    place = np.linspace(0, 1, (len(start) - 1) * finer + 1)
+    step = place[1]
+
+    def whole(inner: np.ndarray) -> np.ndarray:
+        right = rate * (inner[-2] - 4 * inner[-1]) / (2 * step - 3 * rate)
+        return np.concatenate([[1.0], inner, [right]])
+
+    def change(_: float, inner: np.ndarray) -> np.ndarray:
+        return rate / retardation(inner) * np.diff(whole(inner), 2) / step**2
+
+    first = np.interp(place, np.linspace(0, 1, len(start)), start)[1:-1]
+    done = solve_ivp(change, (0, horizon), first, method="LSODA", lband=1, uband=1, rtol=1e-6, atol=1e-8)
+    return whole(done.y[:, -1])[::finer]
+
+
+def sorption(draw: Draw) -> Lesson:
+    """Diffusion with sorption from 64 bumpy states, 48 to learn. Plain models are told what came of them."""
+    bumps = np.sin(np.pi * np.outer(np.arange(1, 4), np.linspace(0, 1, _NUM_PLACES)))
+    X = 0.1 + 0.4 * draw.random((64, 1)) + 0.12 * np.abs(draw.normal(size=(64, 3)) / [1, 2, 3] @ bumps)
+    return split(X, np.stack([sorbed(row) for row in X]), 48, draw)
+
+
 DESIGNS: tuple[Problem, ...] = (
+    Problem(
+        "sorption",
+        sorption.__doc__ or "",
+        "share of the change explained",
+        "fields",
+        {"pi_hc_moe": {}},
+        sorption,
+    ),
     Problem(
         "cities",
         cities.__doc__ or "",

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from mixtura.methods import create
 from mixtura.methods.estimators import hypervolume, undominated
-from mixtura.running.estimating.baselines import LINEAR, plain_model
+from mixtura.running.estimating.baselines import LINEAR, PENALTY, WHOLE, plain_model
 from mixtura.running.estimating.designs import NUM_BLOCKS, WEIGHTS, costs
 from mixtura.running.estimating.lessons import Lesson
 
@@ -84,10 +85,26 @@ def of_pairs(entry: str, model: Any, lesson: Lesson, size: int, seed: int) -> fl
     return float(2 * each[0] * each[1] / max(sum(each), 1e-12))
 
 
+def of_fields(entry: str, model: Any, lesson: Lesson, size: int, seed: int) -> float:
+    """The share of the squared change from the start to the end that is explained."""
+    if entry == "state at the start":
+        said = lesson.new_x
+    else:
+        how = {WHOLE: {"blocks": [1, 1]}, PENALTY: {"hard": False}}.get(entry)
+        if how is not None:
+            model = create("estimators", "pi_hc_moe", **how, random_state=seed)
+        elif model is None:
+            model = plain_model(entry, "numbers", size, lesson.X.shape[1], lesson.y.shape[1], seed)
+        said = model.fit(lesson.X, lesson.y).predict(lesson.new_x)
+    left, changed = said - lesson.new_y, lesson.new_x - lesson.new_y
+    return float(1 - np.square(left).sum() / np.square(changed).sum())
+
+
 Judge = Callable[[str, Any, Lesson, int, int], float]
 JUDGES: Final[Mapping[str, Judge]] = {
     "plans": of_the_rare,
     "fronts": of_a_front,
     "draws": of_the_worst_group,
     "pairs": of_pairs,
+    "fields": of_fields,
 }
