@@ -20,9 +20,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_written_it_is_said(tmp_path: Path) -> None:
-    with pytest.raises(
-        OutputError, match=r"absent/file cannot be written \(no such file"
-    ):
+    with pytest.raises(OutputError, match=r"absent/file cannot be written \(no such file"):
         save_tensors({"one": torch.zeros(1)}, tmp_path / "absent" / "file", {})
 
 

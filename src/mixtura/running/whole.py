@@ -7,7 +7,7 @@ from typing import Any
 
 from mixtura.checkpoints.viewing.headers import read_header
 from mixtura.checkpoints.viewing.opening import open_files, read_json
-from mixtura.errors import CheckpointError
+from mixtura.errors import CheckpointError, UnsupportedModelError
 
 
 def load_whole(path: Path, *, dtype: Any = "auto") -> Any:
@@ -48,6 +48,31 @@ def load_whole(path: Path, *, dtype: Any = "auto") -> Any:
             f"{missing[0]}; download or write it again"
         )
     return model.eval()
+
+
+def load_any(path: Path, *, dtype: Any = None) -> Any:
+    """A model as `mixtura.running.loading.load` reads it where it has experts, and a dense one whole.
+
+    Raises:
+        CheckpointError: it is damaged.
+        UnsupportedModelError: it has experts that mixtura cannot run.
+    """
+    from mixtura.running.loading import load
+
+    try:
+        return load(path, dtype=dtype)
+    except UnsupportedModelError:
+        if not is_dense(path):
+            raise
+    return load_whole(path, dtype=dtype or "auto")
+
+
+def is_dense(path: Path) -> bool:
+    """Whether a model has no experts, by its class built without memory."""
+    from mixtura.checkpoints.viewing.meta import build_from_config
+    from mixtura.checkpoints.viewing.wrappers import experts_modules
+
+    return next(experts_modules(build_from_config(open_files(path).config)), None) is None
 
 
 def _require_readable(path: Path) -> None:

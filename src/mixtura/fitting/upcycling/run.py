@@ -19,6 +19,7 @@ from mixtura.checkpoints.upcycling.apply import apply_upcycling, check_places, d
 from mixtura.checkpoints.upcycling.blueprint import blueprint
 from mixtura.checkpoints.upcycling.checking import check_sources, settings_that_differ
 from mixtura.checkpoints.upcycling.targets import OWN
+from mixtura.errors import UserError
 from mixtura.fitting.journal import Journal, open_journal
 from mixtura.fitting.publishing import (
     beside,

@@ -16,8 +16,9 @@ from mixtura.errors import OutputError, UserError
 from mixtura.methods import create, declared_tags
 from mixtura.methods.ensembles import Ensemble
 from mixtura.methods.settings import settings
-from mixtura.running.ensembling.team import Team, load_any
+from mixtura.running.ensembling.team import Team
 from mixtura.running.ensembling.training import Stage
+from mixtura.running.whole import load_any
 
 _DESCRIPTION, _PARTS, _OWN = "ensemble.json", "ensemble.safetensors", "own"
 _VERSION: Final = 1
@@ -79,7 +80,7 @@ def open_ensemble(folder: Path, team: Team) -> tuple[Ensemble, Team]:
     if "own_model" in declared_tags(type(ensemble)):
         if not (folder / _OWN / "config.json").is_file():
             raise UserError(f"the ensemble in {folder} lacks its own model, {_OWN}; train it again")
-        team = team.with_own(ensemble, load_any(folder / _OWN, torch.float32))
+        team = team.with_own(ensemble, load_any(folder / _OWN, dtype=torch.float32))
     ensemble.build(team.facts)
     try:
         ensemble.load_state_dict(parts)

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mixtura.errors import UnsupportedModelError, UserError
+from mixtura.errors import UserError
 from mixtura.methods import declared_tags
 from mixtura.methods.ensembles import Ensemble, Facts
 from mixtura.running.decoders.facts import mark_of
 from mixtura.running.ensembling.reading import Reading
+from mixtura.running.whole import load_any
 
 # What tokenizers of one vocabulary may still split in different ways.
 _PROBE = "Two tokenizers, 17 * 23 = 391:\n\tdef f(x): return 'naïve café' # x\n"
@@ -135,31 +135,6 @@ def open_team(paths: Sequence[Path], names: Sequence[str]) -> Team:
                 "give models of one tokenizer"
             )
     return team_of([load_any(path) for path in paths], tokenizers, names)
-
-
-def load_any(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model of a directory, with experts or dense.
-
-    Raises:
-        CheckpointError: it is damaged.
-        UnsupportedModelError: it has experts that mixtura cannot run.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from mixtura.checkpoints.viewing.meta import build_from_config
-    from mixtura.checkpoints.viewing.wrappers import experts_modules
-    from mixtura.running.loading import load
-
-    try:
-        return load(path, dtype=dtype)
-    except UnsupportedModelError:
-        built = build_from_config(AutoConfig.from_pretrained(path, local_files_only=True))
-        if next(experts_modules(built), None) is not None:
-            raise
-    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    return found.eval()
 
 
 @contextmanager

@@ -36,13 +36,13 @@ def load_base(path: Path, config: TuneConfig | None = None) -> Any:
         UnsupportedModelError: it has no experts and the method changes experts, or mixtura cannot run it.
     """
     from mixtura.running.loading import load
-    from mixtura.running.whole import load_whole
+    from mixtura.running.whole import is_dense, load_whole
 
     try:
         return load(path)
     except UnsupportedModelError:
         wants = config is None or "changes:experts" in header("adapters", config.adapter.method).tags
-        if wants and not _is_dense(path):
+        if wants and not is_dense(path):
             raise
         if wants and config is not None:
             raise UnsupportedModelError(
@@ -50,16 +50,6 @@ def load_base(path: Path, config: TuneConfig | None = None) -> Any:
                 "choose an adapter that changes linear layers, such as lora"
             ) from None
     return load_whole(path)
-
-
-def _is_dense(path: Path) -> bool:
-    """Whether a model has no experts, by its class built without memory."""
-    from mixtura.checkpoints.viewing.meta import build_from_config
-    from mixtura.checkpoints.viewing.opening import open_files
-    from mixtura.checkpoints.viewing.wrappers import experts_modules
-
-    model = build_from_config(open_files(path).config)
-    return next(experts_modules(model), None) is None
 
 
 @torch.no_grad()
