@@ -139,8 +139,7 @@ class Climb(DataMixer):
         generator = generator_of(self.seed + 1 + number)
         blocks = ranked[: num if number == 0 else 2 * num].reshape(-1, size, size)
         chosen = torch.randperm(len(blocks), generator=generator)[: num // size]
-        shuffled = torch.randperm(num, generator=generator)
-        return blocks[chosen].flatten(0, 1)[shuffled]
+        return blocks[chosen].flatten(0, 1)[torch.randperm(num, generator=generator)]
 
 
 def _by_name(domains: Domains) -> Tensor:
