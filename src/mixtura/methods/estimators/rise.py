@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError, check_range
+from mixtura.errors import UserError, check_range
 from mixtura.methods.estimators import Classifier, minimise, seeded, spread_of
 from mixtura.methods.estimators._confidence import MixedNetwork
-from mixtura.methods.estimators._edits import EDITS, Editor, pairs, preference
+from mixtura.methods.estimators._edits import Editor, checked, line_of, pairs, preference
 from mixtura.types import Routing
 
 METHOD = {
@@ -129,15 +129,11 @@ class Rise(Classifier):
         Raises:
             SettingError: ``edits`` or ``columns`` name what does not exist.
         """
-        kinds = list(EDITS) if self.edits is None else self.edits
-        if not kinds or not set(kinds) <= set(EDITS):
-            raise SettingError(f"edits of Rise must be among {', '.join(EDITS)}, got {kinds}")
-        num = self.rows(X).shape[1]
-        if self.columns is not None and not (self.columns and all(0 <= c < num for c in self.columns)):
-            raise SettingError(f"columns of Rise must be from 0 to {num - 1}, got {self.columns}")
+        rows = self.rows(X)
+        kinds = checked(self.edits, self.columns, rows.shape[1])
         check_range("edit", "seed", seed, 0, 1 << 31)
         draw = np.random.default_rng([self.random_state, seed])
-        made, good = Editor(self.right_, self.size, self.columns).edit(self.rows(X), kinds, draw)
+        made, good = Editor(self.right_, self.size, self.columns).edit(rows, kinds, draw)
         return np.where(good[:, None], made, np.nan)
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -185,12 +181,5 @@ class Rise(Classifier):
             return preference(ahead, start[rows], self.beta)
 
         minimise(weights, lost, len(better), **how)
-        self.line_ = self._line(better, worse)
-
-    @torch.no_grad()
-    def _line(self, better: Tensor, worse: Tensor) -> np.ndarray:
-        from sklearn.linear_model import LogisticRegression
-
-        scores = self._score(self.module_, torch.cat([better, worse])).numpy()[:, None]
-        fitted = LogisticRegression().fit(scores, np.repeat([1, 0], len(better)))
-        return np.array([max(float(fitted.coef_[0, 0]), 1e-9), float(fitted.intercept_[0])])
+        with torch.no_grad():
+            self.line_ = line_of(self._score(self.module_, better), self._score(self.module_, worse))
