@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.errors import SettingError
+
 EDITS: Final = ("number", "related", "operator", "swap", "deletion")
 # A column of so few values holds a choice, such as an operator.
 _FEW: Final = 8
@@ -18,6 +20,19 @@ _FEW: Final = 8
 _LEAST_MOVE: Final = 0.2
 
 Rows = Float[np.ndarray, "n d"]
+
+
+def checked(kinds: Sequence[str] | None, columns: Sequence[int] | None, num: int) -> list[str]:
+    """The kinds of edits that are named, or all.
+
+    Raises:
+        SettingError: there is no such kind, or no such column.
+    """
+    if kinds is not None and not (kinds and set(kinds) <= set(EDITS)):
+        raise SettingError(f"edits of Rise must be among {', '.join(EDITS)}, got {list(kinds)}")
+    if columns is not None and not (columns and all(0 <= c < num for c in columns)):
+        raise SettingError(f"columns of Rise must be from 0 to {num - 1}, got {list(columns)}")
+    return list(EDITS if kinds is None else kinds)
 
 
 @final
@@ -91,3 +106,12 @@ def pairs(
     worse = torch.cat(rivals)
     there = ~worse.isnan().any(1)
     return right.repeat(len(rivals), 1)[there], worse[there]
+
+
+def line_of(better: Float[Tensor, " P"], worse: Float[Tensor, " P"]) -> Float[np.ndarray, "2"]:
+    """Slope and height of the line that makes scores into log odds of being the better one."""
+    from sklearn.linear_model import LogisticRegression
+
+    scores = torch.cat([better, worse]).numpy()[:, None]
+    fitted = LogisticRegression().fit(scores, np.repeat([1, 0], len(better)))
+    return np.array([max(float(fitted.coef_[0, 0]), 1e-9), float(fitted.intercept_[0])])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixtura.errors import SettingError, UserError, check_range
-from mixtura.methods.estimators import Classifier, minimise, seeded, spread_of
-from mixtura.methods.estimators._confidence import MixedNetwork
-from mixtura.methods.estimators._edits import EDITS, Editor, pairs, preference
-from mixtura.types import Routing
+from mixtura.errors import check_range
+from mixtura.methods.estimators import minimise, seeded, spread_of
+from mixtura.methods.estimators._checking import Checker
+from mixtura.methods.estimators._edits import Editor, checked, line_of, pairs, preference
 
 METHOD = {
     "paper": 153,
@@ -25,7 +22,7 @@ METHOD = {
 
 
 @final
-class Rise(Classifier):
+class Rise(Checker):
     """Tell right rows from subtly wrong ones, by preference learning on errors that are put in on purpose.
 
     Step checker, verifier, hard negatives, direct preference optimisation, error injection. Wrong examples
@@ -99,21 +96,11 @@ class Rise(Classifier):
         self.learning_rate = learning_rate
         self.random_state = random_state
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
-
     def fit(self, X: Any, y: Any = None) -> Rise:
         """Learn the labels, then that right rows are better than their edits and than wrong ones."""
         self.check_settings()
         X, y = self.lessons(X, y)
-        self.classes_ = self.classes_of(y)
-        if len(self.classes_) > 2:
-            raise UserError(
-                "Only binary classification is supported. The type of the target is multiclass; say of each "
-                "row of Rise whether it is right"
-            )
+        self.classes_ = self.two_classes(y)
         self.mean_, self.scale_ = X.mean(0), spread_of(X)
         is_right = y == self.classes_[1]
         self.right_ = X[is_right]
@@ -129,68 +116,27 @@ class Rise(Classifier):
         Raises:
             SettingError: ``edits`` or ``columns`` name what does not exist.
         """
-        kinds = list(EDITS) if self.edits is None else self.edits
-        if not kinds or not set(kinds) <= set(EDITS):
-            raise SettingError(f"edits of Rise must be among {', '.join(EDITS)}, got {kinds}")
-        num = self.rows(X).shape[1]
-        if self.columns is not None and not (self.columns and all(0 <= c < num for c in self.columns)):
-            raise SettingError(f"columns of Rise must be from 0 to {num - 1}, got {self.columns}")
+        rows = self.rows(X)
+        kinds = checked(self.edits, self.columns, rows.shape[1])
         check_range("edit", "seed", seed, 0, 1 << 31)
         draw = np.random.default_rng([self.random_state, seed])
-        made, good = Editor(self.right_, self.size, self.columns).edit(self.rows(X), kinds, draw)
+        made, good = Editor(self.right_, self.size, self.columns).edit(rows, kinds, draw)
         return np.where(good[:, None], made, np.nan)
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """The probability that a row is wrong, and that it is right."""
-        given = self._given(self.rows(X))
-        score = self._score(self.module_, given).detach().numpy()
-        share = 1 / (1 + np.exp(-np.clip(self.line_[0] * score + self.line_[1], -500, 500)))
-        return np.stack([1 - share, share], axis=1)
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Whether a row is right, in the labels learned."""
-        return self.most_probable(self.predict_proba(X))
-
-    def route(self, X: Any) -> Routing:
-        x = self._given(self.rows(X))
-        with torch.no_grad():
-            routing: Routing = self.module_(x).routing
-        return routing
-
-    def rebuild(self) -> None:
-        with seeded(self.random_state):
-            self.module_ = MixedNetwork(self.n_features_in_, 2, self).double()
-        self.module_.eval()
-
-    def _given(self, X: np.ndarray) -> Float[Tensor, "T D"]:
-        return torch.from_numpy((X - self.mean_) / self.scale_)
-
-    def _score(self, module: Any, x: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
-        said: Tensor = module(x).output
-        return said[:, 1] - said[:, 0]
 
     def _learn(self, X: np.ndarray, is_right: np.ndarray, edits: list[np.ndarray]) -> None:
         how: dict[str, Any] = {"epochs": self.epochs, "batch_size": self.batch_size}
         how["learning_rate"] = self.learning_rate
-        x, target = self._given(X), torch.from_numpy(is_right.astype(int))
+        x, target = self.given(X), torch.from_numpy(is_right.astype(int))
         weights = list(self.module_.parameters())
         minimise(weights, lambda b, _: F.cross_entropy(self.module_(x[b]).output, target[b]), len(x), **how)
-        better, worse = pairs(self._given(self.right_), x[target == 0], [self._given(one) for one in edits])
-        reference = copy.deepcopy(self.module_)
+        better, worse = pairs(self.given(self.right_), x[target == 0], [self.given(one) for one in edits])
         with torch.no_grad():
-            start = self._score(reference, better) - self._score(reference, worse)
+            start = self.score_of(better) - self.score_of(worse)
 
         def lost(rows: Tensor, progress: float) -> Tensor:
-            ahead = self._score(self.module_, better[rows]) - self._score(self.module_, worse[rows])
+            ahead = self.score_of(better[rows]) - self.score_of(worse[rows])
             return preference(ahead, start[rows], self.beta)
 
         minimise(weights, lost, len(better), **how)
-        self.line_ = self._line(better, worse)
-
-    @torch.no_grad()
-    def _line(self, better: Tensor, worse: Tensor) -> np.ndarray:
-        from sklearn.linear_model import LogisticRegression
-
-        scores = self._score(self.module_, torch.cat([better, worse])).numpy()[:, None]
-        fitted = LogisticRegression().fit(scores, np.repeat([1, 0], len(better)))
-        return np.array([max(float(fitted.coef_[0, 0]), 1e-9), float(fitted.intercept_[0])])
+        with torch.no_grad():
+            self.line_ = line_of(self.score_of(better), self.score_of(worse))
