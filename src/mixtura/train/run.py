@@ -60,11 +60,7 @@ def train(
         OutputError: it holds something else, or cannot be written.
     """
     require_installed(tensorboard=config.training.tensorboard)
-    if config.training.sparsity is not None and expert_parallel > 1:
-        raise UserError(
-            "sparsity compares the weights of all experts, and --expert-parallel lays them on several "
-            "processes; leave one of them out"
-        )
+    _require_fitting(config, expert_parallel)
     from mixtura.modeling.family import MixturaForCausalLM
     from mixtura.train.starting import started
     from mixtura.train.text import digest
@@ -108,6 +104,15 @@ def train(
         num_parameters=num_parameters,
         last=last_line(directory),
     )
+
+
+def _require_fitting(config: TrainConfig, expert_parallel: int) -> None:
+    """Refuse wishes that contradict each other."""
+    if config.training.sparsity is not None and expert_parallel > 1:
+        raise UserError(
+            "sparsity compares the weights of all experts, and --expert-parallel lays them on several "
+            "processes; leave one of them out"
+        )
 
 
 def require_installed(*, tensorboard: bool) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from mixtura.errors import CheckpointError, OutputError, SettingError, UserError, check_range, one_line
 from mixtura.methods.estimators._learning import LEARNS, whole
+from mixtura.methods.estimators._saved import FORMAT, from_json, read_saved
 from mixtura.methods.estimators._training import seeded
 from mixtura.methods.settings import as_plain, construct, fits
 from mixtura.types import Routing
@@ -39,7 +40,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (0, 1e3),
     "random_state": (0, 2**32 - 1),
 }
-_FORMAT = "mixtura-estimator-1"
 _REACH = 1e150
 
 
@@ -246,7 +246,7 @@ class Estimator(BaseEstimator, ABC):
         for name, value in learned(self).items():
             _put_apart(self, name, value, tensors, facts)
         settings = as_plain(self.get_params())
-        words = {"format": _FORMAT, "name": self.method_name, "settings": settings, "facts": facts}
+        words = {"format": FORMAT, "name": self.method_name, "settings": settings, "facts": facts}
         kept = {name: one.contiguous().clone() for name, one in tensors.items()}
         try:
             save_file(kept, str(path), metadata={"mixtura": json.dumps(words)})
@@ -261,13 +261,13 @@ class Estimator(BaseEstimator, ABC):
         Raises:
             CheckpointError: the file holds something else, or an estimator of another class.
         """
-        tensors, words = _read(Path(path))
+        tensors, words = read_saved(Path(path))
         own = cls.__module__.rpartition(".")[2]
         if words["name"] != own:
             raise CheckpointError(f"{path} holds the estimator {words['name']}, not {own}")
         made = construct(cls, **words["settings"])
         for name, value in words["facts"].items():
-            setattr(made, name, _from_json(value))
+            setattr(made, name, from_json(value))
         weights: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             name, slash, rest = key.partition("/")
@@ -381,23 +381,3 @@ def _put_apart(
             f"{type(owner).__name__} learned models of another library ({type(value).__name__} in {name}), "
             "which have no form that is safe to read; keep it in memory, or fit it again"
         )
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return np.array(value["array"], dtype=value["dtype"])
-    return value
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            words = json.loads((file.metadata() or {}).get("mixtura", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path} as an estimator: {one_line(error)}") from None
-    if not isinstance(words, dict) or words.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} holds no estimator of mixtura; give a file that `save` wrote")
-    return tensors, words

@@ -107,11 +107,8 @@ class MetaDmoe(GroupedClassifier):
 
     def prepare(self, module: Any, x: Tensor, target: Tensor) -> None:
         rows, domains = parted(x)
-        how: dict[str, Any] = {
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-        }
+        how: dict[str, Any] = {"epochs": self.epochs, "batch_size": self.batch_size}
+        how["learning_rate"] = self.learning_rate
         for number, expert in enumerate(module.experts):
             own, head = torch.nonzero(domains == number)[:, 0], module.expert_heads[number]
 

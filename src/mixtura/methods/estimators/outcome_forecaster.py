@@ -130,8 +130,7 @@ class OutcomeForecaster(Classifier):
         shares, outcomes = self.predict_proba(X), self.labels(y)
         if outcomes.shape != shares.shape[:1]:
             raise UserError(f"y of OutcomeForecaster is {len(shares)} outcomes, got {outcomes.shape}")
-        right = self.most_probable(shares) == outcomes
-        return reliability(shares.max(1), right, self.sure)
+        return reliability(shares.max(1), self.most_probable(shares) == outcomes, self.sure)
 
     def route(self, X: Any) -> Routing:
         return self._passed(X).routing

@@ -143,6 +143,5 @@ class ParetoFlow(Regressor):
 
     @torch.no_grad()
     def _objectives(self, rows: np.ndarray) -> Float[Tensor, "n M"]:
-        x = torch.from_numpy((rows - self.mean_) / self.scale_)
-        found: Tensor = self.module_.objectives(x)
+        found: Tensor = self.module_.objectives(torch.from_numpy((rows - self.mean_) / self.scale_))
         return found

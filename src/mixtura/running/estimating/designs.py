@@ -125,7 +125,8 @@ def sorbed(start: np.ndarray, horizon: float = 500.0, finer: int = 4) -> np.ndar
         return np.concatenate([[1.0], inner, [right]])
 
     def change(_: float, inner: np.ndarray) -> np.ndarray:
-        return rate / retardation(inner) * np.diff(whole(inner), 2) / step**2
+        speed: np.ndarray = rate / retardation(inner) * np.diff(whole(inner), 2) / step**2
+        return speed
 
     first = np.interp(place, np.linspace(0, 1, len(start)), start)[1:-1]
     done = solve_ivp(change, (0, horizon), first, method="LSODA", lband=1, uband=1, rtol=1e-6, atol=1e-8)
