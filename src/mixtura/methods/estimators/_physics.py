@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -10,6 +11,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from mixtura.errors import SettingError
+from mixtura.methods.estimators._base import Regressor
+from mixtura.methods.estimators._networks import one_each
+from mixtura.methods.estimators._training import seeded
+from mixtura.types import Routing
 
 # A block's weights enter its least squares with this factor.
 RIDGE: Final = 1e-4
@@ -68,6 +75,11 @@ class Law:
         """What is zero of a field and its derivatives."""
         return self.equation[0](terms, self.diffusivity * self.horizon)
 
+    def left(self, field: Float[Tensor, "n T P"], start: Float[Tensor, "n P"]) -> Float[Tensor, ""]:
+        """How far fields are from it, by their own derivatives, which show seams that bases do not."""
+        terms = torch.stack([field[..., None], *differences(field[..., None])])[..., 0]
+        return self.squares(terms, start).mean()
+
     def squares(self, terms: Float[Tensor, "4 n T P"], start: Float[Tensor, "n P"]) -> Float[Tensor, " n"]:
         """How far whole fields are from the equation, the start and the ends: three mean squares added."""
         ends = self.equation[1](
@@ -102,6 +114,16 @@ def blocks_of(num_times: int, num_places: int, parts: list[int]) -> Int[Tensor, 
         for size, num in zip((num_times, num_places), parts, strict=True)
     ]
     return torch.from_numpy(cuts[0][:, None] * parts[1] + cuts[1][None])
+
+
+def check_parts(parts: list[int], num_times: int, num_places: int) -> None:
+    """Raise `SettingError` unless a mesh can be cut into so many parts along time and along the line."""
+    sizes = num_times, num_places
+    if len(parts) != 2 or not all(1 <= part <= size for part, size in zip(parts, sizes, strict=True)):
+        raise SettingError(
+            f"blocks of PiHcMoe must be two numbers, at most {num_times} along time and {num_places} along "
+            f"the line, got {parts!r}"
+        )
 
 
 def points_of(
@@ -258,3 +280,48 @@ class FourierBases(nn.Module):
         for rows, part in ((slice(0, low), spectrum[:low]), (slice(-low, None), spectrum[low:])):
             kept[:, rows, :across] = torch.einsum("ntpi,tpio->ntpo", waves[:, rows, :across], part)
         return torch.fft.irfft2(kept, s=h.shape[1:3], dim=(1, 2))
+
+
+class FieldSolver(Regressor, ABC):
+    """An estimator of fields over time and place, from states at the start."""
+
+    def fields(self, X: Any) -> np.ndarray:
+        """The field of every row over time and place, its start included."""
+        X = self.rows(X)
+        with torch.no_grad(), seeded(self.random_state):
+            made: np.ndarray = self._solved(torch.from_numpy(X), self.parts(X.shape[1])).numpy()
+        return made
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The states at the horizon."""
+        return self.fields(X)[:, -1]
+
+    def route(self, X: Any) -> Routing:
+        """Which block's expert has which point of every row's mesh."""
+        X = self.rows(X)
+        parts = self.parts(X.shape[1])
+        ids = blocks_of(self.num_times, X.shape[1], parts).flatten().repeat(len(X))
+        return one_each(ids, nn.functional.one_hot(ids, parts[0] * parts[1]).double())
+
+    @property
+    def law(self) -> Law:
+        """The equation with its numbers."""
+        return Law(EQUATIONS[self.equation], self.diffusivity, self.horizon)
+
+    def rebuild(self) -> None:
+        sizes = self.num_bases, self.d_hidden, self.num_times, self.n_features_in_
+        self.module_ = FourierBases(*sizes).double()
+
+    def parts(self, num_places: int) -> list[int]:
+        """How many blocks the mesh has along time and along the line."""
+        parts = [1, min(4, num_places)] if self.blocks is None else self.blocks
+        check_parts(parts, self.num_times, num_places)
+        return parts
+
+    def _solved(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, "n T P"]:
+        bases = self.module_((start - self.mean_) / self.scale_) * self.scale_
+        return put_together(self.law, bases, start, parts, self.samples if self.hard else None)
+
+    def wrong(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, ""]:
+        """How far the fields of these states are from the equation."""
+        return self.law.left(self._solved(start, parts), start)

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, final
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
-from mixtura.errors import SettingError, UserError
-from mixtura.methods.estimators import Regressor, minimise, one_each, seeded, spread_of
-from mixtura.methods.estimators._physics import (
-    EQUATIONS,
-    FourierBases,
-    Law,
-    blocks_of,
-    differences,
-    put_together,
-)
-from mixtura.types import Routing
+from mixtura.errors import UserError
+from mixtura.methods.estimators import minimise, seeded, spread_of
+from mixtura.methods.estimators._physics import FieldSolver
 
 METHOD = {
     "paper": 1,
@@ -29,7 +18,7 @@ METHOD = {
 
 
 @final
-class PiHcMoe(Regressor):
+class PiHcMoe(FieldSolver):
     """Learn to solve a differential equation from states at the start alone, by hard constraints in blocks.
 
     Physics-informed networks, neural operators, heat and diffusion. A row is a state on a line of evenly
@@ -114,61 +103,17 @@ class PiHcMoe(Regressor):
         X = self.fresh_rows(X)
         if X.shape[1] < 5:
             raise UserError(f"rows of PiHcMoe are states at 5 points or more of a line, got {X.shape[1]}")
-        parts = self._parts(X.shape[1])
+        parts = self.parts(X.shape[1])
         self.mean_, self.scale_ = float(X.mean()), float(spread_of(X.reshape(-1, 1))[0])
         starts = torch.from_numpy(X)
         with seeded(self.random_state):
             self.rebuild()
             self.losses_ = minimise(
                 self.module_.parameters(),
-                lambda rows, progress: self._wrong(starts[rows], parts),
+                lambda rows, progress: self.wrong(starts[rows], parts),
                 len(X),
                 epochs=self.epochs,
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
             )
         return self
-
-    def fields(self, X: Any) -> np.ndarray:
-        """The field of every row over time and place, its start included."""
-        X = self.rows(X)
-        with torch.no_grad(), seeded(self.random_state):
-            made: np.ndarray = self._solved(torch.from_numpy(X), self._parts(X.shape[1])).numpy()
-        return made
-
-    def predict(self, X: Any) -> np.ndarray:
-        """The states at the horizon."""
-        return self.fields(X)[:, -1]
-
-    def route(self, X: Any) -> Routing:
-        """Which block's expert has which point of every row's mesh."""
-        X = self.rows(X)
-        parts = self._parts(X.shape[1])
-        ids = blocks_of(self.num_times, X.shape[1], parts).flatten().repeat(len(X))
-        return one_each(ids, nn.functional.one_hot(ids, parts[0] * parts[1]).double())
-
-    def rebuild(self) -> None:
-        sizes = self.num_bases, self.d_hidden, self.num_times, self.n_features_in_
-        self.module_ = FourierBases(*sizes).double()
-
-    def _parts(self, num_places: int) -> list[int]:
-        parts = [1, min(4, num_places)] if self.blocks is None else self.blocks
-        sizes = self.num_times, num_places
-        if len(parts) != 2 or not all(1 <= p <= size for p, size in zip(parts, sizes, strict=True)):
-            most = f"at most {sizes[0]} along time and {sizes[1]} along the line"
-            raise SettingError(f"blocks of PiHcMoe must be two numbers, {most}, got {self.blocks!r}")
-        return parts
-
-    def _solved(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, "n T P"]:
-        bases = self.module_((start - self.mean_) / self.scale_) * self.scale_
-        samples = self.samples if self.hard else None
-        return put_together(self._law(), bases, start, parts, samples)
-
-    def _wrong(self, start: Float[Tensor, "n P"], parts: list[int]) -> Float[Tensor, ""]:
-        field = self._solved(start, parts)[..., None]
-        # Of the field put together, whose seams its bases do not show.
-        terms = torch.stack([field, *differences(field)])[..., 0]
-        return self._law().squares(terms, start).mean()
-
-    def _law(self) -> Law:
-        return Law(EQUATIONS[self.equation], self.diffusivity, self.horizon)
