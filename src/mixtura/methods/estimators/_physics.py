@@ -49,7 +49,8 @@ def retardation(u: Any) -> Any:
 
 
 def _sorption(terms: Float[Tensor, "4 *P"], rate: float) -> Float[Tensor, "*P"]:
-    return terms[1] - rate / retardation(terms[0]) * terms[3]
+    left: Tensor = terms[1] - rate / retardation(terms[0]) * terms[3]
+    return left
 
 
 def _fed(ends: Tensor, slopes: Tensor, start: Tensor, diffusivity: float) -> Tensor:
@@ -180,7 +181,8 @@ class Blocks:
         return torch.cat([law, begun, edge, ridge], dim=2)
 
     def _at_ends(self, w: Float[Tensor, "n E N"]) -> Float[Tensor, "2 n E T 2"]:
-        return (w @ self.ends.flatten(2, 3).mT).unflatten(3, self.ends.shape[2:4])
+        made: Tensor = (w @ self.ends.flatten(2, 3).mT).unflatten(3, self.ends.shape[2:4])
+        return made
 
     def _pointwise(self, fields: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         edge = self.law.equation[1](ends[0], ends[1], self.held, self.law.diffusivity).flatten(2)
@@ -226,7 +228,8 @@ def solution(blocks: Blocks, start: Float[Tensor, "n E N"], most: int, tol: floa
     (g,) = torch.autograd.grad(squares, w, create_graph=True)
     ways = torch.eye(w.shape[2]).to(w)[:, None, None].expand(-1, *w.shape)
     (bends,) = torch.autograd.grad(g, w, ways, retain_graph=True, is_grads_batched=True)
-    return w.detach() - torch.linalg.solve(bends.movedim(0, -2), g[..., None])[..., 0]
+    made: Tensor = w.detach() - torch.linalg.solve(bends.movedim(0, -2), g[..., None])[..., 0]
+    return made
 
 
 def put_together(
@@ -279,7 +282,8 @@ class FourierBases(nn.Module):
         kept = torch.zeros_like(waves)
         for rows, part in ((slice(0, low), spectrum[:low]), (slice(-low, None), spectrum[low:])):
             kept[:, rows, :across] = torch.einsum("ntpi,tpio->ntpo", waves[:, rows, :across], part)
-        return torch.fft.irfft2(kept, s=h.shape[1:3], dim=(1, 2))
+        made: Tensor = torch.fft.irfft2(kept, s=h.shape[1:3], dim=(1, 2))
+        return made
 
 
 class FieldSolver(Regressor, ABC):

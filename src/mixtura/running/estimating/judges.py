@@ -90,7 +90,8 @@ def of_fields(entry: str, model: Any, lesson: Lesson, size: int, seed: int) -> f
     if entry == "state at the start":
         said = lesson.new_x
     else:
-        how: dict[str, Any] | None = {WHOLE: {"blocks": [1, 1]}, PENALTY: {"hard": False}}.get(entry)
+        ways: dict[str, dict[str, Any]] = {WHOLE: {"blocks": [1, 1]}, PENALTY: {"hard": False}}
+        how = ways.get(entry)
         if how is not None:
             model = create("estimators", "pi_hc_moe", **how, random_state=seed)
         elif model is None:
