@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixtura.errors import SettingError
 from mixtura.methods.estimators._base import Regressor
+from mixtura.methods.estimators._learning import with_gradients
 from mixtura.methods.estimators._networks import one_each
 from mixtura.methods.estimators._training import seeded
 from mixtura.types import Routing
@@ -292,7 +293,7 @@ class FieldSolver(Regressor, ABC):
     def fields(self, X: Any) -> np.ndarray:
         """The field of every row over time and place, its start included."""
         X = self.rows(X)
-        with torch.no_grad(), seeded(self.random_state):
+        with with_gradients(), torch.no_grad(), seeded(self.random_state):
             made: np.ndarray = self._solved(torch.from_numpy(X), self.parts(X.shape[1])).numpy()
         return made
 

@@ -104,7 +104,7 @@ class Rise(Checker):
         self.mean_, self.scale_ = X.mean(0), spread_of(X)
         is_right = y == self.classes_[1]
         self.right_ = X[is_right]
-        edits = [self.edit(self.right_, seed) for seed in range(self.num_edits)]
+        edits = [self._edited(self.right_, seed) for seed in range(self.num_edits)]
         self.rebuild()
         with seeded(self.random_state):
             self._learn(X, is_right, edits)
@@ -116,7 +116,9 @@ class Rise(Checker):
         Raises:
             SettingError: ``edits`` or ``columns`` name what does not exist.
         """
-        rows = self.rows(X)
+        return self._edited(self.rows(X), seed)
+
+    def _edited(self, rows: np.ndarray, seed: int) -> np.ndarray:
         kinds = checked(self.edits, self.columns, rows.shape[1])
         check_range("edit", "seed", seed, 0, 1 << 31)
         draw = np.random.default_rng([self.random_state, seed])
