@@ -4,8 +4,8 @@ Importing the package is cheap: PyTorch and transformers are imported when somet
 them is first used.
 
 >>> import mixtura
->>> mixtura.names("quantizers")
-('dual_grained', 'fine_quant', 'gptq', 'integers', 'low_rank_sparse', 'nested', 'round_to_nearest', 'trellis')
+>>> mixtura.names("trimmers")
+('contribution', 'heapr', 'random')
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from mixtura.errors import UserError
 from mixtura.kernels import ExpertTensors
-from mixtura.kernels.backend import _parameters_of
+from mixtura.kernels.backend import parameters_of
 
 
 class Shelf:
     """A store that makes each expert anew and notes which were asked for."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.source = _parameters_of(module)
+        self.source = parameters_of(module)
         self.num_experts = self.source.num_experts
         self.asked: list[tuple[int, torch.dtype]] = []
 

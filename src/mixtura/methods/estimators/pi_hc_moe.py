@@ -39,6 +39,7 @@ class PiHcMoe(FieldSolver):
         UserError: a number is missing, or rows have fewer than five points.
 
     Example:
+        >>> import numpy as np
         >>> places, sizes = np.linspace(0, 1, 16), np.random.default_rng(0).uniform(0.5, 2, (24, 1))
         >>> X = sizes * np.sin(np.pi * places)
         >>> model = PiHcMoe(equation="heat", horizon=200, num_times=9, epochs=40).fit(X)
