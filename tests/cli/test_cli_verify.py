@@ -42,7 +42,7 @@ def test_a_difference_is_found_and_named() -> None:
         (("--memory", "much"), 2, "is not a size"),
         (("--memory", "8GiB", "--cache", "lro"), 2, "did you mean 'lru'"),
         (("--memory", "8GiB", "--cache", "belady"), 2, "reads the future"),
-        (("--memory", "8GiB", "--prefetch", "next_gatee"), 2, "did you mean 'next_gate'"),
+        (("--memory", "8GiB", "--prefetch", "next_gat"), 2, "did you mean 'next_gate'"),
         (("--memory", "1MiB"), 3, "the smallest memory is"),
         (("--cache", "lfu"), 2, "give --memory, too"),
     ],

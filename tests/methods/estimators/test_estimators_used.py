@@ -19,6 +19,7 @@ from mixtura.authoring.contracts import subject
 from mixtura.authoring.contracts.estimators import sample
 from mixtura.errors import SettingError, UnknownNameError, UserError
 from mixtura.methods import own_names
+from mixtura.methods.estimators._base import number_of
 from mixtura.methods.estimators._training import seeded
 
 NAMES = own_names("estimators")
@@ -257,6 +258,12 @@ def test_as_many_are_drawn_as_can_be_counted(name: str, num: Any) -> None:
     unlearned = made(name)
     with pytest.raises(NotFittedError):
         (unlearned.draw if name == "mastery_sampler" else unlearned.sample)(*rows, 3)
+
+
+@pytest.mark.parametrize("num", [0, -1, 1.5, "3", True])
+def test_what_counts_no_draws_is_said(num: Any) -> None:
+    with pytest.raises(SettingError, match="num of sample must be"):
+        number_of("sample", "num", num)
 
 
 def grouped() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, final
@@ -15,22 +16,18 @@ import mixtura
 from mixtura.checkpoints.applying.copying import CopyRows
 from mixtura.checkpoints.applying.shards import (
     OutputTensor,
-    Shard,
     Sink,
     Unit,
-    index_json,
     pack_shards,
     write_text,
 )
-from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
-from mixtura.checkpoints.applying.writing import failures_handled, write_shards
 from mixtura.checkpoints.dense.view import DOWN, GATE, UP, DenseView
 from mixtura.checkpoints.digest import checkpoint_digest
+from mixtura.checkpoints.upcycling.streaming import stream
 from mixtura.checkpoints.viewing.base import require_finite
 from mixtura.checkpoints.viewing.disk import DiskLayer, DiskView
 from mixtura.checkpoints.viewing.reader import compute_dtype
-from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
 from mixtura.errors import MixturaError, UnsupportedModelError, UserError, suggest
 
 # MoE families without a shared expert, and the dense family that is the same outside the experts.
@@ -82,16 +79,8 @@ def condense(
     weights = {layer.index: _shares(layer, shares) for layer in view.layers}
     shards = pack_shards(_units(view, weights), shard_bytes)
     staging = Staging(out, _terms(source, out, weights, shard_bytes))
-    staging.check_terms()
-    with staging:
-        if not staging.was_published:
-            with failures_handled(staging):
-                small = side_files(source)
-                room = sum((source / path).stat().st_size for path in small)
-                write_shards(staging, shards, room, progress=progress, workers=1)
-                copy_side_files(source, small, staging.model)
-                _write_own_files(staging.model, source, shards, config)
-        return staging.publish()
+    own = partial(_write_own_files, source=source, config=config)
+    return stream(staging, source, shards, own, progress=progress)
 
 
 def _config_of(view: DiskView) -> Any:
@@ -195,10 +184,8 @@ def _terms(source: Path, out: Path, weights: Mapping[int, tuple[float, ...]], sh
     )
 
 
-def _write_own_files(folder: Path, source: Path, shards: tuple[Shard, ...], config: Any) -> None:
+def _write_own_files(folder: Path, source: Path, config: Any) -> None:
     write_text(folder / "config.json", config.to_json_string())
-    if len(shards) > 1:
-        write_text(folder / INDEX_FILE, index_json(shards))
     card = (
         f"# {config.model_type} of averaged experts\n\nMade by mixtura {mixtura.__version__} of "
         f"`{source.resolve().name}`: in each layer the experts' average is the feed-forward part.\n"

@@ -17,18 +17,15 @@ from mixtura.checkpoints.applying.shards import (
     OutputTensor,
     Sink,
     Unit,
-    index_json,
     pack_shards,
     write_text,
 )
-from mixtura.checkpoints.applying.side_files import copy_side_files, side_files
 from mixtura.checkpoints.applying.staging import Staging, Terms, check_place
-from mixtura.checkpoints.applying.writing import failures_handled, write_shards
 from mixtura.checkpoints.dense.view import DenseView
 from mixtura.checkpoints.digest import checkpoint_digest
 from mixtura.checkpoints.packed import PLAN_FILE
+from mixtura.checkpoints.upcycling.streaming import stream
 from mixtura.checkpoints.viewing.headers import TensorEntry
-from mixtura.checkpoints.viewing.weight_files import INDEX_FILE
 from mixtura.errors import MixturaError, UserError
 from mixtura.types import Plan
 from mixtura.types.upcycling import Grow
@@ -53,21 +50,14 @@ def grow(plan: Plan, source: Path, out: Path, *, progress: bool = True) -> tuple
     order = _order(plan, view.shape.num_layers)
     shards = pack_shards(_units(view, order), _SHARD_BYTES)
     staging = Staging(out, _terms(plan, source, out))
-    staging.check_terms()
-    with staging:
-        if not staging.was_published:
-            with failures_handled(staging):
-                small = side_files(source)
-                room = sum((source / path).stat().st_size for path in small)
-                write_shards(staging, shards, room, progress=progress, workers=1)
-                copy_side_files(source, small, staging.model)
-                config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-                write_text(staging.model / "config.json", json.dumps(_deeper(config, order), indent=2))
-                write_text(staging.model / PLAN_FILE, plan.to_json())
-                if len(shards) > 1:
-                    write_text(staging.model / INDEX_FILE, index_json(shards))
-                _require_opens(staging.model)
-        staging.publish()
+
+    def write_own_files(folder: Path) -> None:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        write_text(folder / "config.json", json.dumps(_deeper(config, order), indent=2))
+        write_text(folder / PLAN_FILE, plan.to_json())
+        _require_opens(folder)
+
+    stream(staging, source, shards, write_own_files, progress=progress)
     return tuple(number for number, layer in enumerate(order) if isinstance(layer, Grow))
 
 
